@@ -1,0 +1,223 @@
+"""The run directory: manifest, tensors, hashes; written atomically, verified when opened. No pickle anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from ospq_export.data.config import DataConfig
+from ospq_export.errors import InputError
+from ospq_export.models import ModelSpec
+from ospq_export.recipes import Recipe
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FLOAT_TENSORS = "float.safetensors"
+QUANTIZED_TENSORS = "quantized.safetensors"
+CHECKPOINTS = "slices"
+_FOREIGN = "calibrate again, or copy the run directory anew"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SliceRecord(_Record):
+    """One slice and what its reconstruction achieved; errors as in `SliceMetrics`."""
+
+    index: int
+    name: str
+    start: str
+    end: str
+    error_before: float
+    error_after: float
+    iterations: int
+    kept: bool
+    seconds: float
+    losses: list[float]
+
+
+class QuantizerRecord(_Record):
+    """The integer side of one quantizer; its scale and offset are tensors "<name>.scale" and "<name>.offset"."""
+
+    name: str
+    kind: Literal["activation", "weight"]
+    slice: int
+    bits: int
+    grid: Literal["symmetric", "embedded", "shifted"]
+    lo: int
+    hi: int
+    axis: int | None = None
+    constant: str | None = None
+
+
+class CalibrationRecord(_Record):
+    """What the run was calibrated on."""
+
+    images: int
+    images_sha256: str
+    skipped: list[str]
+    seed: int
+    device: str
+
+
+class Manifest(_Record):
+    """Everything about a run that is not a tensor."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["calibrating", "calibrated"]
+    model: ModelSpec
+    data: DataConfig
+    class_to_idx: dict[str, int]
+    recipe: Recipe
+    graph_fingerprint: str
+    calibration: CalibrationRecord
+    slices: list[SliceRecord] = []
+    quantizers: list[QuantizerRecord] = []
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    def identity(self) -> dict[str, object]:
+        """What must not change between an interrupted run and its continuation."""
+        dumped = self.model_dump(mode="json")
+        keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
+        result = {key: dumped[key] for key in keys}
+        result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
+        result["weights"] = self.files.get(FLOAT_TENSORS)
+        return result
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex digest of a tensor's bytes (row-major)."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on."""
+    names = ("ospq-export", "torch", "timm", "onnx", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success it replaces `path`, otherwise it is removed.
+
+    Raises:
+        InputError: the file cannot be written (no space, no permission).
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror or error}", where=path, mend="free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, indented."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write safetensors atomically; tensors are copied to host memory."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(plain, temporary, metadata=dict(header or {}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises:
+        InputError: missing, truncated or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be read as safetensors: {error}", where=path, mend=_FOREIGN) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically."""
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        InputError: not a run directory, damaged, or of another schema version.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError("not a run directory: it has no manifest.json", where=folder, mend="give a folder that `calibrate` wrote") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}", where=path, mend="calibrate again with this version")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"the manifest's {key!r} is wrong: {first['msg']}", where=path, mend=_FOREIGN) from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file the manifest names with its hash.
+
+    Raises:
+        InputError: a file is missing or was changed.
+    """
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise InputError(f"the manifest names a file outside the run directory: {name!r}", where=folder, mend=_FOREIGN)
+        if not path.is_file():
+            raise InputError(f"the run directory lacks {name}", where=folder, mend=_FOREIGN)
+        if sha256(path) != expected:
+            raise InputError(f"{name} was changed or truncated since it was written: its hash differs", where=folder, mend=_FOREIGN)
+
+
+def record_files(folder: Path, manifest: Manifest, *names: str) -> Manifest:
+    """Add files to the manifest with their present hashes, and write it."""
+    files = {**manifest.files, **{name: sha256(folder / name) for name in names}}
+    updated = manifest.model_copy(update={"files": files})
+    write_manifest(folder, updated)
+    return updated

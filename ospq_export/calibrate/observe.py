@@ -1,0 +1,73 @@
+"""Observation: initial ranges of all activations, and round-to-nearest weights, from the float network on calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ospq_export.errors import InputError
+from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
+from ospq_export.graph.range_search import compress, search_activation_range
+
+
+def observe(
+    network: QuantizedGraph,
+    images: Tensor,
+    *,
+    batch_size: int,
+    seed: int,
+    values_per_tensor: int = 1 << 18,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Set every activation range by minimum MSE over the images, and every weight to its nearest codes.
+
+    Args:
+        network: quantizers in any mode; left in Mode.FLOAT.
+        images: float32 (N, C, H, W), normalised.
+        batch_size: images per forward pass.
+        seed: of the random choice of values.
+        values_per_tensor: how many values of each tensor are kept for the search, besides the extremes.
+        advance: called after each batch and after each quantizer, for a progress bar.
+
+    Raises:
+        InputError: an activation is not finite on these images.
+    """
+    _collect(network, images, batch_size, seed, values_per_tensor, advance)
+    for quantizer in network.activations.values():
+        assert quantizer.observer is not None
+        values = quantizer.observer.values()
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(
+                f"the float network's activation {quantizer.name} is not finite on the calibration images",
+                mend="check the checkpoint and the preprocessing",
+            )
+        quantizer.set_range(search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift))
+        quantizer.observer = None
+        advance()
+    for weight in network.weights.values():
+        weight.round_to_nearest(network.module.get_buffer(weight.constant))
+        advance()
+
+
+def _collect(
+    network: QuantizedGraph, images: Tensor, batch_size: int, seed: int, wanted: int, advance: Callable[[], None]
+) -> None:
+    batches = images.split(batch_size)
+    device = next(network.module.buffers()).device
+    for index, quantizer in enumerate(network.activations.values()):
+        quantizer.observer = _Observer(max(1, wanted // len(batches)), seed + index)
+    network.set_mode(Mode.OBSERVE)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                network.module(batch.to(device))
+                advance()
+    finally:
+        network.set_mode(Mode.FLOAT)
+
+
+def observation_steps(network: QuantizedGraph, images: int, batch_size: int) -> int:
+    """How often `observe` calls `advance`."""
+    return -(-images // batch_size) + len(network.activations) + len(network.weights)

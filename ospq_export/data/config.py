@@ -1,0 +1,96 @@
+"""The preprocessing a network expects: timm's answer, the user's overrides, and the transform they define."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from timm.data import create_transform, resolve_input_data_config
+from torch import Tensor, nn
+
+from ospq_export.errors import InputError
+from ospq_export.models import ModelSpec
+
+_OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+class DataConfig(BaseModel):
+    """How an image file becomes the network's input.
+
+    Attributes:
+        input_size: (channels, height, width) of the network's input, pixels; 1 or 3 channels.
+        mean: Per channel, in units of a pixel value scaled to [0, 1]; subtracted.
+        std: Per channel, in the same units; divided by.
+        interpolation: The filter that resizes.
+        crop_pct: Share of the resized image's side that the centre crop keeps.
+        crop_mode: `center` keeps the aspect ratio and crops, `squash` does not keep it, `border` pads.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        channels = self.input_size[0]
+        if channels not in (1, 3) or min(self.input_size) < 1:
+            raise ValueError(f"input size {self.input_size}: images have 1 or 3 channels and some pixels")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} {values}: {channels} finite values are needed, one per channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: it divides, so it must be positive")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct {self.crop_pct}: a share above 0 and at most 1 is needed")
+        return self
+
+    @property
+    def image_mode(self) -> Literal["L", "RGB"]:
+        """The mode, in PIL's sense, that images are converted to before the transform."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
+        transform: Callable[[Image.Image], Tensor] = create_transform(is_training=False, **self.model_dump())
+        return transform
+
+
+def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[str, Any]) -> DataConfig:
+    """Finds the preprocessing: overrides first, then what the network was built for, then timm's defaults.
+
+    Args:
+        model: The network, as built from `spec`.
+        spec: Its `img_size` and `in_chans` win over timm's configuration of the pretrained weights.
+        overrides: Any of DataConfig's fields; None means not given, and one mean or std serves all channels.
+
+    Returns:
+        The configuration, with as many means and stds as channels: where timm's do not fit, their average.
+
+    Raises:
+        InputError: A value is impossible, or the network does not take inputs of this size.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    unknown = sorted(given.keys() - set(_OVERRIDES))
+    if unknown:
+        raise InputError(
+            "no such setting", where=", ".join(unknown), mend=f"choose from {', '.join(_OVERRIDES)}"
+        )
+    try:
+        resolved = resolve_input_data_config(model, {**given, "model_kwargs": spec.kwargs})
+        return DataConfig.model_validate({key: resolved[key] for key in _OVERRIDES})
+    except ValidationError as error:
+        where, what = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
+        message = ": ".join([*map(str, where[:1]), what])
+    except (ValueError, TypeError, AssertionError) as error:
+        message = str(error) or "a setting has an impossible value"
+    raise InputError(
+        f"the preprocessing does not fit: {message}",
+        where=spec.name,
+        mend="check --input-size, --mean, --std, --crop-pct, --interpolation, and img_size in --model-kwargs",
+    )

@@ -1,0 +1,136 @@
+"""Lowering: a network with fake-quantizers becomes one with Q/DQ operators, integer weights and folded offsets.
+
+The result computes what the fake-quantized network computes, up to the order of float sums.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Importing the module registers the quantized_decomposed operators with the dispatcher.
+import torch.ao.quantization.fx._decomposed  # noqa: F401
+from torch import Tensor, fx
+
+from ospq_export.graph import quantize as q
+from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer
+
+aten = torch.ops.aten
+qd = torch.ops.quantized_decomposed
+
+
+def lower(network: QuantizedGraph) -> fx.GraphModule:
+    """Replace fake-quantizers by deployable operators.
+
+    - activation: Clip(s*lo, s*hi) where int8 does not saturate by itself, or Sub(k) on a `shifted` grid; then Q and DQ with
+      zero_point 0;
+    - weight: int8 codes and DQ per output channel;
+    - linear: matmul with the (in, out) weight, then its bias; the product with a `shifted` grid's offset is part of the bias.
+
+    Args:
+        network: calibrated.
+
+    Returns:
+        `(B, C, H, W) float32 -> (B, K) float32`; buffers are named after the network's constants.
+    """
+    return _Lowering(network).run()
+
+
+class _Lowering:
+    def __init__(self, network: QuantizedGraph) -> None:
+        self.network = network
+        self.modules = dict(network.module.named_modules())
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.stack: dict[str, tuple[str, str]] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.network.module.graph.nodes:
+            self.stack = node.meta.get("module_stack", ())
+            if node.op == "output":
+                self.graph.output(self.copies[node.args[0]])
+            elif node.op == "call_module":
+                self._quantizer(node, self.modules[str(node.target)])
+            elif node.op == "get_attr":
+                self._constant(node)
+            elif self._weight_quantizer(node) is not None:
+                self._weighted(node)
+            else:
+                self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        module = fx.GraphModule(self.constants, self.graph, class_name="LoweredNetwork")
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module.eval()
+
+    def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        node.meta["module_stack"] = self.stack
+        return node
+
+    def _attribute(self, name: str, value: Tensor) -> fx.Node:
+        self.constants[name] = value.detach().clone().contiguous()
+        return self.graph.get_attr(name)
+
+    def _constant(self, node: fx.Node) -> None:
+        # Weights that a quantizer reads travel as codes only.
+        if any(not isinstance(self.modules.get(str(user.target)), WeightQuantizer) for user in node.users):
+            self.copies[node] = self._attribute(str(node.target), self.network.module.get_buffer(str(node.target)))
+
+    def _quantizer(self, node: fx.Node, quantizer: object) -> None:
+        if isinstance(quantizer, WeightQuantizer):
+            return
+        assert isinstance(quantizer, ActivationQuantizer)
+        x: fx.Node = self.copies[node.all_input_nodes[0]]
+        scale, levels = float(quantizer.scale), quantizer.levels
+        if quantizer.grid is q.Grid.SHIFTED:
+            x = self._call(aten.sub.Tensor, x, float(quantizer.offset))
+        elif not levels.saturates_int8:
+            low, high = (float(quantizer.scale * limit) for limit in (levels.lo, levels.hi))
+            x = self._call(aten.clamp.default, x, low, high)
+        grid = (scale, 0, q.INT8_MIN, q.INT8_MAX, torch.int8)
+        codes = self._call(qd.quantize_per_tensor.default, x, *grid)
+        self.copies[node] = self._call(qd.dequantize_per_tensor.default, codes, *grid)
+
+    def _weight_quantizer(self, node: fx.Node) -> WeightQuantizer | None:
+        if node.op != "call_function" or node.target not in (aten.linear.default, aten.conv2d.default):
+            return None
+        source = node.args[1]
+        module = self.modules.get(str(source.target)) if isinstance(source, fx.Node) else None
+        return module if isinstance(module, WeightQuantizer) else None
+
+    def _weighted(self, node: fx.Node) -> None:
+        weight = self._weight_quantizer(node)
+        assert weight is not None
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        bias = self._bias(node, weight, self.modules.get(str(source.target)))
+        x = self.copies[source]
+        if node.target is aten.conv2d.default:
+            dequantized = self._dequantized(weight, weight.codes, axis=0)
+            rest = [fx.node.map_arg(a, self.copies.__getitem__) for a in node.args[3:]]
+            bias_node = None if bias is None else self._attribute(f"{weight.name}.bias_folded", bias)
+            self.copies[node] = self._call(aten.conv2d.default, x, dequantized, bias_node, *rest)
+            return
+        dequantized = self._dequantized(weight, weight.codes.t(), axis=1)
+        out = self._call(aten.matmul.default, x, dequantized)
+        if bias is not None:
+            out = self._call(aten.add.Tensor, out, self._attribute(f"{weight.name}.bias_folded", bias))
+        self.copies[node] = out
+
+    def _dequantized(self, weight: WeightQuantizer, codes: Tensor, axis: int) -> fx.Node:
+        scale = self._attribute(f"{weight.name}.scale", weight.scale)
+        zero_point = self._attribute(f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=torch.int8))
+        stored = self._attribute(f"{weight.name}.codes", codes)
+        limits = (q.INT8_MIN, q.INT8_MAX, torch.int8)
+        return self._call(qd.dequantize_per_channel.default, stored, scale, zero_point, axis, *limits)
+
+    def _bias(self, node: fx.Node, weight: WeightQuantizer, source: object) -> Tensor | None:
+        """The operator's bias plus k * (W^ summed over its inputs) where its input is `shifted` by k."""
+        bias = None
+        if len(node.args) > 2 and isinstance(node.args[2], fx.Node):
+            bias = self.network.module.get_buffer(str(node.args[2].target))
+        if isinstance(source, ActivationQuantizer) and source.grid is q.Grid.SHIFTED:
+            sums = weight.codes.double().flatten(1).sum(1) * weight.scale.double()
+            shift = sums * source.offset.double()
+            return (shift if bias is None else shift + bias.double()).float()
+        return bias

@@ -1,0 +1,148 @@
+"""From a lowered graph to a checked ONNX file.
+
+torch's exporter translates the operators; an onnx-ir pass then tidies names and metadata, and the result is checked before it
+takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ospq_export.artifact import replacing
+from ospq_export.errors import InputError
+
+# From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
+# its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
+OPSET = 20
+INPUT, OUTPUT = "images", "logits"
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+def write_onnx(
+    module: fx.GraphModule,
+    path: Path,
+    *,
+    input_size: tuple[int, int, int],
+    batch_size: int | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Translate a graph to ONNX and write it atomically.
+
+    Args:
+        module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
+        path: the file; replaced only by a complete and checked one.
+        input_size: (channels, height, width) in pixels.
+        batch_size: a fixed batch, or None for a dynamic one.
+        metadata: key-value pairs for the model's metadata.
+
+    Raises:
+        InputError: an operator has no translation, or the file cannot be written.
+    """
+    import onnx
+    import onnx_ir
+
+    model = _translate(module, input_size, batch_size)
+    _tidy(model, metadata)
+    with replacing(path) as temporary:
+        proto = onnx_ir.serde.serialize_model(model)
+        temporary.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(str(temporary), full_check=True)
+        check_deployable(proto, path)
+
+
+def _translate(module: fx.GraphModule, input_size: tuple[int, int, int], batch_size: int | None) -> Any:
+    example = torch.zeros(batch_size or 2, *input_size)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
+    try:
+        # The exporter prints its progress and warns about its own internals; errors carry everything that matters.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except Exception as error:
+        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise InputError(f"the network cannot be written as ONNX: {reason}", mend="this model is not supported") from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _tidy(model: Any, metadata: Mapping[str, str]) -> None:
+    """Name nodes by module path, and drop the exporter's debugging metadata: it holds stack traces with local file names."""
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        parts = [part for part in _literal_list(scope)[:-1] if part]
+        base = f"{parts[-1] if parts else 'network'}/{node.op_type}"
+        seen[base] = seen.get(base, 0) + 1
+        node.name = base if seen[base] == 1 else f"{base}_{seen[base] - 1}"
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    model.graph.name = "network"
+
+
+def _literal_list(text: str) -> list[str]:
+    import ast
+
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def check_deployable(proto: Any, where: Path) -> None:
+    """Hold a file to what TensorRT and ONNX Runtime need: standard domains, int8 codes, zero points written out and 0.
+
+    Raises:
+        InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    constants = {t.name: t for t in proto.graph.initializer}
+    problem = None
+    for node in proto.graph.node:
+        if node.domain not in _STANDARD_DOMAINS:
+            problem = f"operator {node.domain}::{node.op_type}"
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
+        if zero_point is None or zero_point.data_type != TensorProto.INT8 or numpy_helper.to_array(zero_point).any():
+            problem = f"{node.name} without an int8 zero_point of 0"
+    if problem is not None:
+        raise InputError(f"the exported file cannot be deployed: {problem}", where=where, mend="report this model")

@@ -1,0 +1,224 @@
+"""Canonical form of a captured graph: constants folded, BatchNorm folded, all quantizable work in three operators.
+
+Each pass takes and changes a GraphModule in place; `canonicalize` runs them in order and returns a fresh module whose constants
+are buffers under their original names ("blocks.0.attn.qkv.weight") or, where they were computed, under "folded.<node>".
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.errors import InputError
+from ospq_export.graph.batch_norm import fold_batch_norm
+from ospq_export.graph.rewrite import VIEWS, add_constant, call_functions, constant_of, insert_call, replace_node
+
+aten = torch.ops.aten
+_IDENTITIES = (
+    aten.dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+    aten.type_as.default,
+)
+_CHECKS = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default)
+
+
+def drop_identities(module: fx.GraphModule) -> None:
+    """Remove operators without effect in inference, and assertions."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.name.startswith("_guards"):
+            module.graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _CHECKS:
+            module.graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _IDENTITIES:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if source.meta["val"].dtype == node.meta["val"].dtype:
+                node.replace_all_uses_with(source)
+                module.graph.erase_node(node)
+
+
+def fold_constants(module: fx.GraphModule) -> None:
+    """Evaluate every operator that does not depend on the images: position biases, assembled qkv biases, standardised weights."""
+    values: dict[fx.Node, Any] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            values[node] = constant_of(module, node)
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+    for node, value in values.items():
+        if node.op == "get_attr" or not isinstance(value, Tensor):
+            continue
+        if any(user not in values for user in node.users):
+            constant = add_constant(module, node.name, value, node)
+            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+
+
+def unify_batch_size(module: fx.GraphModule) -> None:
+    """Express every symbolic size by the batch size of the network's input, so that a slice needs only that number."""
+    graph = module.graph
+    placeholder = next(n for n in graph.nodes if n.op == "placeholder")
+    root: fx.Node | None = None
+    for node in call_functions(graph):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt):
+            continue
+        if root is None:
+            with graph.inserting_after(placeholder):
+                root = graph.call_function(aten.sym_size.int, (placeholder, 0))
+            root.meta.update(val=placeholder.meta["val"].shape[0], module_stack=(), module_path="")
+        batch = root.meta["val"].node.expr
+        factor = value.node.expr / batch
+        if node is root or not factor.is_number or factor.is_integer is False:
+            continue
+        if factor == 1:
+            node.replace_all_uses_with(root)
+        else:
+            with graph.inserting_before(node):
+                product = graph.call_function(operator.mul, (root, int(factor)))
+            product.meta.update(val=value, module_stack=(), module_path="")
+            node.replace_all_uses_with(product)
+
+
+def infer_view_sizes(module: fx.GraphModule) -> None:
+    """Write -1 for the only symbolic size of a view: fewer shape operators in every slice and in the exported file."""
+    for node in call_functions(module.graph):
+        if node.target in VIEWS:
+            sizes = list(node.args[1])  # type: ignore[arg-type]
+            symbolic = [i for i, size in enumerate(sizes) if isinstance(size, fx.Node)]
+            if len(symbolic) == 1 and -1 not in sizes:
+                sizes[symbolic[0]] = -1
+            node.target = aten.reshape.default
+            node.args = (node.args[0], sizes)
+
+
+def _transposed_weight(module: fx.GraphModule, node: fx.Node, weight: fx.Node) -> fx.Node:
+    return add_constant(module, f"{node.name}_weight", constant_of(module, weight).t(), node)
+
+
+def to_linear_and_matmul(module: fx.GraphModule) -> None:
+    """Rewrite mm, bmm, addmm, baddbmm, einsum and products with a constant matrix as linear and matmul."""
+    for node in call_functions(module.graph):
+        args = node.args
+        if node.target in (aten.mm.default, aten.bmm.default):
+            node.target = aten.matmul.default
+        elif node.target in (aten.addmm.default, aten.baddbmm.default):
+            if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+                raise _unsupported(node, "alpha or beta other than 1")
+            product = insert_call(node, aten.matmul.default, (args[1], args[2]), node)
+            replace_node(node, insert_call(node, aten.add.Tensor, (product, args[0]), node))
+            node = product
+        elif node.target is aten.einsum.default:
+            _replace_einsum(node)
+            continue
+        if node.target is aten.matmul.default:
+            _matmul_with_constant(module, node)
+
+
+def _matmul_with_constant(module: fx.GraphModule, node: fx.Node) -> None:
+    left, right = node.args
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    if right.op == "get_attr" and right.meta["val"].dim() == 2 and left.op != "get_attr":
+        weight = _transposed_weight(module, node, right)
+        replace_node(node, insert_call(node, aten.linear.default, (left, weight), node))
+
+
+def _replace_einsum(node: fx.Node) -> None:
+    """Two-operand einsum with one contracted and at most one free index per operand, as permute, matmul, permute."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    if not isinstance(operands, list | tuple) or len(operands) != 2 or "." in equation or "->" not in equation:
+        raise _unsupported(node, f"equation {equation}")
+    inputs, out = equation.split("->")
+    left, right = inputs.split(",")
+    summed = [c for c in left if c in right and c not in out]
+    batch = [c for c in out if c in left and c in right]
+    free_left = [c for c in out if c in left and c not in right]
+    free_right = [c for c in out if c in right and c not in left]
+    if not len(summed) == len(free_left) == len(free_right) == 1 or len(left) + len(right) != 2 * len(batch) + 4:
+        raise _unsupported(node, f"equation {equation}")
+
+    def permuted(operand: object, have: str, want: list[str]) -> fx.Node:
+        return insert_call(node, aten.permute.default, (operand, [have.index(c) for c in want]), node)
+
+    lhs = permuted(operands[0], left, batch + free_left + summed)
+    rhs = permuted(operands[1], right, batch + summed + free_right)
+    product = insert_call(node, aten.matmul.default, (lhs, rhs), node)
+    have = "".join(batch + free_left + free_right)
+    replace_node(node, permuted(product, have, list(out)))
+
+
+def _unsupported(node: fx.Node, detail: str) -> InputError:
+    return InputError(
+        f"operator {node.target} cannot be brought into canonical form: {detail}",
+        where=f"module {node.meta.get('module_path') or '(root)'}",
+        mend="this model is not supported",
+    )
+
+
+def normalize_conv_padding(module: fx.GraphModule) -> None:
+    """Rewrite conv2d with padding="same"/"valid" as conv2d with numbers (behind an explicit pad where it is uneven)."""
+    for node in call_functions(module.graph):
+        if node.target is not aten.conv2d.padding:
+            continue
+        x, weight, bias, stride, padding, dilation, groups = (*node.args, *(None, [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :])
+        assert isinstance(weight, fx.Node) and isinstance(dilation, list | tuple)
+        total = [0, 0]
+        if padding == "same":
+            total = [int(d) * (int(k) - 1) for d, k in zip(dilation, weight.meta["val"].shape[2:], strict=True)]  # type: ignore[call-overload]
+        even = [t // 2 for t in total]
+        extra = [t % 2 for t in total]
+        if any(extra):
+            x = insert_call(node, aten.constant_pad_nd.default, (x, [0, extra[1], 0, extra[0]]), node)
+        args = (x, weight, bias, stride, even, dilation, groups)
+        replace_node(node, insert_call(node, aten.conv2d.default, args, node))
+
+
+def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
+    """Run all passes and return a module whose constants are buffers, with unused ones gone.
+
+    Raises:
+        InputError: an operator has no canonical form; names the operator and its module.
+    """
+    for run in (
+        drop_identities,
+        unify_batch_size,
+        fold_constants,
+        infer_view_sizes,
+        to_linear_and_matmul,
+        normalize_conv_padding,
+        fold_batch_norm,
+    ):
+        run(module)
+        module.graph.eliminate_dead_code()
+    return _with_plain_buffers(module)
+
+
+def _with_plain_buffers(module: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule over the same graph whose only state is the constants the graph reads, as float32-preserving buffers."""
+    constants: dict[str, Any] = {}
+    graph, copies = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(copies[_single_output(node)])
+            continue
+        if node.op == "get_attr":
+            constants[str(node.target)] = constant_of(module, node).clone()
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    result = fx.GraphModule(constants, graph, class_name="CapturedNetwork")
+    result.graph.lint()
+    return result.eval()
+
+
+def _single_output(output: fx.Node) -> fx.Node:
+    if len(output.all_input_nodes) != 1:
+        raise InputError("the model returns more than one tensor", mend="choose a model with a single classifier output")
+    return output.all_input_nodes[0]

@@ -1,0 +1,170 @@
+"""Capture of any timm model as a flat ATen graph in canonical form, with a fingerprint.
+
+After `capture`, a graph has one placeholder (images) and call_function nodes over constants; its quantizable work is
+`aten.linear`, `aten.conv2d` and `aten.matmul`. Every node carries in `meta`:
+    val           fake tensor (shape, dtype; the batch dimension is symbolic)
+    module_path   the module that ran the operator, e.g. "blocks.0.attn.qkv"
+    module_stack  ((path, class name), ...) from the root to that module
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export.errors import InputError
+from ospq_export.graph import canonical
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot product attention as two matmuls, the scale applied to the query."""
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal or grouped-query attention")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.matmul(query * factor, key.transpose(-2, -1))
+    if attn_mask is not None:
+        bias = torch.where(attn_mask, 0.0, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
+        logits = logits + bias
+    return torch.matmul(torch.softmax(logits, -1), value)
+
+
+def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+            return program.run_decompositions({aten.scaled_dot_product_attention.default: _explicit_attention})
+    except Exception as error:
+        raise InputError(
+            f"the model cannot be captured as one graph: {_first_line(error)}",
+            where=_failing_module(model, example) or type(model).__name__,
+            mend="data-dependent control flow cannot be exported; choose another model or rewrite that module",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _failing_module(model: nn.Module, example: Tensor) -> str:
+    """Path and class of the deepest module that torch.export refuses when it is exported alone, "" when none is."""
+    inputs: dict[str, tuple[object, ...]] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, args, _out, path=path: inputs.setdefault(path, args))  # type: ignore[misc]
+        for path, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:
+        return f"the float model itself fails on {tuple(example.shape)}: {_first_line(error)}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(model.named_modules())
+    path, searching = "", True
+    while searching:
+        searching = False
+        for name, _ in modules[path].named_children():
+            child = f"{path}.{name}" if path else name
+            if child in inputs and not _exports(modules[child], inputs[child]):
+                path, searching = child, True
+                break
+    return f"{path}, {type(modules[path]).__name__}" if path else ""
+
+
+def _exports(module: nn.Module, args: tuple[object, ...]) -> bool:
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.export.export(module, args)
+    except Exception:
+        return False
+    return True
+
+
+def _annotate(nodes: Iterable[fx.Node]) -> None:
+    """Replace torch.export's module stack by plain paths that survive every later pass."""
+    for node in nodes:
+        stack = tuple(
+            (path, kind.rsplit(".", 1)[-1])
+            for path, kind in node.meta.get("nn_module_stack", {}).values()
+            if isinstance(kind, str) and "_hook" not in path
+        )
+        node.meta["module_stack"] = stack
+        node.meta["module_path"] = stack[-1][0] if stack else ""
+
+
+def capture(model: nn.Module, input_size: Sequence[int]) -> fx.GraphModule:
+    """Capture a model as a canonical graph that computes the same function.
+
+    Args:
+        model: in eval mode, float32, one image tensor in, one logits tensor out; its fused attention switched off.
+        input_size: (channels, height, width) in pixels.
+
+    Returns:
+        A GraphModule `(B, C, H, W) float32 -> (B, K) float32`, B free, constants as buffers.
+
+    Raises:
+        InputError: the model cannot be captured; names the module, and the operator where one is unsupported.
+    """
+    device = next(iter(model.parameters())).device
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *input_size, generator=generator).to(device)
+    program = _export(model, example)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    _annotate(module.graph.nodes)
+    result = canonical.canonicalize(module)
+    if not quantizable_nodes(result.graph):
+        raise InputError("the model has no linear, conv2d or matmul to quantize", where=type(model).__name__)
+    return result
+
+
+def quantizable_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The linear, conv2d and matmul nodes in topological order."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in QUANTIZABLE]
+
+
+def fingerprint(module: fx.GraphModule) -> str:
+    """SHA-256 (hex) of the graph's structure: operators, arguments, shapes, module paths; not of its weights or node names."""
+    index = {node: str(i) for i, node in enumerate(module.graph.nodes)}
+
+    def render(value: object) -> str:
+        if isinstance(value, fx.Node):
+            return "%" + index[value]
+        if isinstance(value, list | tuple):
+            return "[" + ",".join(map(render, value)) + "]"
+        return repr(value)
+
+    digest = hashlib.sha256()
+    for node in module.graph.nodes:
+        kwargs = [(k, render(v)) for k, v in sorted(node.kwargs.items())]
+        shape = ""
+        if node.op == "get_attr":
+            constant = module.get_buffer(str(node.target))
+            shape = f"{tuple(constant.shape)} {constant.dtype}"
+        line = f"{node.op} {node.target} {render(node.args)} {kwargs} {shape} {node.meta.get('module_path', '')}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()

@@ -1,0 +1,352 @@
+"""Quantizer modules and their insertion into a captured graph.
+
+One tensor has one quantizer, shared by all quantizable operators that read it; every other reader sees the float tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export.errors import InputError
+from ospq_export.graph import quantize as q
+from ospq_export.graph.capture import quantizable_nodes
+from ospq_export.graph.range_search import ActivationRange, search_weight_scale
+from ospq_export.graph.slicing import cut_points
+
+aten = torch.ops.aten
+_MOVES = (
+    aten.transpose.int,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.clone.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+)
+
+
+class Mode(StrEnum):
+    """What a quantizer does with its tensor."""
+
+    FLOAT = "float"
+    OBSERVE = "observe"
+    QUANTIZE = "quantize"
+    LEARN = "learn"
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizer of one activation tensor, per tensor.
+
+    Attributes:
+        name: of the first operator that reads the tensor, with the operand: "blocks.0.attn.qkv.input".
+        bits: 2 to 8.
+        may_shift: whether a `shifted` grid can be deployed (every reader is a linear or an unpadded convolution).
+        scale, offset: float32 scalars, in the units of the tensor.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, name: str, bits: int, may_shift: bool) -> None:
+        super().__init__()
+        self.name, self.bits, self.may_shift = name, bits, may_shift
+        self.grid, self.levels = q.Grid.SYMMETRIC, q.symmetric_levels(bits)
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("offset", torch.tensor(0.0))
+        self.mode = Mode.FLOAT
+        self.observer: _Observer | None = None
+        self.drop_probability = 0.0
+        self.delta: nn.Parameter | None = None
+        self.logarithmic = False
+
+    def set_range(self, found: ActivationRange) -> None:
+        """Take over a searched range."""
+        self.grid, self.levels = found.grid, found.levels
+        self.scale.fill_(found.scale)
+        self.offset.fill_(found.offset)
+
+    def start_learning(self, *, logarithmic: bool) -> nn.Parameter:
+        """Make the scale learnable: scale + delta, or scale * exp(delta), with delta starting at 0."""
+        self.delta = nn.Parameter(torch.zeros_like(self.scale))
+        self.logarithmic = logarithmic
+        return self.delta
+
+    def settle(self) -> None:
+        """Keep the learned scale as a constant."""
+        with torch.no_grad():
+            self.scale.copy_(self.current_scale())
+        self.delta, self.drop_probability = None, 0.0
+
+    def current_scale(self) -> Tensor:
+        """float32 scalar, at least 1e-8."""
+        if self.delta is None:
+            return self.scale
+        moved = self.scale * self.delta.exp() if self.logarithmic else self.scale + self.delta
+        return moved.clamp_min(1e-8)
+
+    @property
+    def used_offset(self) -> Tensor | None:
+        """The offset of a `shifted` grid, else None."""
+        return self.offset if self.grid is q.Grid.SHIFTED else None
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of x, as float32."""
+        return q.quantize(x, self.scale, self.levels, self.used_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode is Mode.FLOAT:
+            return x
+        if self.mode is Mode.OBSERVE:
+            assert self.observer is not None
+            self.observer(x)
+            return x
+        quantized = q.fake_quantize(x, self.current_scale(), self.levels, self.used_offset)
+        return q.drop_quantization(quantized, x, self.drop_probability)
+
+
+class _Observer:
+    """Keeps a bounded random sample of the values of a tensor over several batches, and their exact extremes."""
+
+    def __init__(self, per_batch: int, seed: int) -> None:
+        self.per_batch = per_batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        flat = x.detach().flatten()
+        if flat.numel() > self.per_batch:
+            picks = torch.randint(flat.numel(), (self.per_batch,), generator=self.generator).to(flat.device)
+            picked = flat[picks]
+            tail = min(16, flat.numel())
+            extremes = torch.cat([flat.topk(tail).values, flat.topk(tail, largest=False).values])
+            flat = torch.cat([picked, extremes])
+        self.kept.append(flat.cpu())
+
+    def values(self) -> Tensor:
+        return torch.cat(self.kept)
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizer of one weight, symmetric per output channel (axis 0).
+
+    Attributes:
+        scale: float32 (out_channels,), in the units of the weight.
+        codes: int8, the weight's shape; what is deployed.
+    """
+
+    scale: Tensor
+    codes: Tensor
+
+    def __init__(self, name: str, bits: int, constant: str, weight: Tensor) -> None:
+        super().__init__()
+        self.name, self.bits, self.constant = name, bits, constant
+        self.levels = q.symmetric_levels(bits)
+        self.register_buffer("scale", torch.ones(weight.shape[0], device=weight.device))
+        self.register_buffer("codes", torch.zeros_like(weight, dtype=torch.int8))
+        self.mode = Mode.FLOAT
+        self.v: nn.Parameter | None = None
+        self.floor: Tensor | None = None
+
+    def round_to_nearest(self, weight: Tensor) -> None:
+        """Search the scale and take the nearest codes."""
+        self.scale.copy_(search_weight_scale(weight, self.bits))
+        self.codes.copy_(q.quantize(weight, q.per_channel(self.scale, weight.dim()), self.levels))
+
+    def start_learning(self, weight: Tensor) -> nn.Parameter:
+        """Make the rounding learnable, starting where W^ = W (AdaRound): h(V) = W/s - floor(W/s)."""
+        scaled = weight / q.per_channel(self.scale, weight.dim())
+        self.floor = torch.floor(scaled)
+        self.v = nn.Parameter(q.inverse_rectified_sigmoid(scaled - self.floor))
+        return self.v
+
+    def settle(self) -> None:
+        """Harden: round up where h(V) >= 1/2, and keep integer codes."""
+        assert self.v is not None and self.floor is not None
+        up = (q.rectified_sigmoid(self.v.detach()) >= 0.5).to(self.floor.dtype)
+        self.codes.copy_(torch.clamp(self.floor + up, self.levels.lo, self.levels.hi))
+        self.v = self.floor = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.mode in (Mode.FLOAT, Mode.OBSERVE):
+            return weight
+        scale = q.per_channel(self.scale, weight.dim())
+        if self.mode is Mode.LEARN and self.v is not None and self.floor is not None:
+            return q.soft_quantize_weight(self.floor, self.v, scale, self.levels)
+        return q.dequantize(self.codes.to(scale.dtype), scale)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of weights and activations, and of the first and last quantizable operator."""
+
+    weight: int
+    activation: int
+    first_last: int = 8
+
+
+@dataclass
+class QuantizedGraph:
+    """A captured network with quantizers in it; the float network is the same module in Mode.FLOAT."""
+
+    module: fx.GraphModule
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    weights: dict[str, WeightQuantizer] = field(default_factory=dict)
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch every quantizer."""
+        set_mode(self.module, mode)
+
+
+def quantizers_of(module: nn.Module) -> Iterator[ActivationQuantizer | WeightQuantizer]:
+    """All quantizers in a network or a slice."""
+    return (m for m in module.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer))
+
+
+def set_mode(module: nn.Module, mode: Mode) -> None:
+    """Switch every quantizer in a network or a slice."""
+    for quantizer in quantizers_of(module):
+        quantizer.mode = mode
+
+
+def operator_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A unique readable name per quantizable operator: its module's path, with the operator and a count where it has several."""
+    nodes = quantizable_nodes(graph)
+    per_path = Counter(n.meta["module_path"] for n in nodes)
+    seen: Counter[tuple[str, str]] = Counter()
+    names = {}
+    for node in nodes:
+        path, kind = node.meta["module_path"], str(node.target).split(".")[1]
+        count = seen[path, kind]
+        seen[path, kind] += 1
+        own = path if per_path[path] == 1 and kind != "matmul" else f"{path}.{kind}_{count}".lstrip(".")
+        names[node] = own
+    return names
+
+
+def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """Walk from a matmul's operand up through pure data movement; TensorRT wants K quantized before its transpose.
+
+    Returns:
+        The tensor to quantize, and the movement that reads it (None when the operator itself does).
+    """
+    reader = None
+    while tensor.target in _MOVES and len(tensor.users) == 1 and tensor not in cuts:
+        reader, tensor = tensor, tensor.all_input_nodes[0]
+    return tensor, reader
+
+
+def _is_unpadded(node: fx.Node) -> bool:
+    if node.target is aten.linear.default:
+        return True
+    if node.target is not aten.conv2d.default:
+        return False
+    padding = node.args[4] if len(node.args) > 4 else 0
+    return all(p == 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
+
+
+@dataclass
+class _Site:
+    """A tensor to be quantized and who reads it quantized."""
+
+    name: str
+    bits: int
+    may_shift: bool
+    readers: list[fx.Node]
+
+
+def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
+    cuts, names = set(cut_points(graph)), operator_names(graph)
+    ends = {next(iter(names)), next(reversed(names))}
+    sites: dict[fx.Node, _Site] = {}
+    for node, name in names.items():
+        is_matmul = node.target is aten.matmul.default
+        operands = zip(("lhs", "rhs"), node.args[:2], strict=True) if is_matmul else (("input", node.args[0]),)
+        for label, operand in operands:
+            assert isinstance(operand, fx.Node)
+            if operand.op == "get_attr":
+                continue
+            tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
+            wanted = bits.first_last if node in ends else bits.activation
+            site = sites.setdefault(tensor, _Site(f"{name}.{label}", wanted, True, []))
+            site.bits = max(site.bits, wanted)
+            site.may_shift = site.may_shift and _is_unpadded(node)
+            site.readers.append(reader or node)
+    return sites
+
+
+def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
+    """Put a quantizer on every image-dependent operand and every constant weight of the quantizable operators.
+
+    Args:
+        module: what `capture` returned; it is not changed, its constants are shared.
+        bits: of weights, activations and the two ends.
+
+    Returns:
+        The network with quantizers in Mode.FLOAT; node names of `module` are kept.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, copies)
+    assert isinstance(output, fx.Node)
+    graph.output(output)
+    if any(old.name != new.name for old, new in copies.items()):
+        raise AssertionError("node names changed in the copy")
+    result = QuantizedGraph(fx.GraphModule(module, graph, class_name="QuantizedNetwork"))
+    result.module.add_module("quantizers", nn.Module())
+    # Sites are computed on the untouched graph: cut points and names must not see the quantizers.
+    sites = _activation_sites(module.graph, bits)
+    for tensor, site in sites.items():
+        _insert_activation(result, copies[tensor], site, [copies[r] for r in site.readers])
+    _insert_weights(result, module.graph, copies, bits)
+    result.module.recompile()
+    return result
+
+
+def _register(result: QuantizedGraph, name: str, quantizer: nn.Module) -> str:
+    key = name.replace(".", "__")
+    holder = result.module.quantizers
+    assert isinstance(holder, nn.Module)
+    holder.add_module(key, quantizer)
+    return f"quantizers.{key}"
+
+
+def _insert_activation(result: QuantizedGraph, tensor: fx.Node, site: _Site, readers: list[fx.Node]) -> None:
+    quantizer = ActivationQuantizer(site.name, site.bits, site.may_shift)
+    result.activations[site.name] = quantizer
+    target = _register(result, site.name, quantizer)
+    # Placed ahead of its first reader, it belongs to the slice that reads it, also where the tensor is a cut point.
+    graph = result.module.graph
+    first = next(n for n in graph.nodes if n in readers)
+    with graph.inserting_before(first):
+        node = graph.call_module(target, (tensor,))
+    node.meta.update(tensor.meta)
+    for reader in readers:
+        reader.replace_input_with(tensor, node)
+
+
+def _insert_weights(result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], bits: Bits) -> None:
+    names = operator_names(graph)
+    ends = {next(iter(names)), next(reversed(names))}
+    placed: dict[fx.Node, fx.Node] = {}
+    for original, name in names.items():
+        weight = original.args[1]
+        if original.target is aten.matmul.default or not isinstance(weight, fx.Node):
+            continue
+        if weight.op != "get_attr":
+            raise InputError(f"the weight of {name} is computed from the images", mend="this model is not supported")
+        node, weight = copies[original], copies[weight]
+        if weight not in placed:
+            constant = str(weight.target)
+            wanted = bits.first_last if original in ends else bits.weight
+            quantizer = WeightQuantizer(f"{name}.weight", wanted, constant, result.module.get_buffer(constant))
+            result.weights[quantizer.name] = quantizer
+            with result.module.graph.inserting_before(node):
+                target = _register(result, quantizer.name, quantizer)
+                placed[weight] = result.module.graph.call_module(target, (weight,))
+            placed[weight].meta.update(weight.meta)
+        node.replace_input_with(weight, placed[weight])

@@ -1,0 +1,119 @@
+"""Recipes: what a calibration does, as readable TOML files checked by a schema.
+
+A recipe is found by name among the packaged ones ("w4a4") or by the path of a file; any value can be overridden by
+`section.key=value`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ospq_export.errors import InputError
+
+
+class Reconstruction(BaseModel):
+    """Settings of the optimisation of one slice."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    iterations: int = Field(ge=0, description="optimisation steps per slice; 0 is round to nearest")
+    batch_size: int = Field(ge=1, description="images per step")
+    learning_rate_rounding: float = Field(gt=0, description="Adam's rate on the rounding parameter V")
+    learning_rate_scale: float = Field(ge=0, description="Adam's rate on the activation scales, cosine decay")
+    scale_parametrization: Literal["linear", "logarithmic"] = Field(description="what the rate above applies to")
+    loss: Literal["normalized", "literal"] = Field(
+        description="MSE over the slice's initial MSE, or BRECQ's code to the letter (sum over dimension 1)"
+    )
+    rounding_weight: float = Field(ge=0, description="weight of the rounding regulariser (per mean, or literal: per sum)")
+    warm_up: float = Field(ge=0, lt=1, description="share of the iterations without the rounding term")
+    beta_start: float = Field(gt=0, description="exponent of the rounding term after warm-up")
+    beta_end: float = Field(gt=0, description="exponent of the rounding term at the end")
+    drop_probability: float = Field(ge=0, le=1, description="share of activation elements left float (QDrop)")
+
+
+class Recipe(BaseModel):
+    """A whole calibration recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    weight_bits: int = Field(ge=2, le=8)
+    activation_bits: int = Field(ge=2, le=8)
+    first_last_bits: int = Field(ge=2, le=8, description="of the first and last quantizable operator")
+    slicing: Literal["block"] = Field(description="reconstruction granularity")
+    calibration_images: int = Field(ge=1)
+    observation_images: int = Field(ge=1, description="how many of them the range search looks at")
+    reconstruction: Reconstruction
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files(__package__).iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name_or_path: a packaged recipe's name or a TOML file.
+        overrides: "key=value" or "section.key=value", values as TOML literals (bare words are strings).
+
+    Raises:
+        InputError: no such recipe, not TOML, an unknown key, or a value that the schema refuses.
+    """
+    values = _read(name_or_path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"recipe value {key!r}: {first['msg']}", where=name_or_path, mend="see the packaged recipes for every key"
+        ) from error
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    if name_or_path in packaged_recipes():
+        text = resources.files(__package__).joinpath(f"{name_or_path}.toml").read_text()
+    elif Path(name_or_path).is_file():
+        try:
+            text = Path(name_or_path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the recipe cannot be read: {error}", where=name_or_path) from error
+    else:
+        known = ", ".join(packaged_recipes())
+        raise InputError(f"there is no recipe {name_or_path!r}", mend=f"use one of {known}, or the path of a TOML file")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"the recipe is not valid TOML: {error}", where=name_or_path) from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"override {override!r} is not of the form key=value", where="--set")
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise InputError(f"{section!r} is not a section of a recipe", where=f"--set {override}")
+    target[last] = _literal(text.strip())
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

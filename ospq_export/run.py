@@ -1,0 +1,183 @@
+"""A finished run as an object: its networks rebuilt from the run directory alone, without the original weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export import artifact
+from ospq_export.artifact import Manifest, QuantizerRecord
+from ospq_export.errors import InputError
+from ospq_export.graph.capture import capture, fingerprint
+from ospq_export.graph.quantize import Grid, Levels
+from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, QuantizedGraph, WeightQuantizer, insert_quantizers
+from ospq_export.models import create_model
+
+_MEND = "calibrate again, or copy the run directory anew"
+
+
+@dataclass
+class Run:
+    """A run directory whose manifest and hashes have been checked.
+
+    Attributes:
+        path: the directory.
+        manifest: what it says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a run directory.
+
+        Raises:
+            InputError: not a run directory, unfinished, damaged or edited.
+        """
+        manifest = artifact.read_manifest(path)
+        if manifest.status != "calibrated":
+            raise InputError("the calibration was interrupted", where=path, mend="run the same `calibrate` command again to finish it")
+        artifact.check_files(path, manifest)
+        return cls(path, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the run.
+
+        Raises:
+            InputError: the run has no such file.
+        """
+        if name not in self.manifest.files:
+            raise InputError(f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first")
+        return self.path / name
+
+    def captured(self) -> fx.GraphModule:
+        """The float network's graph with the run's float weights.
+
+        Raises:
+            InputError: this installation captures another graph than the one that was calibrated.
+        """
+        tensors, _ = artifact.read_tensors(self.file(artifact.FLOAT_TENSORS))
+        graph = self._recaptured()
+        _load_constants(graph, tensors, self.path / artifact.FLOAT_TENSORS)
+        return graph
+
+    def _recaptured(self) -> fx.GraphModule:
+        model = create_model(self.manifest.model, load_weights=False)
+        graph = capture(model, self.manifest.data.input_size)
+        if fingerprint(graph) != self.manifest.graph_fingerprint:
+            made, here = self.manifest.versions, artifact.installed_versions()
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v] or ["no version"]
+            raise InputError(
+                f"the model's graph is not the calibrated one (changed since: {', '.join(changed)})",
+                where=self.path,
+                mend="install the versions named in the manifest, or calibrate again",
+            )
+        return graph
+
+    def float_network(self) -> nn.Module:
+        """`(B, C, H, W) float32 -> logits (B, K) float32`, in eval mode."""
+        return self.captured()
+
+    def quantized_graph(self) -> QuantizedGraph:
+        """The fake-quantized network, from `quantized.safetensors` alone, in Mode.QUANTIZE.
+
+        Raises:
+            InputError: the tensors do not fit the graph.
+        """
+        path = self.file(artifact.QUANTIZED_TENSORS)
+        tensors, _ = artifact.read_tensors(path)
+        graph = self._recaptured()
+        recipe = self.manifest.recipe
+        bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+        network = insert_quantizers(graph, bits)
+        replaced = {w.constant for w in network.weights.values()}
+        others = {name: tensors.get(name) for name, _ in graph.named_buffers() if name not in replaced}
+        _load_constants(graph, {k: v for k, v in others.items() if v is not None}, path, skip=replaced)
+        load_quantizers(network, self.manifest.quantizers, tensors, path)
+        network.set_mode(Mode.QUANTIZE)
+        return network
+
+    def fake_quant_network(self) -> nn.Module:
+        """The network whose predictions the deployed file must give: `(B, C, H, W) float32 -> logits (B, K) float32`."""
+        return self.quantized_graph().module
+
+
+def _load_constants(graph: fx.GraphModule, tensors: dict[str, Tensor], path: Path, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    for name, buffer in graph.named_buffers():
+        if name in skip:
+            continue
+        value = tensors.get(name)
+        if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
+            found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+            raise InputError(f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}", where=path, mend=_MEND)
+        buffer.copy_(value)
+
+
+def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
+    """The integer side of all quantizers of a calibrated network."""
+    records = [
+        QuantizerRecord(name=a.name, kind="activation", slice=slice_of[a.name], bits=a.bits, grid=a.grid.value, lo=a.levels.lo, hi=a.levels.hi)
+        for a in network.activations.values()
+    ]
+    for w in network.weights.values():
+        records.append(
+            QuantizerRecord(
+                name=w.name, kind="weight", slice=slice_of[w.name], bits=w.bits, grid="symmetric", lo=w.levels.lo, hi=w.levels.hi,
+                axis=0, constant=w.constant,
+            )
+        )
+    return records
+
+
+def quantizer_tensors(quantizers: list[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
+    """Scales, offsets and codes under the names that `load_quantizers` reads."""
+    tensors: dict[str, Tensor] = {}
+    for quantizer in quantizers:
+        tensors[f"{quantizer.name}.scale"] = quantizer.scale
+        if isinstance(quantizer, WeightQuantizer):
+            tensors[f"{quantizer.name}.codes"] = quantizer.codes
+        else:
+            tensors[f"{quantizer.name}.offset"] = quantizer.offset
+    return tensors
+
+
+def load_quantizers(network: QuantizedGraph, records: list[QuantizerRecord], tensors: dict[str, Tensor], path: Path) -> None:
+    """Set every quantizer of a network from records and tensors.
+
+    Raises:
+        InputError: a quantizer is missing, unknown, or its tensors have another shape, dtype or range.
+    """
+    quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
+    unknown = {r.name for r in records} ^ set(quantizers)
+    if unknown:
+        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, mend=_MEND)
+    for record in records:
+        load_quantizer(quantizers[record.name], record, tensors, path)
+
+
+def load_quantizer(
+    quantizer: ActivationQuantizer | WeightQuantizer, record: QuantizerRecord, tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Set one quantizer; see `load_quantizers`."""
+    try:
+        quantizer.levels = Levels(record.lo, record.hi)
+    except ValueError as error:
+        raise InputError(f"{record.name}: {error}", where=path, mend=_MEND) from error
+    for key, value in quantizer_tensors([quantizer]).items():
+        found = tensors.get(key)
+        if found is None or found.shape != value.shape or found.dtype != value.dtype:
+            shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise InputError(f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, mend=_MEND)
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise InputError(f"{key} is not finite", where=path, mend=_MEND)
+        value.copy_(found)
+    if not bool((quantizer.scale > 0).all()):
+        raise InputError(f"{record.name}.scale is not positive", where=path, mend=_MEND)
+    if isinstance(quantizer, ActivationQuantizer):
+        quantizer.grid = Grid(record.grid)
+    elif quantizer.codes.min() < record.lo or quantizer.codes.max() > record.hi:
+        raise InputError(f"{record.name}.codes leave [{record.lo}, {record.hi}]", where=path, mend=_MEND)
