@@ -133,7 +133,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise InputError(
-            f"cannot be written: {error.strerror or error}", where=path, mend="free some space or choose another folder"
+            f"cannot be written: {error.strerror or error}",
+            where=path,
+            mend="free some space or choose another folder",
         ) from error
     finally:
         if temporary is not None:
@@ -185,18 +187,28 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise InputError("not a run directory: it has no manifest.json", where=folder, mend="give a folder that `calibrate` wrote") from error
+        raise InputError(
+            "not a run directory: it has no manifest.json",
+            where=folder,
+            mend="give a folder that `calibrate` wrote",
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
-        raise InputError(f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}", where=path, mend="calibrate again with this version")
+        raise InputError(
+            f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}",
+            where=path,
+            mend="calibrate again with this version",
+        )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"the manifest's {key!r} is wrong: {first['msg']}", where=path, mend=_FOREIGN) from error
+        raise InputError(
+            f"the manifest's {key!r} is wrong: {first['msg']}", where=path, mend=_FOREIGN
+        ) from error
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -208,11 +220,17 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name:
-            raise InputError(f"the manifest names a file outside the run directory: {name!r}", where=folder, mend=_FOREIGN)
+            raise InputError(
+                f"the manifest names a file outside the run directory: {name!r}", where=folder, mend=_FOREIGN
+            )
         if not path.is_file():
             raise InputError(f"the run directory lacks {name}", where=folder, mend=_FOREIGN)
         if sha256(path) != expected:
-            raise InputError(f"{name} was changed or truncated since it was written: its hash differs", where=folder, mend=_FOREIGN)
+            raise InputError(
+                f"{name} was changed or truncated since it was written: its hash differs",
+                where=folder,
+                mend=_FOREIGN,
+            )
 
 
 def record_files(folder: Path, manifest: Manifest, *names: str) -> Manifest:

@@ -40,7 +40,9 @@ class DemoModel(StrEnum):
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
-WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate` wrote.")]
 RecipeOption = Annotated[
@@ -48,7 +50,9 @@ RecipeOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. reconstruction.iterations=2000."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. reconstruction.iterations=2000."
+    ),
 ]
 
 
@@ -63,14 +67,21 @@ def calibrate(
         str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
     ] = "",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones.")
+        Path | None,
+        typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones."),
     ] = None,
-    random_weights: Annotated[bool, typer.Option(help="Use seeded random weights, to try the tools out.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option(help="Use seeded random weights, to try the tools out.")
+    ] = False,
     input_size: Annotated[str | None, typer.Option(help="Channels, height, width: '3,224,224'.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0.456,0.406'.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation per channel.")] = None,
-    crop_pct: Annotated[float | None, typer.Option(help="Share of the resized image that the crop keeps.")] = None,
-    interpolation: Annotated[str | None, typer.Option(help="Resampling: bicubic, bilinear, nearest, ...")] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Share of the resized image that the crop keeps.")
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="Resampling: bicubic, bilinear, nearest, ...")
+    ] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
@@ -110,7 +121,9 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
     try:
         return tuple(kind(part) for part in text.replace(",", " ").split())
     except ValueError as error:
-        raise InputError(f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5") from error
+        raise InputError(
+            f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"
+        ) from error
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:
@@ -173,7 +186,9 @@ def _create_model(spec: ModelSpec, seed: int) -> Any:
 @app.command()
 def export(
     run: RunArgument,
-    batch_size: Annotated[int | None, typer.Option(help="Fixed batch size of the file; default: dynamic.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Fixed batch size of the file; default: dynamic.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory."""
@@ -186,7 +201,9 @@ def _export(run: Path, batch_size: int | None, quiet: bool) -> None:
 
     with stage_progress(disable=quiet) as progress:
         done = export(run, batch_size=batch_size, progress=progress)
-    _console().print(f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}")
+    _console().print(
+        f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"
+    )
 
 
 @app.command()
@@ -197,7 +214,10 @@ def validate(
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
     max_top1_difference: Annotated[float, typer.Option(min=0, help="Parity: points of Top-1.")] = 0.1,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits.")
+        float | None,
+        typer.Option(
+            min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits."
+        ),
     ] = None,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
@@ -209,7 +229,9 @@ def validate(
 
     opened = Run.open(run)
     images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
-    report = _validate(opened, images, batch_size, limit, max_top1_difference, min_agreement, device, workers, quiet)
+    report = _validate(
+        opened, images, batch_size, limit, max_top1_difference, min_agreement, device, workers, quiet
+    )
     raise typer.Exit(0 if report.verdict else 1)
 
 
@@ -251,7 +273,9 @@ def demo(
     recipe: RecipeOption = "w8a8",
     overrides: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/demo-MODEL-RECIPE.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Validate on the first N of the 10,000 test images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Validate on the first N of the 10,000 test images.")
+    ] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     quiet: QuietOption = False,

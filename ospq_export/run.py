@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from ospq_export.artifact import Manifest, QuantizerRecord
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.quantize import Grid, Levels
-from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, QuantizedGraph, WeightQuantizer, insert_quantizers
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Bits,
+    Mode,
+    QuantizedGraph,
+    WeightQuantizer,
+    insert_quantizers,
+)
 from ospq_export.models import create_model
 
 _MEND = "calibrate again, or copy the run directory anew"
@@ -40,7 +48,11 @@ class Run:
         """
         manifest = artifact.read_manifest(path)
         if manifest.status != "calibrated":
-            raise InputError("the calibration was interrupted", where=path, mend="run the same `calibrate` command again to finish it")
+            raise InputError(
+                "the calibration was interrupted",
+                where=path,
+                mend="run the same `calibrate` command again to finish it",
+            )
         artifact.check_files(path, manifest)
         return cls(path, manifest)
 
@@ -51,7 +63,9 @@ class Run:
             InputError: the run has no such file.
         """
         if name not in self.manifest.files:
-            raise InputError(f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first")
+            raise InputError(
+                f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
+            )
         return self.path / name
 
     def captured(self) -> fx.GraphModule:
@@ -70,7 +84,9 @@ class Run:
         graph = capture(model, self.manifest.data.input_size)
         if fingerprint(graph) != self.manifest.graph_fingerprint:
             made, here = self.manifest.versions, artifact.installed_versions()
-            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v] or ["no version"]
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v] or [
+                "no version"
+            ]
             raise InputError(
                 f"the model's graph is not the calibrated one (changed since: {', '.join(changed)})",
                 where=self.path,
@@ -106,28 +122,49 @@ class Run:
         return self.quantized_graph().module
 
 
-def _load_constants(graph: fx.GraphModule, tensors: dict[str, Tensor], path: Path, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _load_constants(
+    graph: fx.GraphModule, tensors: dict[str, Tensor], path: Path, skip: Set[str] = frozenset()
+) -> None:
     for name, buffer in graph.named_buffers():
         if name in skip:
             continue
         value = tensors.get(name)
         if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
             found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
-            raise InputError(f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}", where=path, mend=_MEND)
+            raise InputError(
+                f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
+                where=path,
+                mend=_MEND,
+            )
         buffer.copy_(value)
 
 
 def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
     """The integer side of all quantizers of a calibrated network."""
     records = [
-        QuantizerRecord(name=a.name, kind="activation", slice=slice_of[a.name], bits=a.bits, grid=a.grid.value, lo=a.levels.lo, hi=a.levels.hi)
+        QuantizerRecord(
+            name=a.name,
+            kind="activation",
+            slice=slice_of[a.name],
+            bits=a.bits,
+            grid=a.grid.value,
+            lo=a.levels.lo,
+            hi=a.levels.hi,
+        )
         for a in network.activations.values()
     ]
     for w in network.weights.values():
         records.append(
             QuantizerRecord(
-                name=w.name, kind="weight", slice=slice_of[w.name], bits=w.bits, grid="symmetric", lo=w.levels.lo, hi=w.levels.hi,
-                axis=0, constant=w.constant,
+                name=w.name,
+                kind="weight",
+                slice=slice_of[w.name],
+                bits=w.bits,
+                grid="symmetric",
+                lo=w.levels.lo,
+                hi=w.levels.hi,
+                axis=0,
+                constant=w.constant,
             )
         )
     return records
@@ -145,7 +182,9 @@ def quantizer_tensors(quantizers: list[ActivationQuantizer | WeightQuantizer]) -
     return tensors
 
 
-def load_quantizers(network: QuantizedGraph, records: list[QuantizerRecord], tensors: dict[str, Tensor], path: Path) -> None:
+def load_quantizers(
+    network: QuantizedGraph, records: list[QuantizerRecord], tensors: dict[str, Tensor], path: Path
+) -> None:
     """Set every quantizer of a network from records and tensors.
 
     Raises:
@@ -160,7 +199,10 @@ def load_quantizers(network: QuantizedGraph, records: list[QuantizerRecord], ten
 
 
 def load_quantizer(
-    quantizer: ActivationQuantizer | WeightQuantizer, record: QuantizerRecord, tensors: dict[str, Tensor], path: Path
+    quantizer: ActivationQuantizer | WeightQuantizer,
+    record: QuantizerRecord,
+    tensors: dict[str, Tensor],
+    path: Path,
 ) -> None:
     """Set one quantizer; see `load_quantizers`."""
     try:
@@ -171,7 +213,9 @@ def load_quantizer(
         found = tensors.get(key)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise InputError(f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, mend=_MEND)
+            raise InputError(
+                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, mend=_MEND
+            )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise InputError(f"{key} is not finite", where=path, mend=_MEND)
         value.copy_(found)

@@ -43,7 +43,9 @@ def observe(
                 f"the float network's activation {quantizer.name} is not finite on the calibration images",
                 mend="check the checkpoint and the preprocessing",
             )
-        quantizer.set_range(search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift))
+        quantizer.set_range(
+            search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift)
+        )
         quantizer.observer = None
         advance()
     for weight in network.weights.values():
@@ -52,7 +54,12 @@ def observe(
 
 
 def _collect(
-    network: QuantizedGraph, images: Tensor, batch_size: int, seed: int, wanted: int, advance: Callable[[], None]
+    network: QuantizedGraph,
+    images: Tensor,
+    batch_size: int,
+    seed: int,
+    wanted: int,
+    advance: Callable[[], None],
 ) -> None:
     batches = images.split(batch_size)
     device = next(network.module.buffers()).device

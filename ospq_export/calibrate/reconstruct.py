@@ -71,7 +71,9 @@ def literal_loss(output: Tensor, target: Tensor) -> Tensor:
 class _Objective:
     """Reconstruction loss plus rounding term, in the recipe's normalisation."""
 
-    def __init__(self, settings: Reconstruction, data: SliceData, weights: list[WeightQuantizer], scale: float) -> None:
+    def __init__(
+        self, settings: Reconstruction, data: SliceData, weights: list[WeightQuantizer], scale: float
+    ) -> None:
         self.settings, self.weights = settings, weights
         self.normaliser = 1.0 if settings.loss == "literal" else max(scale, 1e-12)
         count = sum(w.codes.numel() for w in weights)
@@ -158,7 +160,7 @@ class Reconstructor:
             total = loss if beta is None or not weights else loss + objective.rounding(beta)
             for optimizer, _ in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(total)
             for optimizer, scheduler in optimizers:
                 optimizer.step()
                 scheduler.step()
@@ -173,7 +175,8 @@ class Reconstructor:
         self, piece: fx.GraphModule, weights: list[WeightQuantizer], activations: list[ActivationQuantizer]
     ) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """Adam on V at a constant rate; Adam on the activation scales with cosine decay (QDrop)."""
-        settings, result = self.settings, []
+        settings = self.settings
+        result: list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = []
         constant = [w.start_learning(piece.get_buffer(w.constant)) for w in weights]
         if constant:
             rounding = torch.optim.Adam(constant, lr=settings.learning_rate_rounding, foreach=True)
@@ -192,7 +195,7 @@ class Reconstructor:
         chosen = picks.to(data.target.device)
         x = data.quantized_input[chosen].to(self.device)
         original = data.float_input[chosen].to(self.device)
-        x = q.drop_quantization(x, original, self.settings.drop_probability)
+        x = q.mix(x, original, self.settings.drop_probability)
         return x, data.target[chosen].to(self.device)
 
 

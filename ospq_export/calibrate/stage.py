@@ -112,7 +112,9 @@ def check_output_folder(out: Path) -> None:
     if not (out / artifact.MANIFEST).is_file():
         raise InputError("the output folder is not empty", where=out, mend="choose another --out")
     if artifact.read_manifest(out).status == "calibrated":
-        raise InputError("the output folder already holds a finished run", where=out, mend="choose another --out")
+        raise InputError(
+            "the output folder already holds a finished run", where=out, mend="choose another --out"
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -121,7 +123,9 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu") from error
+        raise InputError(
+            f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
+        ) from error
     return device
 
 
@@ -215,7 +219,9 @@ class _Job:
         try:
             record = SliceRecord.model_validate_json(header.get("record", ""))
         except ValueError as error:
-            raise InputError("the checkpoint is damaged", where=path, mend="delete this file and run again") from error
+            raise InputError(
+                "the checkpoint is damaged", where=path, mend="delete this file and run again"
+            ) from error
         own = {r.name: r for r in quantizer_records(self.network, self.slice_of)}
         for quantizer in quantizers_of(piece):
             load_quantizer(quantizer, own[quantizer.name], tensors, path)
@@ -226,8 +232,14 @@ class _Job:
         """Write the quantized tensors and the final manifest; the checkpoints go."""
         replaced = {w.constant for w in self.network.weights.values()}
         quantizers: list[Any] = [*self.network.activations.values(), *self.network.weights.values()]
-        rest = {n: b for n, b in self.network.module.named_buffers() if not n.startswith("quantizers.") and n not in replaced}
-        artifact.write_tensors(self.out / artifact.QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)})
+        rest = {
+            n: b
+            for n, b in self.network.module.named_buffers()
+            if not n.startswith("quantizers.") and n not in replaced
+        }
+        artifact.write_tensors(
+            self.out / artifact.QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)}
+        )
         complete = self.manifest.model_copy(
             update={
                 "status": "calibrated",

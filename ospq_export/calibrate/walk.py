@@ -71,7 +71,9 @@ def forward(piece: fx.GraphModule, inputs: Tensor, mode: Mode, device: torch.dev
             batch = inputs[start : start + FORWARD_BATCH].to(device)
             result = piece(batch, len(batch)).to(inputs.device)
             if outputs is None:
-                outputs = torch.empty((len(inputs), *result.shape[1:]), dtype=result.dtype, device=inputs.device)
+                outputs = torch.empty(
+                    (len(inputs), *result.shape[1:]), dtype=result.dtype, device=inputs.device
+                )
             outputs[start : start + len(batch)] = result
     assert outputs is not None
     return outputs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 # Importing the module registers the quantized_decomposed operators with the dispatcher.
-import torch.ao.quantization.fx._decomposed  # noqa: F401
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
 from ospq_export.graph import quantize as q
@@ -74,7 +74,9 @@ class _Lowering:
     def _constant(self, node: fx.Node) -> None:
         # Weights that a quantizer reads travel as codes only.
         if any(not isinstance(self.modules.get(str(user.target)), WeightQuantizer) for user in node.users):
-            self.copies[node] = self._attribute(str(node.target), self.network.module.get_buffer(str(node.target)))
+            self.copies[node] = self._attribute(
+                str(node.target), self.network.module.get_buffer(str(node.target))
+            )
 
     def _quantizer(self, node: fx.Node, quantizer: object) -> None:
         if isinstance(quantizer, WeightQuantizer):
@@ -119,7 +121,9 @@ class _Lowering:
 
     def _dequantized(self, weight: WeightQuantizer, codes: Tensor, axis: int) -> fx.Node:
         scale = self._attribute(f"{weight.name}.scale", weight.scale)
-        zero_point = self._attribute(f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=torch.int8))
+        zero_point = self._attribute(
+            f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=torch.int8)
+        )
         stored = self._attribute(f"{weight.name}.codes", codes)
         limits = (q.INT8_MIN, q.INT8_MAX, torch.int8)
         return self._call(qd.dequantize_per_channel.default, stored, scale, zero_point, axis, *limits)

@@ -77,8 +77,12 @@ def _translate(module: fx.GraphModule, input_size: tuple[int, int, int], batch_s
                 verbose=False,
             )
     except Exception as error:
-        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise InputError(f"the network cannot be written as ONNX: {reason}", mend="this model is not supported") from error
+        reason = next(
+            (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
+        )
+        raise InputError(
+            f"the network cannot be written as ONNX: {reason}", mend="this model is not supported"
+        ) from error
     assert program is not None
     return program.model
 
@@ -142,7 +146,13 @@ def check_deployable(proto: Any, where: Path) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if zero_point is None or zero_point.data_type != TensorProto.INT8 or numpy_helper.to_array(zero_point).any():
+        if (
+            zero_point is None
+            or zero_point.data_type != TensorProto.INT8
+            or numpy_helper.to_array(zero_point).any()
+        ):
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
-        raise InputError(f"the exported file cannot be deployed: {problem}", where=where, mend="report this model")
+        raise InputError(
+            f"the exported file cannot be deployed: {problem}", where=where, mend="report this model"
+        )

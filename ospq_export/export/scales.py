@@ -14,7 +14,8 @@ def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, An
     Scales are in the units of the tensor and exact: a float32 has a shortest decimal form that reads back to the same bits.
     """
     slices: list[dict[str, Any]] = [
-        {"index": s.index, "name": s.name, "start": s.start, "end": s.end, "quantizers": []} for s in manifest.slices
+        {"index": s.index, "name": s.name, "start": s.start, "end": s.end, "quantizers": []}
+        for s in manifest.slices
     ]
     for record in manifest.quantizers:
         entry: dict[str, Any] = record.model_dump(mode="json", exclude={"slice"})
@@ -25,4 +26,9 @@ def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, An
             entry["scale"], entry["offset"] = float(quantizer.scale), float(quantizer.offset)
         entry["zero_point"] = 0
         slices[record.slice]["quantizers"].append(entry)
-    return {"schema_version": SCHEMA_VERSION, "model": manifest.model.name, "recipe": manifest.recipe.name, "slices": slices}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": manifest.model.name,
+        "recipe": manifest.recipe.name,
+        "slices": slices,
+    }

@@ -14,7 +14,14 @@ from torch import Tensor, fx
 
 from ospq_export.errors import InputError
 from ospq_export.graph.batch_norm import fold_batch_norm
-from ospq_export.graph.rewrite import VIEWS, add_constant, call_functions, constant_of, insert_call, replace_node
+from ospq_export.graph.rewrite import (
+    VIEWS,
+    add_constant,
+    call_functions,
+    constant_of,
+    insert_call,
+    replace_node,
+)
 
 aten = torch.ops.aten
 _IDENTITIES = (
@@ -25,15 +32,19 @@ _IDENTITIES = (
     aten.contiguous.default,
     aten.type_as.default,
 )
-_CHECKS = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default)
+_CHECKS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+)
 
 
 def drop_identities(module: fx.GraphModule) -> None:
     """Remove operators without effect in inference, and assertions."""
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.name.startswith("_guards"):
-            module.graph.erase_node(node)
-        elif node.op == "call_function" and node.target in _CHECKS:
+        if (node.op == "call_module" and node.name.startswith("_guards")) or (
+            node.op == "call_function" and node.target in _CHECKS
+        ):
             module.graph.erase_node(node)
         elif node.op == "call_function" and node.target in _IDENTITIES:
             source = node.args[0]
@@ -135,7 +146,12 @@ def _matmul_with_constant(module: fx.GraphModule, node: fx.Node) -> None:
 def _replace_einsum(node: fx.Node) -> None:
     """Two-operand einsum with one contracted and at most one free index per operand, as permute, matmul, permute."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, list | tuple) or len(operands) != 2 or "." in equation or "->" not in equation:
+    if (
+        not isinstance(operands, list | tuple)
+        or len(operands) != 2
+        or "." in equation
+        or "->" not in equation
+    ):
         raise _unsupported(node, f"equation {equation}")
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
@@ -143,7 +159,10 @@ def _replace_einsum(node: fx.Node) -> None:
     batch = [c for c in out if c in left and c in right]
     free_left = [c for c in out if c in left and c not in right]
     free_right = [c for c in out if c in right and c not in left]
-    if not len(summed) == len(free_left) == len(free_right) == 1 or len(left) + len(right) != 2 * len(batch) + 4:
+    if (
+        not len(summed) == len(free_left) == len(free_right) == 1
+        or len(left) + len(right) != 2 * len(batch) + 4
+    ):
         raise _unsupported(node, f"equation {equation}")
 
     def permuted(operand: object, have: str, want: list[str]) -> fx.Node:
@@ -169,11 +188,13 @@ def normalize_conv_padding(module: fx.GraphModule) -> None:
     for node in call_functions(module.graph):
         if node.target is not aten.conv2d.padding:
             continue
-        x, weight, bias, stride, padding, dilation, groups = (*node.args, *(None, [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :])
-        assert isinstance(weight, fx.Node) and isinstance(dilation, list | tuple)
+        defaults: tuple[Any, ...] = (None, None, None, [1, 1], "valid", [1, 1], 1)
+        given: tuple[Any, ...] = (*node.args, *defaults[len(node.args) :])
+        x, weight, bias, stride, padding, dilation, groups = given
         total = [0, 0]
         if padding == "same":
-            total = [int(d) * (int(k) - 1) for d, k in zip(dilation, weight.meta["val"].shape[2:], strict=True)]  # type: ignore[call-overload]
+            kernel = weight.meta["val"].shape[2:]
+            total = [int(d) * (int(k) - 1) for d, k in zip(dilation, kernel, strict=True)]
         even = [t // 2 for t in total]
         extra = [t % 2 for t in total]
         if any(extra):
@@ -205,7 +226,8 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
 def _with_plain_buffers(module: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule over the same graph whose only state is the constants the graph reads, as float32-preserving buffers."""
     constants: dict[str, Any] = {}
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(copies[_single_output(node)])
@@ -220,5 +242,7 @@ def _with_plain_buffers(module: fx.GraphModule) -> fx.GraphModule:
 
 def _single_output(output: fx.Node) -> fx.Node:
     if len(output.all_input_nodes) != 1:
-        raise InputError("the model returns more than one tensor", mend="choose a model with a single classifier output")
+        raise InputError(
+            "the model returns more than one tensor", mend="choose a model with a single classifier output"
+        )
     return output.all_input_nodes[0]

@@ -54,7 +54,9 @@ def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
-            return program.run_decompositions({aten.scaled_dot_product_attention.default: _explicit_attention})
+            return program.run_decompositions(
+                {aten.scaled_dot_product_attention.default: _explicit_attention}
+            )
     except Exception as error:
         raise InputError(
             f"the model cannot be captured as one graph: {_first_line(error)}",
@@ -71,7 +73,7 @@ def _failing_module(model: nn.Module, example: Tensor) -> str:
     """Path and class of the deepest module that torch.export refuses when it is exported alone, "" when none is."""
     inputs: dict[str, tuple[object, ...]] = {}
     handles = [
-        module.register_forward_hook(lambda _m, args, _out, path=path: inputs.setdefault(path, args))  # type: ignore[misc]
+        module.register_forward_hook(lambda _m, args, _out, path=path: inputs.setdefault(path, args))
         for path, module in model.named_modules()
     ]
     try:

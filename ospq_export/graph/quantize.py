@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 INT8_MIN, INT8_MAX = -128, 127
 # [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
@@ -93,36 +93,52 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Te
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """quantize + dequantize with the straight-through estimator in x and LSQ's gradients in scale and offset."""
+    """quantize + dequantize with the straight-through estimator in x and LSQ's gradients in scale and offset.
+
+    One function instead of autograd's chain: it is called on every activation in every step, and its masks are float because
+    `where` and boolean products are several times slower on a CPU.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, offset: Tensor | None, lo: int, hi: int
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        kept: Tensor | None,
+        lo: int,
+        hi: int,
     ) -> Tensor:
         scaled = (x if offset is None else x - offset) / scale
         codes = torch.clamp(torch.round(scaled), lo, hi)
-        ctx.save_for_backward(scaled, codes)  # type: ignore[attr-defined]
-        ctx.scale, ctx.has_offset, ctx.limits = scale, offset is not None, (lo, hi)  # type: ignore[attr-defined]
-        return dequantize(codes, scale, offset)
+        ctx.save_for_backward(scaled, codes, kept)
+        ctx.scale, ctx.has_offset, ctx.limits = scale, offset is not None, (lo, hi)
+        quantized = dequantize(codes, scale, offset)
+        # With weights of exactly 0 and 1, lerp returns its ends bit for bit.
+        return quantized if kept is None else torch.lerp(x, quantized, kept)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scaled, codes = ctx.saved_tensors  # type: ignore[attr-defined]
-        lo, hi = ctx.limits  # type: ignore[attr-defined]
-        inside = (scaled >= lo - 0.5) & (scaled <= hi + 0.5)
-        needs = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = grad * inside if needs[0] else None
-        grad_scale = grad_offset = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, codes, kept = ctx.saved_tensors
+        lo, hi = ctx.limits
+        inside = (scaled.clamp(lo - 0.5, hi + 0.5) == scaled).to(grad.dtype)
+        needs = ctx.needs_input_grad
+        quantized_grad = grad if kept is None else grad * kept
+        grad_x = grad_scale = grad_offset = None
+        if needs[0]:
+            grad_x = grad * inside if kept is None else grad - quantized_grad * (1.0 - inside)
         if needs[1]:
-            error = torch.where(inside, codes - scaled, codes)
-            grad_scale = (grad * error).sum_to_size(ctx.scale.shape)  # type: ignore[attr-defined]
-        if ctx.has_offset and needs[2]:  # type: ignore[attr-defined]
-            grad_offset = (grad * ~inside).sum()
-        return grad_x, grad_scale, grad_offset, None, None
+            error = codes - scaled * inside
+            grad_scale = (quantized_grad * error).sum_to_size(ctx.scale.shape)
+        if ctx.has_offset and needs[2]:
+            grad_offset = (quantized_grad * (1.0 - inside)).sum()
+        return grad_x, grad_scale, grad_offset, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None = None) -> Tensor:
-    """dequantize(quantize(x)), differentiable.
+def fake_quantize(
+    x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """dequantize(quantize(x)), differentiable; elements may be left float (QDrop).
 
     Gradients: straight-through in x inside the range and zero outside; in scale as in LSQ (Esser et al. 2020, eq. 3), without
     its gradient scaling factor; in offset 1 where x is clipped, 0 elsewhere.
@@ -132,11 +148,12 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | Non
         scale: float32, positive, broadcastable to x.
         levels: integer limits.
         offset: float32 scalar of a `shifted` grid, in the units of x.
+        kept: float32 of 0 and 1, the shape of x: 1 where the element is quantized, 0 where it stays float; None quantizes all.
 
     Returns:
         float32, the shape of x.
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, offset, levels.lo, levels.hi)
+    out: Tensor = _FakeQuantize.apply(x, scale, offset, kept, levels.lo, levels.hi)
     return out
 
 
@@ -167,8 +184,25 @@ def per_channel(scale: Tensor, ndim: int) -> Tensor:
     return scale.reshape(-1, *[1] * (ndim - 1))
 
 
-def drop_quantization(quantized: Tensor, original: Tensor, probability: float) -> Tensor:
-    """Leave each element float with the given probability (QDrop, Wei et al. 2022, eq. 5); the global generator decides."""
-    if probability <= 0.0:
-        return quantized
-    return torch.where(torch.rand_like(original) < probability, original, quantized)
+def random_kept(like: Tensor, drop_probability: float) -> Tensor | None:
+    """A mask that leaves each element float with the given probability (QDrop, Wei et al. 2022, eq. 5).
+
+    Random bytes decide, so the probability is rounded to a multiple of 1/256; the global generator gives them.
+
+    Returns:
+        float32 of 0 (float) and 1 (quantized), the shape of `like`; None where nothing is dropped.
+    """
+    threshold = round(drop_probability * 256)
+    if threshold <= 0:
+        return None
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device)
+    random_bytes = words.random_(-(2**63), None).view(torch.uint8)[: like.numel()]
+    if threshold >= 256:
+        return torch.zeros_like(like)
+    return (random_bytes >= threshold).to(like.dtype).view(like.shape)
+
+
+def mix(quantized: Tensor, original: Tensor, drop_probability: float) -> Tensor:
+    """Quantized activations with a random share of elements replaced by the float network's (QDrop's input)."""
+    kept = random_kept(original, drop_probability)
+    return quantized if kept is None else torch.lerp(original, quantized, kept)

@@ -99,14 +99,15 @@ class ActivationQuantizer(nn.Module):
         return q.quantize(x, self.scale, self.levels, self.used_offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pass, record or fake-quantize x, as the mode says; float32, the shape of x."""
         if self.mode is Mode.FLOAT:
             return x
         if self.mode is Mode.OBSERVE:
             assert self.observer is not None
             self.observer(x)
             return x
-        quantized = q.fake_quantize(x, self.current_scale(), self.levels, self.used_offset)
-        return q.drop_quantization(quantized, x, self.drop_probability)
+        kept = q.random_kept(x, self.drop_probability) if self.mode is Mode.LEARN else None
+        return q.fake_quantize(x, self.current_scale(), self.levels, self.used_offset, kept)
 
 
 class _Observer:
@@ -128,6 +129,7 @@ class _Observer:
         self.kept.append(flat.cpu())
 
     def values(self) -> Tensor:
+        """Everything kept, (n,)."""
         return torch.cat(self.kept)
 
 
@@ -172,6 +174,7 @@ class WeightQuantizer(nn.Module):
         self.v = self.floor = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The weight as the mode says: float, dequantized codes, or softly rounded while learning."""
         if self.mode in (Mode.FLOAT, Mode.OBSERVE):
             return weight
         scale = q.per_channel(self.scale, weight.dim())
@@ -265,7 +268,9 @@ def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
     sites: dict[fx.Node, _Site] = {}
     for node, name in names.items():
         is_matmul = node.target is aten.matmul.default
-        operands = zip(("lhs", "rhs"), node.args[:2], strict=True) if is_matmul else (("input", node.args[0]),)
+        operands = (
+            zip(("lhs", "rhs"), node.args[:2], strict=True) if is_matmul else (("input", node.args[0]),)
+        )
         for label, operand in operands:
             assert isinstance(operand, fx.Node)
             if operand.op == "get_attr":
@@ -329,7 +334,9 @@ def _insert_activation(result: QuantizedGraph, tensor: fx.Node, site: _Site, rea
         reader.replace_input_with(tensor, node)
 
 
-def _insert_weights(result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], bits: Bits) -> None:
+def _insert_weights(
+    result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], bits: Bits
+) -> None:
     names = operator_names(graph)
     ends = {next(iter(names)), next(reversed(names))}
     placed: dict[fx.Node, fx.Node] = {}
@@ -338,12 +345,16 @@ def _insert_weights(result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Nod
         if original.target is aten.matmul.default or not isinstance(weight, fx.Node):
             continue
         if weight.op != "get_attr":
-            raise InputError(f"the weight of {name} is computed from the images", mend="this model is not supported")
+            raise InputError(
+                f"the weight of {name} is computed from the images", mend="this model is not supported"
+            )
         node, weight = copies[original], copies[weight]
         if weight not in placed:
             constant = str(weight.target)
             wanted = bits.first_last if original in ends else bits.weight
-            quantizer = WeightQuantizer(f"{name}.weight", wanted, constant, result.module.get_buffer(constant))
+            quantizer = WeightQuantizer(
+                f"{name}.weight", wanted, constant, result.module.get_buffer(constant)
+            )
             result.weights[quantizer.name] = quantizer
             with result.module.graph.inserting_before(node):
                 target = _register(result, quantizer.name, quantizer)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ospq_export.graph.quantize import EMBEDDED_MAX, EMBEDDED_MIN, Grid, Levels, embedded_levels, symmetric_levels
+from ospq_export.graph.quantize import (
+    EMBEDDED_MAX,
+    EMBEDDED_MIN,
+    Grid,
+    Levels,
+    embedded_levels,
+    symmetric_levels,
+)
 
 _TAIL = 512
 _GROUPS = 4096
@@ -116,7 +123,9 @@ def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
     limits = scales.new_tensor([levels.lo, levels.hi])
     errors = _errors(sample, scales, limits[0], limits[1], offsets)
     best = int(errors.argmin())
-    return ActivationRange(Grid.SHIFTED, levels, float(scales[best]), float(offsets[best]), float(errors[best]))
+    return ActivationRange(
+        Grid.SHIFTED, levels, float(scales[best]), float(offsets[best]), float(errors[best])
+    )
 
 
 def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> ActivationRange:
@@ -161,5 +170,8 @@ def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
         codes = torch.clamp(torch.round(rows / scale.unsqueeze(1)), levels.lo, levels.hi)
         error = (codes * scale.unsqueeze(1) - rows).square().sum(1)
         better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+        best_scale, best_error = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, error, best_error),
+        )
     return best_scale

@@ -13,6 +13,7 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def call_functions(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The operator calls, as a copy that survives edits of the graph."""
     return (node for node in list(graph.nodes) if node.op == "call_function")
 
 
@@ -36,6 +37,7 @@ def insert_call(before: fx.Node, target: Callable[..., Any], args: tuple[Any, ..
 
 
 def constant_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor that a get_attr node reads."""
     value: Any = module
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -54,5 +56,8 @@ def add_constant(module: fx.GraphModule, name: str, value: Tensor, before: fx.No
     fake = before.meta.get("val")
     mode = getattr(fake, "fake_mode", None)
     node.meta["val"] = mode.from_tensor(value) if mode is not None else value
-    node.meta["module_stack"], node.meta["module_path"] = before.meta["module_stack"], before.meta["module_path"]
+    node.meta["module_stack"], node.meta["module_path"] = (
+        before.meta["module_stack"],
+        before.meta["module_path"],
+    )
     return node

@@ -55,7 +55,11 @@ def cut_points(graph: fx.Graph) -> list[fx.Node]:
         if _is_image_tensor(node, dependent):
             alive.add(node)
         alive = {n for n in alive if last_use[n] > order[node] or n is node}
-        if alive == {node} and isinstance(node.meta.get("val"), Tensor) and (node.users or node is output.args[0]):
+        if (
+            alive == {node}
+            and isinstance(node.meta.get("val"), Tensor)
+            and (node.users or node is output.args[0])
+        ):
             points.append(node)
     return points
 
@@ -83,7 +87,9 @@ def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
     names = [n.name for n in graph.nodes]
     if start not in names or end not in names:
         missing = start if start not in names else end
-        raise InputError(f"the graph has no cut point {missing!r}", mend="the run belongs to another model or version")
+        raise InputError(
+            f"the graph has no cut point {missing!r}", mend="the run belongs to another model or version"
+        )
     inner = itertools.islice(graph.nodes, names.index(start) + 1, names.index(end) + 1)
     return list(inner)
 
@@ -98,7 +104,9 @@ def _name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
     paths = [n.meta["module_path"] for n in _quantizable_paths(graph, start, end)]
     common = paths[0].split(".")
     for path in paths[1:]:
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(common, path.split("."), strict=False))
+        pairs = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(common, path.split("."), strict=False)
+        )
         common = [part for part, _ in pairs]
     return ".".join(common) or (paths[0] if len(paths) == 1 else f"{paths[0]}..{paths[-1]}")
 
@@ -123,7 +131,9 @@ def repeated_modules(graph: fx.Graph) -> set[str]:
     return {
         path
         for path, kind in classes.items()
-        if path.rpartition(".")[2].isdigit() and siblings[path.rpartition(".")[0], kind] > 1 and work[path] > 1
+        if path.rpartition(".")[2].isdigit()
+        and siblings[path.rpartition(".")[0], kind] > 1
+        and work[path] > 1
     }
 
 

@@ -26,11 +26,15 @@ class Reconstruction(BaseModel):
     batch_size: int = Field(ge=1, description="images per step")
     learning_rate_rounding: float = Field(gt=0, description="Adam's rate on the rounding parameter V")
     learning_rate_scale: float = Field(ge=0, description="Adam's rate on the activation scales, cosine decay")
-    scale_parametrization: Literal["linear", "logarithmic"] = Field(description="what the rate above applies to")
+    scale_parametrization: Literal["linear", "logarithmic"] = Field(
+        description="what the rate above applies to"
+    )
     loss: Literal["normalized", "literal"] = Field(
         description="MSE over the slice's initial MSE, or BRECQ's code to the letter (sum over dimension 1)"
     )
-    rounding_weight: float = Field(ge=0, description="weight of the rounding regulariser (per mean, or literal: per sum)")
+    rounding_weight: float = Field(
+        ge=0, description="weight of the rounding regulariser (per mean, or literal: per sum)"
+    )
     warm_up: float = Field(ge=0, lt=1, description="share of the iterations without the rounding term")
     beta_start: float = Field(gt=0, description="exponent of the rounding term after warm-up")
     beta_end: float = Field(gt=0, description="exponent of the rounding term at the end")
@@ -78,7 +82,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"recipe value {key!r}: {first['msg']}", where=name_or_path, mend="see the packaged recipes for every key"
+            f"recipe value {key!r}: {first['msg']}",
+            where=name_or_path,
+            mend="see the packaged recipes for every key",
         ) from error
 
 
@@ -92,7 +98,9 @@ def _read(name_or_path: str) -> dict[str, Any]:
             raise InputError(f"the recipe cannot be read: {error}", where=name_or_path) from error
     else:
         known = ", ".join(packaged_recipes())
-        raise InputError(f"there is no recipe {name_or_path!r}", mend=f"use one of {known}, or the path of a TOML file")
+        raise InputError(
+            f"there is no recipe {name_or_path!r}", mend=f"use one of {known}, or the path of a TOML file"
+        )
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

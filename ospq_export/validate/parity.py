@@ -1,0 +1,190 @@
+"""Parity statistics: pure functions on logits, a streaming comparison, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Thresholds(_Record):
+    """What counts as parity.
+
+    Attributes:
+        max_top1_difference: between the deployed and the fake-quantized Top-1, percentage points.
+        min_agreement: share of images with equal predictions, percent.
+    """
+
+    max_top1_difference: float = Field(default=0.1, ge=0)
+    min_agreement: float = Field(default=99.5, ge=0, le=100)
+
+
+def default_thresholds(activation_bits: int, weight_bits: int) -> Thresholds:
+    """99.5 % agreement, or 99 % where both weights and activations have 4 bits or fewer: one code is a larger step there."""
+    return Thresholds(min_agreement=99.0 if max(activation_bits, weight_bits) <= 4 else 99.5)
+
+
+class Flip(_Record):
+    """An image that two executions classify differently; margins are between the first and second logit."""
+
+    id: str
+    label: int
+    reference: int
+    deployed: int
+    reference_margin: float
+    deployed_margin: float
+
+
+class Comparison(_Record):
+    """A deployed execution against a reference, on the same images."""
+
+    reference: str
+    deployed: str
+    top1_difference: float
+    agreement: float
+    max_logit_difference: float
+    mean_logit_difference: float
+    flips: list[Flip]
+
+
+class Verdict(_Record):
+    """Whether parity holds, and if not, why."""
+
+    parity: bool
+    reasons: list[str]
+
+    def __bool__(self) -> bool:
+        return self.parity
+
+
+def predictions(logits: FloatArray) -> IntArray:
+    """Class of the largest logit, (N,); ties go to the lowest index, NaN counts as smallest."""
+    result: IntArray = np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=1)
+    return result
+
+
+def topk_accuracy(logits: FloatArray, labels: IntArray, k: int) -> float:
+    """Percent of images whose label is among the k largest logits; ties go to the lowest class index.
+
+    Args:
+        logits: (N, K); with K < k every class counts.
+        labels: (N,).
+        k: 1 or more.
+    """
+    safe = np.where(np.isnan(logits), -np.inf, logits)
+    rows = np.arange(len(labels))
+    own = safe[rows, labels][:, None]
+    earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
+    rank = ((safe > own) | ((safe == own) & earlier)).sum(axis=1)
+    return float((rank < k).mean() * 100.0)
+
+
+def margins(logits: FloatArray) -> FloatArray:
+    """Difference of the largest and second largest logit, (N,); infinite for a single class."""
+    if logits.shape[1] < 2:
+        return np.full(len(logits), np.inf, np.float32)
+    top = np.partition(logits, -2, axis=1)
+    result: FloatArray = top[:, -1] - top[:, -2]
+    return result
+
+
+def agreement(first: FloatArray, second: FloatArray) -> float:
+    """Percent of images with equal predictions."""
+    return float((predictions(first) == predictions(second)).mean() * 100.0)
+
+
+def flipped(reference: FloatArray, deployed: FloatArray, labels: IntArray, ids: Sequence[str]) -> list[Flip]:
+    """Images with different predictions, the surest (by the reference's margin) first."""
+    ours, theirs = predictions(reference), predictions(deployed)
+    our_margins, their_margins = margins(reference), margins(deployed)
+    indices = np.flatnonzero(ours != theirs)
+    order = indices[np.argsort(-our_margins[indices], kind="stable")]
+    return [
+        Flip(
+            id=ids[i],
+            label=int(labels[i]),
+            reference=int(ours[i]),
+            deployed=int(theirs[i]),
+            reference_margin=float(our_margins[i]),
+            deployed_margin=float(their_margins[i]),
+        )
+        for i in order
+    ]
+
+
+def compare(
+    reference: tuple[str, FloatArray], deployed: tuple[str, FloatArray], labels: IntArray, ids: Sequence[str]
+) -> Comparison:
+    """All statistics of one pair; logits (N, K) under their names."""
+    (reference_name, ours), (deployed_name, theirs) = reference, deployed
+    difference = np.abs(ours.astype(np.float64) - theirs)
+    return Comparison(
+        reference=reference_name,
+        deployed=deployed_name,
+        top1_difference=topk_accuracy(theirs, labels, 1) - topk_accuracy(ours, labels, 1),
+        agreement=agreement(ours, theirs),
+        max_logit_difference=float(difference.max()),
+        mean_logit_difference=float(difference.mean()),
+        flips=flipped(ours, theirs, labels, ids),
+    )
+
+
+def judge(comparisons: Sequence[Comparison], not_finite: Sequence[str], thresholds: Thresholds) -> Verdict:
+    """Parity holds when every deployed execution is within the thresholds and everything is finite.
+
+    Args:
+        comparisons: of each deployed execution with the fake-quantized one.
+        not_finite: names of executions that gave NaN or infinity.
+        thresholds: what counts as parity.
+    """
+    reasons = [f"{name} gives logits that are not finite" for name in not_finite]
+    # The smallest difference of two percentages is 100 / N; 1e-9 keeps rounding of their subtraction out of the verdict.
+    for c in comparisons:
+        if not abs(c.top1_difference) <= thresholds.max_top1_difference + 1e-9:
+            reasons.append(
+                f"{c.deployed}: Top-1 differs by {c.top1_difference:+.2f} points from {c.reference} "
+                f"(allowed {thresholds.max_top1_difference})"
+            )
+        if not c.agreement >= thresholds.min_agreement - 1e-9:
+            reasons.append(
+                f"{c.deployed}: agrees with {c.reference} on {c.agreement:.2f} % of the images "
+                f"(needed {thresholds.min_agreement})"
+            )
+    if not comparisons:
+        reasons.append("nothing deployed was compared")
+    return Verdict(parity=not reasons, reasons=reasons)
+
+
+class Collector:
+    """Keeps the logits of every execution, batch by batch; memory grows with the logits only."""
+
+    def __init__(self) -> None:
+        self._logits: dict[str, list[FloatArray]] = {}
+        self._labels: list[IntArray] = []
+        self.ids: list[str] = []
+
+    def add(self, logits: Mapping[str, FloatArray], labels: IntArray, ids: Sequence[str]) -> None:
+        """Add one batch: logits (B, K) per execution, labels (B,), ids."""
+        for name, values in logits.items():
+            self._logits.setdefault(name, []).append(values)
+        self._labels.append(labels)
+        self.ids += ids
+
+    def logits(self, name: str) -> FloatArray:
+        """All logits of one execution, (N, K)."""
+        joined = np.concatenate(self._logits[name])
+        self._logits[name] = [joined]
+        return joined
+
+    def labels(self) -> IntArray:
+        """All labels, (N,)."""
+        return np.concatenate(self._labels)

@@ -1,0 +1,134 @@
+"""The report: a pydantic model with a published schema, and its table for the terminal."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ospq_export.validate.parity import Comparison, Thresholds, Verdict
+
+_SHOWN_FLIPS = 5
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackendResult(_Record):
+    """One execution over all images; accuracies in percent."""
+
+    name: str
+    detail: dict[str, str]
+    top1: float
+    top5: float
+    seconds: float
+    images_per_second: float
+
+
+class Provenance(_Record):
+    """What was compared, and where."""
+
+    run: str
+    model: str
+    recipe: str
+    weight_bits: int
+    activation_bits: int
+    files: dict[str, str]
+    versions: dict[str, str]
+    machine: str
+
+
+class Report(_Record):
+    """The outcome of a validation; `report.json` is its JSON form, `Report.model_json_schema()` its schema."""
+
+    schema_version: int = 1
+    verdict: Verdict
+    thresholds: Thresholds
+    images: int
+    skipped: list[str]
+    backends: list[BackendResult]
+    comparisons: list[Comparison]
+    quantization: Comparison | None
+    provenance: Provenance
+
+
+def machine_name() -> str:
+    """Processor and core count in words."""
+    import os
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def render(report: Report) -> Group:
+    """Table of executions, flipped images, verdict last."""
+    table = Table(title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images")
+    for column in (
+        "execution",
+        "Top-1 %",
+        "Top-5 %",
+        "against fake_quant: Top-1",
+        "agreement %",
+        "flips",
+        "images/s",
+    ):
+        table.add_column(column, justify="left" if column == "execution" else "right")
+    compared = {c.deployed: c for c in report.comparisons}
+    for result in report.backends:
+        c = compared.get(result.name)
+        numbers = (
+            [f"{c.top1_difference:+.2f}", f"{c.agreement:.2f}", str(len(c.flips))] if c else ["", "", ""]
+        )
+        table.add_row(
+            result.name,
+            f"{result.top1:.2f}",
+            f"{result.top5:.2f}",
+            *numbers,
+            f"{result.images_per_second:.0f}",
+        )
+    return Group(table, *_flip_lines(report), *_skipped_lines(report), _verdict_line(report))
+
+
+def _flip_lines(report: Report) -> list[Text]:
+    lines = []
+    for comparison in report.comparisons:
+        for flip in comparison.flips[:_SHOWN_FLIPS]:
+            lines.append(
+                Text(
+                    f"  {comparison.deployed} flips {flip.id}: {flip.reference} (margin {flip.reference_margin:.3f}) -> "
+                    f"{flip.deployed} (margin {flip.deployed_margin:.3f}), label {flip.label}"
+                )
+            )
+        if len(comparison.flips) > _SHOWN_FLIPS:
+            lines.append(Text(f"  ... and {len(comparison.flips) - _SHOWN_FLIPS} more, all in report.json"))
+    return lines
+
+
+def _skipped_lines(report: Report) -> list[Text]:
+    if not report.skipped:
+        return []
+    return [
+        Text(
+            f"  {len(report.skipped)} images could not be read: {', '.join(report.skipped[:_SHOWN_FLIPS])}",
+            style="yellow",
+        )
+    ]
+
+
+def _verdict_line(report: Report) -> Text:
+    if report.verdict:
+        return Text("parity: the deployed files predict what was calibrated", style="bold green")
+    return Text("no parity: " + "; ".join(report.verdict.reasons), style="bold red")
