@@ -150,11 +150,16 @@ def write_json(path: Path, value: object) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write safetensors atomically; tensors are copied to host memory."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(plain, temporary, metadata=dict(header or {}))
+        try:
+            save_file(plain, temporary, metadata=dict(header or {}))
+        except SafetensorError as error:
+            # A full disk is reported as a serialisation error; to the user it is an unwritable file.
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

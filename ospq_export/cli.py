@@ -264,6 +264,7 @@ def _validate(
             progress=progress,
         )
     _console().print(render(report))
+    _console().print(f"report: {run.path / 'report.json'}")
     return report
 
 
@@ -328,9 +329,6 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: the same command continues where it stopped", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,10 @@ class Reconstructor:
             if step % every == 0:
                 losses.append(float(loss.detach()))
             self.advance()
-        for quantizer in [*weights, *activations]:
-            quantizer.settle()
+        for weight in weights:
+            weight.settle()
+        for activation in activations:
+            activation.settle()
         return losses
 
     def _optimizers(

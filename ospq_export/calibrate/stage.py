@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def calibrate(
         status="calibrating",
         model=spec,
         data=data,
-        class_to_idx=class_to_idx or {},
+        class_to_idx=_complete(class_to_idx or {}, captured),
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
@@ -117,6 +118,12 @@ def check_output_folder(out: Path) -> None:
         )
 
 
+def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
+    """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
+    output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
+    return class_to_idx if len(class_to_idx) == output.meta["val"].shape[-1] else {}
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -148,26 +155,29 @@ class _Job:
         }
 
     def begin(self, captured: fx.GraphModule) -> None:
-        """Write the float tensors and the unfinished manifest, or check that an interrupted run is this one's."""
-        if (self.out / artifact.MANIFEST).is_file():
-            self._check_same(artifact.read_manifest(self.out), captured)
+        """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+        found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
+        if found is not None and found.files:
+            self._check_same(found, captured)
             return
+        existed = self.out.exists()
         try:
+            # The manifest comes first: a folder without one is never taken for an interrupted run.
+            artifact.write_manifest(self.out, self.manifest)
             artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
             self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
         except InputError:
-            if self.out.is_dir() and not (self.out / artifact.MANIFEST).exists():
+            if not existed:
                 shutil.rmtree(self.out, ignore_errors=True)
             raise
 
     def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
         artifact.check_files(self.out, found)
-        # Hashing our own weights needs the very file; it is written beside and thrown away.
-        probe = self.out / ".float-probe"
-        artifact.write_tensors(probe, dict(captured.named_buffers()))
-        ours = self.manifest.model_copy(update={"files": {artifact.FLOAT_TENSORS: artifact.sha256(probe)}})
-        probe.unlink()
-        theirs, mine = found.identity(), ours.identity()
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / artifact.FLOAT_TENSORS
+            artifact.write_tensors(probe, dict(captured.named_buffers()))
+            files = {artifact.FLOAT_TENSORS: artifact.sha256(probe)}
+        theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
         changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:
             raise InputError(

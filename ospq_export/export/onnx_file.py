@@ -55,7 +55,12 @@ def write_onnx(
     with replacing(path) as temporary:
         proto = onnx_ir.serde.serialize_model(model)
         temporary.write_bytes(proto.SerializeToString())
-        onnx.checker.check_model(str(temporary), full_check=True)
+        try:
+            onnx.checker.check_model(str(temporary), full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise InputError(
+                f"the exported file is not valid ONNX: {error}", where=path, mend="report this model"
+            ) from error
         check_deployable(proto, path)
 
 

@@ -75,17 +75,11 @@ def machine_name() -> str:
 
 def render(report: Report) -> Group:
     """Table of executions, flipped images, verdict last."""
-    table = Table(title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images")
-    for column in (
-        "execution",
-        "Top-1 %",
-        "Top-5 %",
-        "against fake_quant: Top-1",
-        "agreement %",
-        "flips",
-        "images/s",
-    ):
-        table.add_column(column, justify="left" if column == "execution" else "right")
+    table = Table(
+        title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images, percent; ± and agreement: against fake_quant"
+    )
+    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agreement", "flips", "img/s"):
+        table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
     compared = {c.deployed: c for c in report.comparisons}
     for result in report.backends:
         c = compared.get(result.name)

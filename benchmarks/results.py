@@ -1,0 +1,222 @@
+"""Top-1 of float, round-to-nearest, reconstructed and deployed networks: the numbers of docs/results.md.
+
+The two packaged networks take no arguments. A network of your own is given as for `ospq-export calibrate`:
+
+    python benchmarks/results.py demo                       # both packaged networks, five bit widths, 10,000 images
+    python benchmarks/results.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
+        --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
+    python benchmarks/results.py table                      # docs/results.md from the results at hand
+
+Finished rows are kept in benchmarks/results/*.json and not measured again; an interrupted calibration resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ospq_export.artifact import write_json
+from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.observe import observe
+from ospq_export.data import DataConfig, ImageSet, resolve_data_config
+from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.export import export
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.progress import stage_progress
+from ospq_export.recipes import Recipe, load_recipe
+from ospq_export.run import Run
+from ospq_export.validate import validate
+from ospq_export.validate.parity import topk_accuracy
+from ospq_export.validate.report import machine_name
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DOCUMENT = HERE.parent / "docs" / "results.md"
+W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]
+RECIPES: dict[str, tuple[str, list[str]]] = {
+    "w8a8": ("w8a8", []),
+    "w6a6": ("w6a6", []),
+    "w4a8": ("w4a8", []),
+    "w4a4": ("w4a4", []),
+    "w3a3": ("w4a4", W3A3),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured: a model, its preprocessing and its images."""
+
+    name: str
+    spec: ModelSpec
+    model: torch.nn.Module
+    config: DataConfig
+    calibration: ImageSet
+    validation: ImageSet
+
+
+def demo_network(name: str) -> Network:
+    spec = demo_spec(name)
+    model = create_model(spec)
+    config = resolve_data_config(model, spec, demo_data_overrides())
+    return Network(
+        f"demo-{name}", spec, model, config, demo_images("calibration", config), demo_images("test", config)
+    )
+
+
+def own_network(args: argparse.Namespace) -> Network:
+    kwargs = parse_model_kwargs(args.model_kwargs)
+    spec = ModelSpec(
+        name=args.model, kwargs=kwargs, checkpoint=args.checkpoint, pretrained=args.checkpoint is None
+    )
+    model = create_model(spec)
+    config = resolve_data_config(model, spec, {})
+    calibration = ImageSet.from_folder(Path(args.calibration), config)
+    validation = ImageSet.from_folder(Path(args.validation), config)
+    return Network(args.name, spec, model, config, calibration, validation)
+
+
+def round_to_nearest(network: Network, recipe: Recipe, limit: int | None) -> float:
+    """Top-1 (percent) with the very ranges that the reconstruction starts from, and nearest rounding."""
+    graph = insert_quantizers(
+        capture(network.model, network.config.input_size),
+        Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits),
+    )
+    images = network.calibration.sample(recipe.calibration_images, seed=0).images
+    observe(graph, images[: recipe.observation_images], batch_size=64, seed=0)
+    graph.set_mode(Mode.QUANTIZE)
+    count = len(network.validation) if limit is None else min(limit, len(network.validation))
+    logits, labels = [], []
+    with torch.inference_mode():
+        for batch in network.validation.batches(100, range(count)):
+            logits.append(graph.module(batch.images))
+            labels.append(batch.labels)
+    return topk_accuracy(torch.cat(logits).numpy(), torch.cat(labels).numpy(), 1)
+
+
+def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, Any]:
+    base, overrides = RECIPES[bits]
+    recipe = load_recipe(base, [*overrides, *args.set])
+    folder = Path(args.runs) / f"{network.name}-{bits}"
+    started = time.monotonic()
+    if not _finished(folder):
+        images = network.calibration.sample(recipe.calibration_images, seed=0)
+        with stage_progress() as progress:
+            calibrate(network.model, network.spec, images, network.config, recipe, folder, progress=progress)
+    seconds = time.monotonic() - started
+    with stage_progress() as progress:
+        run = export(folder, progress=progress)
+        report = validate(run, network.validation, limit=args.limit, progress=progress)
+    return {
+        "network": network.name,
+        "bits": bits,
+        "images": report.images,
+        "calibration_images": run.manifest.calibration.images,
+        "iterations": recipe.reconstruction.iterations,
+        "batch_size": recipe.reconstruction.batch_size,
+        "top1": {b.name: b.top1 for b in report.backends},
+        "round_to_nearest": round_to_nearest(network, recipe, args.limit),
+        "agreement": {c.deployed: c.agreement for c in report.comparisons},
+        "parity": bool(report.verdict),
+        "calibration_seconds": round(seconds),
+        "slices": [
+            {"name": s.name, "before": s.error_before, "after": s.error_after} for s in run.manifest.slices
+        ],
+        "versions": report.provenance.versions,
+        "machine": machine_name(),
+    }
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        Run.open(folder)
+    except Exception:
+        return False
+    return True
+
+
+def table() -> str:
+    """The document, from the results at hand."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    order = list(RECIPES)
+    rows.sort(key=lambda r: (r["network"], order.index(r["bits"])))
+    lines = [
+        "# Results",
+        "",
+        "Top-1 in percent. *RTN*: round to nearest with the very ranges that the reconstruction starts from. *ORT*: the",
+        "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
+        "the fake-quantized network predict the same class. Slicing `block`, seed 0.",
+        "",
+        "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
+        "",
+        "| network | bits | images | iterations | float | RTN | fake-quantized | minus float | ORT off / on | agreement off / on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(r) for r in rows]
+    machines = sorted(
+        {f"{r['machine']}, torch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in rows}
+    )
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", *_notes(), ""])
+
+
+def _notes() -> list[str]:
+    notes = HERE / "results" / "notes.md"
+    return ["", notes.read_text().rstrip()] if notes.is_file() else []
+
+
+def _row(r: dict[str, Any]) -> str:
+    top1, agree = r["top1"], r["agreement"]
+    off, on = "onnxruntime-unoptimised", "onnxruntime"
+    cells = [
+        r["network"],
+        r["bits"].upper(),
+        f"{r['images']:,}",
+        str(r["iterations"]),
+        f"{top1['float']:.2f}",
+        f"{r['round_to_nearest']:.2f}",
+        f"{top1['fake_quant']:.2f}",
+        f"{top1['fake_quant'] - top1['float']:+.2f}",
+        f"{top1[off]:.2f} / {top1[on]:.2f}",
+        f"{agree[off]:.2f} / {agree[on]:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("demo", "own", "table"))
+    parser.add_argument("--only", nargs="*", help="networks (demo) to measure", default=["vit", "swin"])
+    parser.add_argument("--bits", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--runs", default="runs/results", help="where the run directories go")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
+    parser.add_argument("--limit", type=int, help="validate on the first N images")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):
+        parser.add_argument(name)
+    parser.add_argument("--model-kwargs", default="")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(args.threads)
+    if args.what != "table":
+        networks = [demo_network(n) for n in args.only] if args.what == "demo" else [own_network(args)]
+        for network in networks:
+            for bits in args.bits:
+                path = RESULTS / f"{network.name}-{bits}.json"
+                if not path.is_file():
+                    write_json(path, measure(network, bits, args))
+                print(path.read_text()[:900])
+    DOCUMENT.write_text(table())
+
+
+if __name__ == "__main__":
+    main()
