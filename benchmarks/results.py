@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ospq_export.artifact import write_json
+from ospq_export.artifact import FLOAT_TENSORS, write_json
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
@@ -34,9 +34,10 @@ from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Recipe, load_recipe
 from ospq_export.run import Run
-from ospq_export.validate import validate
+from ospq_export.validate import DEFAULT_BACKENDS, validate
 from ospq_export.validate.parity import topk_accuracy
 from ospq_export.validate.report import machine_name
+from ospq_export.validate.stage import FLOAT
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -64,6 +65,7 @@ class Network:
 
 
 def demo_network(name: str) -> Network:
+    """A packaged network with its images."""
     spec = demo_spec(name)
     model = create_model(spec)
     config = resolve_data_config(model, spec, demo_data_overrides())
@@ -73,6 +75,7 @@ def demo_network(name: str) -> Network:
 
 
 def own_network(args: argparse.Namespace) -> Network:
+    """The network and folders that the command line names."""
     kwargs = parse_model_kwargs(args.model_kwargs)
     spec = ModelSpec(
         name=args.model, kwargs=kwargs, checkpoint=args.checkpoint, pretrained=args.checkpoint is None
@@ -103,6 +106,7 @@ def round_to_nearest(network: Network, recipe: Recipe, limit: int | None) -> flo
 
 
 def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: calibrate, export, validate, and round to nearest beside them."""
     base, overrides = RECIPES[bits]
     recipe = load_recipe(base, [*overrides, *args.set])
     folder = Path(args.runs) / f"{network.name}-{bits}"
@@ -114,7 +118,12 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
     seconds = time.monotonic() - started
     with stage_progress() as progress:
         run = export(folder, progress=progress)
-        report = validate(run, network.validation, limit=args.limit, progress=progress)
+        known = _float_top1(network.name, run.manifest.files[FLOAT_TENSORS], args.limit)
+        backends = DEFAULT_BACKENDS if known is None else [b for b in DEFAULT_BACKENDS if b != FLOAT]
+        report = validate(run, network.validation, backends=backends, limit=args.limit, progress=progress)
+    top1 = {b.name: b.top1 for b in report.backends}
+    if known is not None:
+        top1[FLOAT] = known
     return {
         "network": network.name,
         "bits": bits,
@@ -122,8 +131,11 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "calibration_images": run.manifest.calibration.images,
         "iterations": recipe.reconstruction.iterations,
         "batch_size": recipe.reconstruction.batch_size,
-        "top1": {b.name: b.top1 for b in report.backends},
-        "round_to_nearest": round_to_nearest(network, recipe, args.limit),
+        "limit": args.limit,
+        "float_sha256": run.manifest.files[FLOAT_TENSORS],
+        "top1": top1,
+        "round_to_nearest": round_to_nearest(network, recipe, args.rtn_limit or args.limit),
+        "round_to_nearest_images": min(args.rtn_limit or report.images, report.images),
         "agreement": {c.deployed: c.agreement for c in report.comparisons},
         "parity": bool(report.verdict),
         "calibration_seconds": round(seconds),
@@ -133,6 +145,15 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "versions": report.provenance.versions,
         "machine": machine_name(),
     }
+
+
+def _float_top1(name: str, weights: str, limit: int | None) -> float | None:
+    """The float network's Top-1 from a finished row of the same weights and images: it need not be measured again."""
+    for path in RESULTS.glob(f"{name}-*.json"):
+        row = json.loads(path.read_text())
+        if row["float_sha256"] == weights and row["limit"] == limit:
+            return float(row["top1"][FLOAT])
+    return None
 
 
 def _finished(folder: Path) -> bool:
@@ -157,7 +178,7 @@ def table() -> str:
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | images | iterations | float | RTN | fake-quantized | minus float | ORT off / on | agreement off / on |",
+        "| network | bits | images | steps | float | RTN | fake-quantized | minus float | ORT off / on | agreement off / on |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(r) for r in rows]
@@ -172,6 +193,10 @@ def _notes() -> list[str]:
     return ["", notes.read_text().rstrip()] if notes.is_file() else []
 
 
+def _subset(r: dict[str, Any]) -> str:
+    return "" if r["round_to_nearest_images"] == r["images"] else f" ({r['round_to_nearest_images']} images)"
+
+
 def _row(r: dict[str, Any]) -> str:
     top1, agree = r["top1"], r["agreement"]
     off, on = "onnxruntime-unoptimised", "onnxruntime"
@@ -181,7 +206,7 @@ def _row(r: dict[str, Any]) -> str:
         f"{r['images']:,}",
         str(r["iterations"]),
         f"{top1['float']:.2f}",
-        f"{r['round_to_nearest']:.2f}",
+        f"{r['round_to_nearest']:.2f}" + _subset(r),
         f"{top1['fake_quant']:.2f}",
         f"{top1['fake_quant'] - top1['float']:+.2f}",
         f"{top1[off]:.2f} / {top1[on]:.2f}",
@@ -191,6 +216,7 @@ def _row(r: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,6 +226,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/results", help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
     parser.add_argument("--limit", type=int, help="validate on the first N images")
+    parser.add_argument("--rtn-limit", type=int, help="round to nearest on the first N images only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):
         parser.add_argument(name)

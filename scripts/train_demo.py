@@ -63,8 +63,9 @@ def train_epoch(
             break
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * min(done / 0.03, 0.5 * (1 + math.cos(math.pi * done)))
-        logits = network(augment(train[0][indices]))
-        loss = F.cross_entropy(logits, train[1][indices], label_smoothing=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            logits = network(augment(train[0][indices]))
+        loss = F.cross_entropy(logits.float(), train[1][indices], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -113,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="weights to start from")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 products: twice as fast on CPUs that have them")
     return parser.parse_args()
 
 

@@ -76,7 +76,8 @@ def machine_name() -> str:
 def render(report: Report) -> Group:
     """Table of executions, flipped images, verdict last."""
     table = Table(
-        title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images, percent; ± and agreement: against fake_quant"
+        title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
+        caption="percent; ± Top-1, agreement and flips: against fake_quant",
     )
     for column in ("execution", "Top-1", "Top-5", "± Top-1", "agreement", "flips", "img/s"):
         table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
