@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,10 +72,14 @@ def _first_line(error: Exception) -> str:
 def _failing_module(model: nn.Module, example: Tensor) -> str:
     """Path and class of the deepest module that torch.export refuses when it is exported alone, "" when none is."""
     inputs: dict[str, tuple[object, ...]] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, args, _out, path=path: inputs.setdefault(path, args))
-        for path, module in model.named_modules()
-    ]
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[object, ...]) -> None:
+            inputs.setdefault(path, args)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(path)) for path, module in model.named_modules()]
     try:
         with torch.no_grad():
             model(example)

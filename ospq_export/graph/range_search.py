@@ -93,8 +93,9 @@ def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
     steps = 2**bits - 1
     low, high = min(0.0, float(sample.values.min())), max(0.0, float(sample.values.max()))
     full = max((high - low) / steps, 1e-8)
-    # A one-sided clip can make the best range far smaller than the full one, so the ladder starts at twice the full step.
-    scales = 2.0 * full * _shrinkage(sample.values.device)
+    # Few levels on one side of zero need a larger step than the full range does, so the ladder starts at twice that.
+    ladder = 2.0 * full * _shrinkage(sample.values.device)
+    scales = torch.cat([ladder, ladder.new_tensor([full])])
     starts = torch.arange(max(-steps, EMBEDDED_MIN), min(0, EMBEDDED_MAX - steps) + 1, device=scales.device)
     if starts.numel() > 32:
         starts = starts[:: starts.numel() // 32]

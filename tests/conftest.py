@@ -1,0 +1,46 @@
+"""Shared fixtures: one torch thread, small networks, and small finished runs that tests copy before they damage them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ospq_export.calibrate import calibrate
+from ospq_export.data import resolve_data_config
+from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.export import export
+from ospq_export.models import create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.run import Run
+
+torch.set_num_threads(1)
+
+SHORT = ["reconstruction.iterations=2", "calibration_images=32", "observation_images=32"]
+
+
+def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
+    """A packaged network, calibrated for a few steps on a few images."""
+    spec = demo_spec(name)
+    model = create_model(spec)
+    config = resolve_data_config(model, spec, demo_data_overrides())
+    images = demo_images("calibration", config)
+    chosen = load_recipe(recipe, [*SHORT, *overrides])
+    sample = images.sample(chosen.calibration_images, seed=0)
+    return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exported runs of the packaged Swin at W8A8 and W4A4; do not change them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for recipe in ("w8a8", "w4a4"):
+        calibrated_demo("swin", recipe, folder / recipe)
+        export(folder / recipe)
+    return {recipe: folder / recipe for recipe in ("w8a8", "w4a4")}
+
+
+@pytest.fixture
+def run_copy(finished_runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the W8A8 run that a test may damage."""
+    return Path(shutil.copytree(finished_runs["w8a8"], tmp_path / "run"))
