@@ -1,0 +1,179 @@
+"""Reconstruction of slices: it lowers the error, is reproducible, and its terms are the papers'."""
+
+import math
+
+import pytest
+import torch
+
+from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.reconstruct import (
+    Reconstructor,
+    SliceData,
+    annealed_beta,
+    literal_loss,
+    rounding_regularizer,
+)
+from ospq_export.calibrate.walk import forward, walk
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, WeightQuantizer, insert_quantizers, quantizers_of
+from ospq_export.graph.slicing import block_slicing, extract
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.run import quantizer_tensors
+
+CPU = torch.device("cpu")
+
+
+def settings(*overrides):
+    return load_recipe("w4a4", [f"reconstruction.{o}" for o in ("iterations=40", "batch_size=8", *overrides)]).reconstruction
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 2, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
+    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def quantized(network, images):
+    graph = insert_quantizers(network, Bits(3, 3))
+    observe(graph, images, batch_size=16, seed=0)
+    return graph
+
+
+def block(network, quantized, images, index=1):
+    slices = block_slicing(network.graph)
+    x = images
+    for bounds in slices[:index]:
+        x = forward(extract(quantized.module, bounds), x, Mode.FLOAT, CPU)
+    piece = extract(quantized.module, slices[index])
+    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU))
+
+
+def test_learning_lowers_the_error(network, quantized, images):
+    piece, data = block(network, quantized, images)
+    weights = [m for m in quantizers_of(piece) if isinstance(m, WeightQuantizer)]
+    scales = {m.name: float(m.scale) for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer)}
+    nearest = {w.name: w.codes.clone() for w in weights}
+    metrics = Reconstructor(settings("iterations=120"), CPU).run(piece, data, seed=0)
+    assert metrics.kept and metrics.error_after < 0.8 * metrics.error_before
+    assert Reconstructor(settings(), CPU).error(piece, data) == pytest.approx(metrics.error_after, rel=1e-6)
+    assert any(not torch.equal(w.codes, nearest[w.name]) for w in weights)
+    for weight in weights:
+        floor = torch.floor(piece.get_buffer(weight.constant) / weight.scale[:, None])
+        off = weight.codes - floor.clamp(weight.levels.lo, weight.levels.hi)
+        assert off.min() >= 0 and off.max() <= 1, "AdaRound rounds down or up, never further"
+        assert weight.v is None
+    moved = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and float(m.scale) != scales[m.name]]
+    assert len(moved) == len(scales)
+
+
+def test_reproducible_for_a_seed_only(network, images):
+    states = []
+    for seed in (5, 5, 6):
+        graph = insert_quantizers(network, Bits(3, 3))
+        observe(graph, images, batch_size=16, seed=0)
+        piece, data = block(network, graph, images)
+        torch.manual_seed(seed * 100)  # the caller's generator must not matter
+        before = torch.get_rng_state()
+        Reconstructor(settings(), CPU).run(piece, data, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append({k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()})
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in ((states[0], states[1]), (states[0], states[2]))]
+    assert same == [True, False]
+
+
+def test_a_result_worse_than_nearest_is_not_kept(network, quantized, images):
+    piece, data = block(network, quantized, images)
+    before = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
+    wild = settings("learning_rate_scale=30.0", "learning_rate_rounding=50.0")
+    metrics = Reconstructor(wild, CPU).run(piece, data, seed=0)
+    assert not metrics.kept and metrics.error_after == metrics.error_before
+    after = quantizer_tensors(list(quantizers_of(piece)))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_zero_iterations_is_round_to_nearest(network, quantized, images):
+    piece, data = block(network, quantized, images)
+    before = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
+    metrics = Reconstructor(settings("iterations=0"), CPU).run(piece, data, seed=0)
+    assert metrics.error_after == metrics.error_before and metrics.losses == []
+    assert all(torch.equal(before[k], v) for k, v in quantizer_tensors(list(quantizers_of(piece))).items())
+
+
+def tensors_of(graph):
+    return {k: v.clone() for k, v in quantizer_tensors([*graph.activations.values(), *graph.weights.values()]).items()}
+
+
+def test_a_resumed_walk_ends_in_the_same_bytes(network, images):
+    slices = block_slicing(network.graph)
+    reconstructor = Reconstructor(settings("iterations=5"), CPU)
+
+    def run(restored):
+        graph = insert_quantizers(network, Bits(3, 3))
+        observe(graph, images, batch_size=16, seed=0)
+
+        def restore(index, piece):
+            if index not in restored:
+                return False
+            for quantizer in quantizers_of(piece):
+                for name, value in quantizer_tensors([quantizer]).items():
+                    value.copy_(restored[index][name])
+            return True
+
+        steps = {}
+        for step in walk(graph, slices, images, reconstructor, 0, restore):
+            steps[step.index] = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(step.piece))).items()}
+        return graph, steps
+
+    whole, steps = run({})
+    assert sorted(steps) == list(range(len(slices)))
+    resumed, again = run({0: steps[0], 1: steps[1]})
+    assert sorted(again) == list(range(2, len(slices)))
+    first, second = tensors_of(whole), tensors_of(resumed)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_rounding_term_is_adarounds():
+    v = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    for beta in (20.0, 2.0):
+        expected = 0.0
+        for value in v.tolist():
+            h = min(1.0, max(0.0, 1.2 / (1 + math.exp(-value)) - 0.1))
+            expected += 1 - abs(2 * h - 1) ** beta
+        assert float(rounding_regularizer(v, beta)) == pytest.approx(expected, rel=1e-9)
+    assert float(rounding_regularizer(torch.tensor([-30.0, 30.0]), 2.0)) == 0.0
+
+
+def test_beta_waits_a_fifth_and_falls_from_20_to_2():
+    paper = replace_iterations(1000)
+    assert [annealed_beta(step, paper) for step in (0, 199)] == [None, None]
+    assert annealed_beta(200, paper) == 20.0
+    assert annealed_beta(600, paper) == pytest.approx(11.0)
+    assert annealed_beta(999, paper) == pytest.approx(2.0, abs=0.03)
+
+
+def replace_iterations(count):
+    return load_recipe("paper-w4a4", [f"reconstruction.iterations={count}"]).reconstruction
+
+
+def test_literal_loss_sums_dimension_one():
+    output, target = torch.zeros(2, 3, 5), torch.ones(2, 3, 5)
+    assert float(literal_loss(output, target)) == pytest.approx(3.0), "tokens of (B, N, C)"
+    output, target = torch.zeros(2, 4, 5, 5), torch.full((2, 4, 5, 5), 2.0)
+    assert float(literal_loss(output, target)) == pytest.approx(16.0), "channels of NCHW"
+
+
+def test_literal_recipe_runs(network, quantized, images):
+    piece, data = block(network, quantized, images)
+    literal = load_recipe("paper-w4a4", ["reconstruction.iterations=5", "reconstruction.batch_size=8"]).reconstruction
+    metrics = Reconstructor(literal, CPU).run(piece, data, seed=0)
+    assert metrics.iterations == 5 and len(metrics.losses) == 5 and math.isfinite(metrics.error_after)
+
+
