@@ -114,7 +114,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="weights to start from")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 products: twice as fast on CPUs that have them")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 products: twice as fast on CPUs that have them"
+    )
     return parser.parse_args()
 
 

@@ -144,7 +144,9 @@ class Branching(nn.Module):
 
 
 def test_uncapturable_model_names_the_module():
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Branching()), nn.Flatten(), nn.Linear(16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Branching()), nn.Flatten(), nn.Linear(16, 2)
+    )
     with pytest.raises(InputError, match=r"1\.1, Branching") as info:
         capture(net.eval(), (3, 2, 2))
     assert "\n" not in str(info.value)

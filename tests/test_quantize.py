@@ -88,7 +88,9 @@ def test_ties_round_to_even_everywhere_in_the_grid(bits):
     halves = np.arange(-140, 141, dtype=np.float32) * scale + np.float32(scale / 2)
     levels = q.embedded_levels(bits, -(2 ** (bits - 1)))
     expected = np.clip(np.rint(halves / np.float32(scale)), levels.lo, levels.hi)
-    np.testing.assert_array_equal(q.quantize(torch.from_numpy(halves), torch.tensor(scale), levels).numpy(), expected)
+    np.testing.assert_array_equal(
+        q.quantize(torch.from_numpy(halves), torch.tensor(scale), levels).numpy(), expected
+    )
     assert_same(halves, scale, levels, (scale * levels.lo, scale * levels.hi))
 
 
@@ -152,7 +154,9 @@ def test_soft_weight_starts_at_the_weight_and_hardens_to_codes():
     torch.testing.assert_close(hard, torch.round(weight / scale) * scale)
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.5, 0.5), (0.25, 0.25), (1.0, 1.0), (1 / 256, 1 / 256)])
+@pytest.mark.parametrize(
+    ("probability", "expected"), [(0.5, 0.5), (0.25, 0.25), (1.0, 1.0), (1 / 256, 1 / 256)]
+)
 def test_dropped_share(probability, expected):
     torch.manual_seed(0)
     kept = q.random_kept(torch.empty(400_001), probability)
@@ -185,5 +189,5 @@ def test_dropped_elements_are_the_float_ones_exactly():
     ],
 )
 def test_levels_outside_int8_are_refused(make):
-    with pytest.raises(ValueError, match="bits|levels"):
+    with pytest.raises(ValueError, match=r"bits|levels"):
         make()

@@ -49,7 +49,10 @@ def test_every_operand_and_weight_has_a_quantizer(network):
 
 def test_first_and_last_operator_have_their_own_bits(network):
     quantized = insert_quantizers(network, Bits(3, 4, first_last=8))
-    bits = {**{n: a.bits for n, a in quantized.activations.items()}, **{n: w.bits for n, w in quantized.weights.items()}}
+    bits = {
+        **{n: a.bits for n, a in quantized.activations.items()},
+        **{n: w.bits for n, w in quantized.weights.items()},
+    }
     eight = {name for name, b in bits.items() if b == 8}
     assert eight == {"patch_embed.proj.input", "patch_embed.proj.weight", "head.input", "head.weight"}
     assert bits["blocks.0.attn.qkv.weight"] == 3 and bits["blocks.1.mlp.fc2.input"] == 4

@@ -69,7 +69,9 @@ def test_weight_scale_against_brute_force(bits):
     levels = q.symmetric_levels(bits)
 
     def row_error(row, scale):
-        return float((torch.clamp(torch.round(row / scale), levels.lo, levels.hi) * scale - row).square().sum())
+        return float(
+            (torch.clamp(torch.round(row / scale), levels.lo, levels.hi) * scale - row).square().sum()
+        )
 
     found = search_weight_scale(weight, bits)
     assert found.shape == (5,) and bool((found > 0).all())

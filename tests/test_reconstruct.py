@@ -15,7 +15,14 @@ from ospq_export.calibrate.reconstruct import (
 )
 from ospq_export.calibrate.walk import forward, walk
 from ospq_export.graph.capture import capture
-from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, WeightQuantizer, insert_quantizers, quantizers_of
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Bits,
+    Mode,
+    WeightQuantizer,
+    insert_quantizers,
+    quantizers_of,
+)
 from ospq_export.graph.slicing import block_slicing, extract
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
@@ -25,7 +32,9 @@ CPU = torch.device("cpu")
 
 
 def settings(*overrides):
-    return load_recipe("w4a4", [f"reconstruction.{o}" for o in ("iterations=40", "batch_size=8", *overrides)]).reconstruction
+    return load_recipe(
+        "w4a4", [f"reconstruction.{o}" for o in ("iterations=40", "batch_size=8", *overrides)]
+    ).reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,11 @@ def test_learning_lowers_the_error(network, quantized, images):
         off = weight.codes - floor.clamp(weight.levels.lo, weight.levels.hi)
         assert off.min() >= 0 and off.max() <= 1, "AdaRound rounds down or up, never further"
         assert weight.v is None
-    moved = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and float(m.scale) != scales[m.name]]
+    moved = [
+        m
+        for m in quantizers_of(piece)
+        if isinstance(m, ActivationQuantizer) and float(m.scale) != scales[m.name]
+    ]
     assert len(moved) == len(scales)
 
 
@@ -85,7 +98,9 @@ def test_reproducible_for_a_seed_only(network, images):
         Reconstructor(settings(), CPU).run(piece, data, seed)
         assert torch.equal(torch.get_rng_state(), before)
         states.append({k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()})
-    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in ((states[0], states[1]), (states[0], states[2]))]
+    same = [
+        all(torch.equal(a[k], b[k]) for k in a) for a, b in ((states[0], states[1]), (states[0], states[2]))
+    ]
     assert same == [True, False]
 
 
@@ -108,7 +123,10 @@ def test_zero_iterations_is_round_to_nearest(network, quantized, images):
 
 
 def tensors_of(graph):
-    return {k: v.clone() for k, v in quantizer_tensors([*graph.activations.values(), *graph.weights.values()]).items()}
+    return {
+        k: v.clone()
+        for k, v in quantizer_tensors([*graph.activations.values(), *graph.weights.values()]).items()
+    }
 
 
 def test_a_resumed_walk_ends_in_the_same_bytes(network, images):
@@ -129,7 +147,9 @@ def test_a_resumed_walk_ends_in_the_same_bytes(network, images):
 
         steps = {}
         for step in walk(graph, slices, images, reconstructor, 0, restore):
-            steps[step.index] = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(step.piece))).items()}
+            steps[step.index] = {
+                k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(step.piece))).items()
+            }
         return graph, steps
 
     whole, steps = run({})
@@ -172,8 +192,8 @@ def test_literal_loss_sums_dimension_one():
 
 def test_literal_recipe_runs(network, quantized, images):
     piece, data = block(network, quantized, images)
-    literal = load_recipe("paper-w4a4", ["reconstruction.iterations=5", "reconstruction.batch_size=8"]).reconstruction
+    literal = load_recipe(
+        "paper-w4a4", ["reconstruction.iterations=5", "reconstruction.batch_size=8"]
+    ).reconstruction
     metrics = Reconstructor(literal, CPU).run(piece, data, seed=0)
     assert metrics.iterations == 5 and len(metrics.losses) == 5 and math.isfinite(metrics.error_after)
-
-

@@ -48,7 +48,9 @@ def test_every_operator_is_in_exactly_one_slice(networks, name, slicing):
     graph = networks[name][0].graph
     slices = slicing(graph)
     assert [a.end for a in slices[:-1]] == [b.start for b in slices[1:]]
-    inside = [n for s in slices for n in nodes_between(graph, s.start, s.end) if n in set(quantizable_nodes(graph))]
+    inside = [
+        n for s in slices for n in nodes_between(graph, s.start, s.end) if n in set(quantizable_nodes(graph))
+    ]
     assert inside == quantizable_nodes(graph)
     points = {n.name for n in cut_points(graph)}
     assert {s.start for s in slices} | {s.end for s in slices} <= points
@@ -83,6 +85,8 @@ def test_unknown_cut_point(networks):
 def test_a_slice_that_needs_two_tensors_is_refused(networks):
     network, _ = networks["vit_tiny_patch16_224"]
     norm = next(n for n in network.graph.nodes if "layer_norm" in n.name)
-    residual = next(n for n in network.graph.nodes if n.name.startswith("add_") and n.meta["module_path"] == "blocks.0")
+    residual = next(
+        n for n in network.graph.nodes if n.name.startswith("add_") and n.meta["module_path"] == "blocks.0"
+    )
     with pytest.raises(ValueError, match="lies before its start"):
         extract(network, Slice("s", norm.name, residual.name))

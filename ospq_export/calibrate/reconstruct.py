@@ -116,12 +116,14 @@ class Reconstructor:
         """
         before = self.error(piece, data)
         initial = _snapshot(piece)
+        if self.settings.refinement_images > 0 and self.settings.iterations > 0:
+            refine_scales(piece, _head(data, self.settings.refinement_images), self.device)
         losses: list[float] = []
         devices = [self.device] if self.device.type == "cuda" else []
         if self.settings.iterations > 0:
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed)
-                losses = self._learn(piece, data, before)
+                losses = self._learn(piece, data, self.error(piece, data))
         after = self.error(piece, data)
         kept = math.isfinite(after) and (after <= before or self.settings.loss == "literal")
         if not kept:
@@ -199,6 +201,46 @@ class Reconstructor:
         original = data.float_input[chosen].to(self.device)
         x = q.mix(x, original, self.settings.drop_probability)
         return x, data.target[chosen].to(self.device)
+
+
+# Multiples of the scale that refinement tries; below one it clips more, above one it rounds more coarsely.
+_MULTIPLES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.1, 1.25)
+
+
+def refine_scales(piece: fx.GraphModule, data: SliceData, device: torch.device) -> None:
+    """Choose each activation scale of a slice by the slice's output error, one after the other in graph order (ours).
+
+    The mean squared error of a tensor says little about tensors whose small values matter together, such as attention
+    probabilities: there the error of what is computed from them has to decide.
+
+    Args:
+        piece: from `extract`; its quantizers hold searched ranges and nearest codes.
+        data: a few images.
+        device: where the slice runs.
+    """
+    x, target = data.quantized_input.to(device), data.target.to(device)
+    set_mode(piece, Mode.QUANTIZE)
+
+    def error() -> float:
+        return float((piece(x, len(x)) - target).square().mean())
+
+    with torch.no_grad():
+        best = error()
+        for quantizer in quantizers_of(piece):
+            if not isinstance(quantizer, ActivationQuantizer):
+                continue
+            searched = quantizer.scale.clone()
+            chosen = searched.clone()
+            for multiple in _MULTIPLES:
+                quantizer.scale.copy_(searched * multiple)
+                found = error()
+                if found < best:
+                    best, chosen = found, quantizer.scale.clone()
+            quantizer.scale.copy_(chosen)
+
+
+def _head(data: SliceData, count: int) -> SliceData:
+    return SliceData(data.float_input[:count], data.quantized_input[:count], data.target[:count])
 
 
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:

@@ -42,11 +42,11 @@ class _Lowering:
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
-        self.stack: dict[str, tuple[str, str]] = {}
+        self.stack: dict[str, tuple[str, str]] = {}  # torch.export's form: the exporter names nodes by it
 
     def run(self) -> fx.GraphModule:
         for node in self.network.module.graph.nodes:
-            self.stack = node.meta.get("module_stack", ())
+            self.stack = node.meta.get("nn_module_stack", {})
             if node.op == "output":
                 self.graph.output(self.copies[node.args[0]])
             elif node.op == "call_module":
@@ -64,7 +64,7 @@ class _Lowering:
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        node.meta["module_stack"] = self.stack
+        node.meta["nn_module_stack"] = self.stack
         return node
 
     def _attribute(self, name: str, value: Tensor) -> fx.Node:

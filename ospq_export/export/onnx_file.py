@@ -110,7 +110,8 @@ def _tidy(model: Any, metadata: Mapping[str, str]) -> None:
     seen: dict[str, int] = {}
     for node in model.graph:
         scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        parts = [part for part in _literal_list(scope)[:-1] if part]
+        # torch labels nodes that belong to no module with a name of its own that starts with an underscore.
+        parts = [part for part in _literal_list(scope)[:-1] if part and not part.startswith("_")]
         base = f"{parts[-1] if parts else 'network'}/{node.op_type}"
         seen[base] = seen.get(base, 0) + 1
         node.name = base if seen[base] == 1 else f"{base}_{seen[base] - 1}"

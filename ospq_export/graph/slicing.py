@@ -65,21 +65,21 @@ def cut_points(graph: fx.Graph) -> list[fx.Node]:
 
 
 def atoms(graph: fx.Graph) -> list[Slice]:
-    """The finest slicing: one slice per atom, in order; stretches without quantizable work join the atom that follows.
+    """The finest slicing: one slice per atom, in order.
 
-    What comes after the last quantizable operator joins the last atom.
+    Stretches without quantizable work join the atom before them: its output is then as near as can be to what the next operator
+    reads, and what the network throws away (all tokens but one, ahead of a classifier) is not reconstructed. What comes before
+    the first quantizable operator joins the first atom, what comes after the last one the last.
     """
     points = cut_points(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     work = [order[n] for n in graph.nodes if n.target in QUANTIZABLE and n.op == "call_function"]
-    bounds, start = [], order[points[0]]
-    for point in points[1:]:
-        if any(start < position <= order[point] for position in work):
-            bounds.append(point)
-            start = order[point]
-    bounds[-1] = points[-1]
-    starts = [points[0], *bounds[:-1]]
-    return [Slice(_name_of(graph, a, b), a.name, b.name) for a, b in zip(starts, bounds, strict=True)]
+    spans = zip([order[p] for p in points], [order[p] for p in points[1:]], strict=False)
+    busy = [any(start < position <= end for position in work) for start, end in spans]
+    first = busy.index(True)
+    bounds = [points[i] for i in range(first + 1, len(busy)) if busy[i]]
+    starts, ends = [points[0], *bounds], [*bounds, points[-1]]
+    return [Slice(_name_of(graph, a, b), a.name, b.name) for a, b in zip(starts, ends, strict=True)]
 
 
 def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:

@@ -24,6 +24,10 @@ class Reconstruction(BaseModel):
 
     iterations: int = Field(ge=0, description="optimisation steps per slice; 0 is round to nearest")
     batch_size: int = Field(ge=1, description="images per step")
+    refinement_images: int = Field(
+        ge=0,
+        description="images on which each searched scale is first refined by the slice's output error; 0: not at all",
+    )
     learning_rate_rounding: float = Field(gt=0, description="Adam's rate on the rounding parameter V")
     learning_rate_scale: float = Field(ge=0, description="Adam's rate on the activation scales, cosine decay")
     scale_parametrization: Literal["linear", "logarithmic"] = Field(

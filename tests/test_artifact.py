@@ -1,0 +1,147 @@
+"""The run directory: atomic writes, damage found, networks rebuilt from it alone."""
+
+import json
+
+import pytest
+import torch
+
+from ospq_export import artifact
+from ospq_export.errors import InputError
+from ospq_export.models import create_model
+from ospq_export.run import Run
+
+
+def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(RuntimeError), artifact.replacing(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("interrupted")
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+    with artifact.replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+    assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_full_disk_is_bad_input(tmp_path):
+    with (
+        pytest.raises(InputError, match="cannot be written: No space left"),
+        artifact.replacing(tmp_path / "x"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_round_trip_and_truncation(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(6, dtype=torch.int8)}
+    artifact.write_tensors(path, tensors, {"k": "v"})
+    loaded, header = artifact.read_tensors(path)
+    assert header == {"k": "v"} and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        artifact.read_tensors(path)
+
+
+def edit(folder, change):
+    path = folder / artifact.MANIFEST
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema_version=99), "schema version 99"),
+        (lambda m: m.pop("recipe"), "'recipe' is wrong"),
+        (lambda m: m["recipe"].update(weight_bits="many"), r"recipe\.weight_bits"),
+        (lambda m: m.update(extra=1), "'extra' is wrong"),
+        (lambda m: m.update(status="calibrating"), "interrupted"),
+        (lambda m: m["files"].update({"quantized.safetensors": "0" * 64}), "was changed or truncated"),
+        (lambda m: m["files"].update({"../../outside": "0" * 64}), "outside the run directory"),
+        (lambda m: m["files"].update({"nothing.bin": "0" * 64}), "lacks nothing.bin"),
+    ],
+)
+def test_edited_manifest(run_copy, change, message):
+    edit(run_copy, change)
+    with pytest.raises(InputError, match=message) as info:
+        Run.open(run_copy)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
+def test_damaged_manifest(run_copy, text):
+    (run_copy / artifact.MANIFEST).write_text(text)
+    with pytest.raises(InputError):
+        Run.open(run_copy)
+
+
+@pytest.mark.parametrize("name", [artifact.FLOAT_TENSORS, artifact.QUANTIZED_TENSORS, "model.onnx"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_files(run_copy, name, damage):
+    path = run_copy / name
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=name):
+        Run.open(run_copy)
+
+
+def with_tensors(folder, change):
+    """Change tensors and write the matching hash, as a careful forger would."""
+    tensors, _ = artifact.read_tensors(folder / artifact.QUANTIZED_TENSORS)
+    change(tensors)
+    artifact.write_tensors(folder / artifact.QUANTIZED_TENSORS, tensors)
+    artifact.record_files(folder, artifact.read_manifest(folder), artifact.QUANTIZED_TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"head.fc.weight.scale": t["head.fc.weight.scale"][:-1]}),
+            r"head\.fc\.weight\.scale: expected",
+        ),
+        (lambda t: t.pop("head.fc.weight.codes"), r"head\.fc\.weight\.codes: expected .* found nothing"),
+        (lambda t: t["head.fc.input.scale"].fill_(torch.nan), r"head\.fc\.input\.scale is not finite"),
+        (lambda t: t["head.fc.input.scale"].fill_(-1.0), r"head\.fc\.input\.scale is not positive"),
+        (lambda t: t.update({"head.fc.weight.codes": t["head.fc.weight.codes"].int()}), "torch.int8"),
+        (lambda t: t.pop("head.fc.bias"), r"head\.fc\.bias"),
+    ],
+)
+def test_forged_tensors(run_copy, change, message):
+    with_tensors(run_copy, change)
+    with pytest.raises(InputError, match=message):
+        Run.open(run_copy).quantized_graph()
+
+
+def test_codes_outside_their_bits(finished_runs, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished_runs["w4a4"], folder)
+    with_tensors(folder, lambda t: t["layers.0.blocks.0.mlp.fc1.weight.codes"].fill_(100))
+    with pytest.raises(InputError, match=r"codes leave \[-8, 7\]"):
+        Run.open(folder).quantized_graph()
+
+
+def test_another_structure_is_refused(run_copy):
+    edit(run_copy, lambda m: m["model"]["kwargs"].update(depths=[2, 2, 2]))
+    with pytest.raises(InputError, match="graph is not the calibrated one"):
+        Run.open(run_copy).quantized_graph()
+
+
+def test_both_networks_come_from_one_run(finished_runs):
+    run = Run.open(finished_runs["w8a8"])
+    x = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        reference, quantized = run.float_network()(x), run.fake_quant_network()(x)
+        original = create_model(run.manifest.model)(x)
+    assert torch.allclose(reference, original, atol=1e-5), "the run holds the checkpoint's weights"
+    assert 0 < float((quantized - reference).square().mean()) < 0.1 * float(reference.var())

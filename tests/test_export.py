@@ -1,0 +1,187 @@
+"""The exported files: standard, deployable, and the artifact's very integers."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from ospq_export import artifact
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.export.lower import lower
+from ospq_export.export.onnx_file import check_deployable
+from ospq_export.run import Run
+
+BOTH = pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+
+
+@pytest.fixture(scope="module")
+def images(finished_runs):
+    config = Run.open(finished_runs["w8a8"]).manifest.data
+    return next(demo_images("test", config).batches(64)).images.numpy()
+
+
+def session(path, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@BOTH
+def test_file_is_standard_and_deployable(finished_runs, recipe):
+    path = finished_runs[recipe] / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path))
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert {n.domain for n in model.graph.node} == {""}
+    constants = {t.name: t for t in model.graph.initializer}
+    pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(pairs) > 100
+    for node in pairs:
+        zero_point = constants[node.input[2]]
+        assert zero_point.data_type == TensorProto.INT8 and not numpy_helper.to_array(zero_point).any()
+    clips = [n for n in model.graph.node if n.op_type == "Clip"]
+    assert len(clips) == (0 if recipe == "w8a8" else 66), (
+        "8-bit grids emit no Clip, the others one per quantizer"
+    )
+    products = [n for n in model.graph.node if n.op_type in ("MatMul", "Conv", "Gemm")]
+    by_output = {o: n for n in model.graph.node for o in n.output}
+    moves = {"Transpose", "Reshape"}
+    for node in products:
+        for name in node.input[:2]:
+            while by_output[name].op_type in moves:
+                name = by_output[name].input[0]
+            assert by_output[name].op_type == "DequantizeLinear", f"{node.name} reads {name} unquantized"
+
+
+@BOTH
+def test_initializers_are_the_artifacts_codes(finished_runs, recipe):
+    run = Run.open(finished_runs[recipe])
+    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    model = onnx.load(str(run.file("model.onnx")))
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    weights = [r for r in run.manifest.quantizers if r.kind == "weight"]
+    assert len(weights) == 36
+    for record in weights:
+        codes, deployed = tensors[f"{record.name}.codes"].numpy(), constants[f"{record.name}.codes"]
+        assert deployed.dtype == np.int8
+        np.testing.assert_array_equal(codes if codes.ndim == 4 else codes.T, deployed)
+        reader = next(n for n in model.graph.node if f"{record.name}.codes" in n.input)
+        assert reader.op_type == "DequantizeLinear"
+        np.testing.assert_array_equal(constants[reader.input[1]], tensors[f"{record.name}.scale"].numpy())
+        assert helper.get_attribute_value(reader.attribute[0]) == (0 if codes.ndim == 4 else 1)
+
+
+@BOTH
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_onnx_runtime_computes_the_fake_quantized_network(finished_runs, images, recipe, level):
+    run = Run.open(finished_runs[recipe])
+    with torch.no_grad():
+        expected = run.fake_quant_network()(torch.from_numpy(images)).numpy()
+        float_logits = run.float_network()(torch.from_numpy(images)).numpy()
+    runtime = session(run.file("model.onnx"), getattr(onnxruntime.GraphOptimizationLevel, level))
+    got = runtime.run(None, {"images": images})[0]
+    # Both differ where a float sum lands on the other side of a rounding edge, by far less than quantization itself.
+    assert np.square(got - expected).mean() < 0.3 * np.square(float_logits - expected).mean()
+    assert (got.argmax(1) == expected.argmax(1)).mean() >= 62 / 64
+
+
+def test_planted_faults_stand_out(finished_runs, images):
+    run = Run.open(finished_runs["w4a4"])
+    x = torch.from_numpy(images)
+    with torch.no_grad():
+        expected = run.fake_quant_network()(x)
+
+        def distance(change):
+            network = run.quantized_graph()
+            change(network)
+            return float((lower(network)(x) - expected).square().mean())
+
+        sound = distance(lambda network: None)
+        scale = distance(lambda n: n.activations["layers.1.blocks.0.mlp.fc1.input"].scale.mul_(1.02))
+        codes = distance(lambda n: n.weights["layers.1.blocks.0.mlp.fc1.weight"].codes.add_(1))
+        swapped = distance(
+            lambda n: n.activations["layers.0.blocks.0.mlp.fc1.input"].scale.copy_(
+                n.activations["layers.0.blocks.0.mlp.fc2.input"].scale
+            )
+        )
+    assert min(scale, codes, swapped) > 3 * sound
+
+
+@BOTH
+def test_float_baseline_is_the_float_network(finished_runs, images, recipe):
+    run = Run.open(finished_runs[recipe])
+    got = session(run.file("model_fp32.onnx")).run(None, {"images": images})[0]
+    with torch.no_grad():
+        expected = run.float_network()(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_metadata_and_no_local_paths(finished_runs):
+    run = Run.open(finished_runs["w4a4"])
+    data = run.file("model.onnx").read_bytes()
+    for trace in (b"site-packages", b'File "', b".py", b"stack_trace", b"/tmp/", b"/home/", b"/root/"):
+        assert trace not in data
+    properties = {p.key: p.value for p in onnx.load_from_string(data).metadata_props}
+    assert properties["weight_bits"] == "4" and properties["recipe"] == "w4a4"
+    assert properties["graph_fingerprint"] == run.manifest.graph_fingerprint
+    assert json.loads(properties["preprocessing"])["input_size"] == [1, 28, 28]
+    names = [n.name for n in onnx.load_from_string(data).graph.node]
+    assert len(set(names)) == len(names) and "layers.0.blocks.0.mlp.fc1/MatMul" in names
+
+
+def test_scales_json_is_complete_and_exact(finished_runs):
+    run = Run.open(finished_runs["w4a4"])
+    described = json.loads(run.file("scales.json").read_text())
+    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    assert [s["name"] for s in described["slices"]] == [s.name for s in run.manifest.slices]
+    entries = [(s["index"], q) for s in described["slices"] for q in s["quantizers"]]
+    assert {q["name"] for _, q in entries} == {r.name for r in run.manifest.quantizers}
+    for index, entry in entries:
+        record = next(r for r in run.manifest.quantizers if r.name == entry["name"])
+        assert (record.slice, record.bits, record.lo, record.hi) == (
+            index,
+            entry["bits"],
+            entry["lo"],
+            entry["hi"],
+        )
+        expected = tensors[f"{entry['name']}.scale"].numpy()
+        np.testing.assert_array_equal(np.float32(entry["scale"]), expected)
+        assert entry["hi"] - entry["lo"] == 2 ** entry["bits"] - 1 and entry["zero_point"] == 0
+
+
+def test_fixed_batch_size(run_copy, images):
+    export(run_copy, batch_size=4)
+    runtime = session(run_copy / "model.onnx")
+    assert runtime.get_inputs()[0].shape == [4, 1, 28, 28]
+    assert runtime.run(None, {"images": images[:4]})[0].shape == (4, 10)
+    assert Run.open(run_copy), "the manifest has the new hashes"
+
+
+def test_exporting_twice_gives_the_same_bytes(run_copy):
+    before = {n: (run_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
+    export(run_copy)
+    assert all((run_copy / n).read_bytes() == data for n, data in before.items())
+
+
+@pytest.mark.parametrize("zero_point", [np.uint8(0), np.int8(3), None])
+def test_undeployable_files_are_refused(tmp_path, zero_point):
+    inputs = ["x", "scale"] + ([] if zero_point is None else ["zero_point"])
+    constants = [numpy_helper.from_array(np.array(0.5, np.float32), "scale")]
+    if zero_point is not None:
+        constants.append(numpy_helper.from_array(np.asarray(zero_point), "zero_point"))
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", inputs, ["y"], name="quantizer")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, [1])],
+        constants,
+    )
+    with pytest.raises(InputError, match="quantizer without an int8 zero_point of 0"):
+        check_deployable(helper.make_model(graph), tmp_path)

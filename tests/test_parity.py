@@ -1,0 +1,119 @@
+"""Parity statistics against slow independent references, and the verdict."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ospq_export.validate.parity import (
+    Collector,
+    Thresholds,
+    agreement,
+    compare,
+    default_thresholds,
+    flipped,
+    judge,
+    margins,
+    predictions,
+    topk_accuracy,
+)
+
+# Few distinct values, so that ties happen.
+values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
+
+
+@st.composite
+def cases(draw, count=2):
+    n, k = draw(st.integers(1, 12)), draw(st.integers(1, 8))
+    arrays = [draw(hnp.arrays(np.float32, (n, k), elements=values)) for _ in range(count)]
+    labels = draw(hnp.arrays(np.int64, n, elements=st.integers(0, k - 1)))
+    return (*arrays, labels)
+
+
+def ranked(row):
+    """Classes from the largest logit down, ties by index: Python's sort is stable."""
+    return sorted(range(len(row)), key=lambda i: -row[i])
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(1, 6))
+def test_accuracy_and_agreement(case, k):
+    first, second, labels = case
+    slow = sum(label in ranked(row)[:k] for row, label in zip(first, labels, strict=True)) / len(labels) * 100
+    assert topk_accuracy(first, labels, k) == pytest.approx(slow)
+    same = sum(ranked(a)[0] == ranked(b)[0] for a, b in zip(first, second, strict=True)) / len(labels) * 100
+    assert agreement(first, second) == pytest.approx(same)
+    assert [ranked(row)[0] for row in first] == predictions(first).tolist()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_flips_and_margins(case):
+    first, second, labels = case
+    ids = [f"image {i}" for i in range(len(labels))]
+    flips = flipped(first, second, labels, ids)
+    expected = {
+        f"image {i}"
+        for i, (a, b) in enumerate(zip(first, second, strict=True))
+        if ranked(a)[0] != ranked(b)[0]
+    }
+    assert {f.id for f in flips} == expected
+    assert [f.reference_margin for f in flips] == sorted((f.reference_margin for f in flips), reverse=True)
+    for row, margin in zip(first, margins(first), strict=True):
+        ordered = sorted(row.tolist(), reverse=True)
+        assert margin == (np.inf if len(ordered) < 2 else pytest.approx(ordered[0] - ordered[1]))
+
+
+def one_flip(images):
+    reference = np.zeros((images, 3), np.float32)
+    reference[:, 0] = 1
+    deployed = reference.copy()
+    deployed[0] = [0, 2, 0]
+    labels = np.zeros(images, np.int64)
+    return compare(
+        ("fake_quant", reference), ("onnxruntime", deployed), labels, [str(i) for i in range(images)]
+    )
+
+
+def test_verdict_at_the_thresholds():
+    limits = Thresholds(max_top1_difference=0.1, min_agreement=99.5)
+    assert judge([one_flip(1000)], [], limits), "0.1 points and 99.9 % are within"
+    refused = judge([one_flip(500)], [], limits)
+    assert not refused and "Top-1 differs by -0.20 points" in refused.reasons[0]
+    disagrees = judge([one_flip(100)], [], Thresholds(max_top1_difference=5, min_agreement=99.5))
+    assert not disagrees and "agrees with fake_quant on 99.00 %" in disagrees.reasons[0]
+
+
+def test_verdict_without_evidence():
+    assert not judge([], [], Thresholds())
+    verdict = judge([one_flip(10_000)], ["onnxruntime"], Thresholds())
+    assert not verdict and "not finite" in verdict.reasons[0]
+
+
+def test_nan_never_counts_as_a_match():
+    logits = np.full((4, 3), np.nan, np.float32)
+    labels = np.array([1, 1, 1, 1])
+    comparison = compare(("a", np.eye(4, 3, dtype=np.float32)), ("b", logits), labels, list("abcd"))
+    assert not judge([comparison], ["b"], Thresholds())
+
+
+def test_thresholds_by_bits():
+    assert [default_thresholds(a, w).min_agreement for a, w in ((8, 8), (6, 6), (8, 4), (4, 4), (3, 3))] == [
+        99.5,
+        99.5,
+        99.5,
+        99.0,
+        99.0,
+    ]
+
+
+def test_collector_joins_batches_in_order():
+    collector = Collector()
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    for start in (0, 4):
+        part = rows[start : start + 4]
+        collector.add({"x": part}, np.arange(start, start + len(part)), [str(i) for i in range(len(part))])
+    np.testing.assert_array_equal(collector.logits("x"), rows)
+    np.testing.assert_array_equal(collector.logits("x"), rows)
+    assert collector.labels().tolist() == [0, 1, 2, 3, 4, 5] and len(collector.ids) == 6
