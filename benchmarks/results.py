@@ -137,6 +137,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "round_to_nearest": round_to_nearest(network, recipe, args.rtn_limit or args.limit),
         "round_to_nearest_images": min(args.rtn_limit or report.images, report.images),
         "agreement": {c.deployed: c.agreement for c in report.comparisons},
+        "noise_floor": noise_floor(run, network),
         "parity": bool(report.verdict),
         "calibration_seconds": round(seconds),
         "slices": [
@@ -145,6 +146,20 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "versions": report.provenance.versions,
         "machine": machine_name(),
     }
+
+
+def noise_floor(run: Run, network: Network, count: int = 300) -> dict[str, float]:
+    """Agreement of two equally legitimate executions of the fake-quantized network: float32 and float64 arithmetic.
+
+    Both have the same codes, scales and images. No deployed file can be asked to agree better than this.
+    """
+    batch = network.validation.sample(min(count, len(network.validation)), seed=1)
+    module = run.fake_quant_network()
+    with torch.inference_mode():
+        single = torch.cat([module(x) for x in batch.images.split(100)])
+        double = torch.cat([module.double()(x.double()) for x in batch.images.split(100)])
+    same = float((single.argmax(1) == double.argmax(1)).float().mean() * 100)
+    return {"images": len(batch.images), "agreement": same}
 
 
 def _float_top1(name: str, weights: str, limit: int | None) -> float | None:
@@ -174,12 +189,14 @@ def table() -> str:
         "",
         "Top-1 in percent. *RTN*: round to nearest with the very ranges that the reconstruction starts from. *ORT*: the",
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
-        "the fake-quantized network predict the same class. Slicing `block`, seed 0.",
+        "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
+        "agrees with itself when it computes in float64 instead of float32. Slicing `block`, seed 0.",
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | images | steps | float | RTN | fake-quantized | minus float | ORT off / on | agreement off / on |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | bits | images | steps | float | RTN | fake-quantized | minus float "
+        "| ORT off / on | agreement off / on | noise floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(r) for r in rows]
     machines = sorted(
@@ -211,6 +228,7 @@ def _row(r: dict[str, Any]) -> str:
         f"{top1['fake_quant'] - top1['float']:+.2f}",
         f"{top1[off]:.2f} / {top1[on]:.2f}",
         f"{agree[off]:.2f} / {agree[on]:.2f}",
+        f"{r['noise_floor']['agreement']:.2f}" if "noise_floor" in r else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -217,7 +217,7 @@ class _Job:
         )
         self.records[step.index] = record
         if not metrics.kept:
-            log.warning("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
+            log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
         tensors = quantizer_tensors(list(quantizers_of(step.piece)))
         artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
 

@@ -1,0 +1,232 @@
+"""The command line, as a user meets it: exit status, one line for bad input, nothing left behind."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from safetensors.torch import save_file
+
+from ospq_export import artifact, cli
+from ospq_export.models import ModelSpec, create_model
+
+KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
+MODEL = "vit_tiny_patch16_224"
+SHORT = [
+    *(
+        "--set",
+        "reconstruction.iterations=2",
+        "--set",
+        "calibration_images=8",
+        "--set",
+        "observation_images=8",
+    ),
+    *("--workers", "0", "--quiet"),
+]
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of the command line."""
+    with pytest.raises(SystemExit) as info, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ospq-export", *map(str, arguments)])
+        cli.main()
+    captured = capsys.readouterr()
+    return info.value.code or 0, captured.out, captured.err
+
+
+def calibrate(capsys, folder, out, *extra, model=MODEL, kwargs=KWARGS):
+    fixed = [model, "--data", folder, "--out", out, "--model-kwargs", kwargs, "--random-weights", *SHORT]
+    return run(capsys, "calibrate", *fixed, *extra)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Four classes of six 40 x 36 px images."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        (folder / name).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(folder / name / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A calibrated run, not exported."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    command = [sys.executable, "-m", "ospq_export.cli", "calibrate", MODEL, "--data", images, "--out", out]
+    command += ["--model-kwargs", KWARGS, "--random-weights", *SHORT]
+    subprocess.run([str(c) for c in command], check=True, capture_output=True)
+    return out
+
+
+def assert_refused(result, message, out=None):
+    status, stdout, stderr = result
+    lines = stderr.strip().splitlines()
+    assert status == 2, stderr
+    assert lines[-1].startswith("error: ") and message in lines[-1], stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    assert "Traceback" not in stderr + stdout
+    if out is not None:
+        assert not out.exists()
+
+
+def test_help_is_light():
+    code = "import sys; from ospq_export import cli; assert not {'torch', 'timm', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ospq_export.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in ("calibrate", "export", "validate", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--recipe", "w5a5"], "there is no recipe 'w5a5'"),
+        (["--set", "weight_bits=77"], "weight_bits"),
+        (["--set", "nonsense"], "key=value"),
+        (["--mean", "a,b"], "not a list of numbers"),
+        (["--mean", "0.5,0.5,0.5"], "mean"),
+        (["--std", "0"], "std"),
+        (["--interpolation", "psychic"], "interpolation"),
+        (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors"),
+    ],
+)
+def test_bad_options(capsys, images, tmp_path, extra, message):
+    out = tmp_path / "run"
+    assert_refused(calibrate(capsys, images, out, *extra), message, out)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "message"),
+    [
+        ("vit_tinny_patch16_224", "", "vit_tiny_patch16_224"),
+        (MODEL, "imgsize=32", "imgsize"),
+        (MODEL, "img_size", "img_size"),
+        (MODEL, "num_heads=7 num_classes=4", "num_heads"),
+    ],
+)
+def test_bad_model(capsys, images, tmp_path, model, kwargs, message):
+    out = tmp_path / "run"
+    assert_refused(calibrate(capsys, images, out, model=model, kwargs=kwargs), message, out)
+
+
+def test_bad_folders(capsys, images, tmp_path):
+    out = tmp_path / "run"
+    assert_refused(calibrate(capsys, tmp_path / "missing", out), "missing", out)
+    (tmp_path / "empty").mkdir()
+    assert_refused(calibrate(capsys, tmp_path / "empty", out), "empty", out)
+    corrupt = tmp_path / "corrupt" / "a"
+    corrupt.mkdir(parents=True)
+    for i in range(3):
+        (corrupt / f"{i}.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    assert_refused(calibrate(capsys, tmp_path / "corrupt", out), "none of 3 images can be read", out)
+
+
+def test_one_corrupt_image_is_skipped_counted_and_named(capsys, images, tmp_path):
+    folder = tmp_path / "images"
+    subprocess.run(["cp", "-r", images, folder], check=True)
+    data = (folder / "b" / "3.jpg").read_bytes()
+    (folder / "b" / "3.jpg").write_bytes(data[: len(data) // 2])
+    status, stdout, _ = calibrate(capsys, folder, tmp_path / "run", "--set", "calibration_images=24")
+    assert status == 0 and "on 23 images (1 unreadable)" in " ".join(stdout.split())
+    skipped = json.loads((tmp_path / "run" / "manifest.json").read_text())["calibration"]["skipped"]
+    assert len(skipped) == 1 and skipped[0].endswith("b/3.jpg")
+
+
+def state_dict(**kwargs):
+    torch.manual_seed(0)
+    options = {
+        "img_size": 32,
+        "depth": 1,
+        "num_classes": 4,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "in_chans": 1,
+        **kwargs,
+    }
+    return create_model(ModelSpec(name=MODEL, kwargs=options)).state_dict()
+
+
+def test_bad_checkpoints(capsys, images, tmp_path):
+    out, path = tmp_path / "run", tmp_path / "weights.safetensors"
+    save_file(state_dict(depth=2), path)
+    assert_refused(calibrate(capsys, images, out, "--checkpoint", path), "blocks.1", out)
+    poisoned = state_dict()
+    poisoned["blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
+    save_file(poisoned, path)
+    assert_refused(calibrate(capsys, images, out, "--checkpoint", path), "blocks.0.mlp.fc1.weight", out)
+    path.write_bytes(path.read_bytes()[:100])
+    assert_refused(calibrate(capsys, images, out, "--checkpoint", path), "weights.safetensors", out)
+
+
+def test_output_folder_in_use(capsys, images, finished, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_refused(calibrate(capsys, images, tmp_path), "not empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert_refused(calibrate(capsys, images, tmp_path / "notes.txt"), "not a folder")
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    assert_refused(calibrate(capsys, images, finished), "already holds a finished run")
+    assert before == {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    subprocess.run(["cp", "-r", finished, tmp_path / "run"], check=True)
+    return tmp_path / "run"
+
+
+def test_damaged_runs(capsys, images, copy, tmp_path):
+    assert_refused(run(capsys, "export", tmp_path), "not a run directory")
+    assert_refused(run(capsys, "validate", copy, "--data", images), "export")
+    path = copy / "quantized.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(run(capsys, "export", copy), "quantized.safetensors was changed or truncated")
+    assert not (copy / "model.onnx").exists()
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"status"', '"stratus"'))
+    assert_refused(run(capsys, "validate", copy, "--data", images), "manifest")
+
+
+def test_whole_chain_and_a_planted_fault(capsys, images, copy):
+    assert run(capsys, "export", copy, "--quiet")[0] == 0
+    loose = ["--min-agreement", 90, "--max-top1-difference", 10]
+    options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", *loose]
+    status, stdout, _ = run(capsys, *options)
+    assert status == 0 and "parity: the deployed files predict" in stdout and "fake_quant" in stdout
+    report = json.loads((copy / "report.json").read_text())
+    assert report["verdict"] == {"parity": True, "reasons": []} and report["images"] == 24
+    assert {b["name"] for b in report["backends"]} == {
+        "float",
+        "fake_quant",
+        "onnxruntime",
+        "onnxruntime-unoptimised",
+    }
+
+    model = onnx.load(str(copy / "model.onnx"))
+    bias = next(t for t in model.graph.initializer if t.name == "head.weight.bias_folded")
+    bias.CopyFrom(numpy_helper.from_array(np.float32([50, 0, 0, 0]), bias.name))
+    onnx.save(model, str(copy / "model.onnx"))
+    assert_refused(run(capsys, *options), "model.onnx was changed or truncated")
+    artifact.record_files(copy, artifact.read_manifest(copy), "model.onnx")
+    status, stdout, _ = run(capsys, *options)
+    assert status == 1 and "no parity: onnxruntime" in stdout
+    assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
+
+
+def test_labels_are_needed_and_must_fit(capsys, images, copy, tmp_path):
+    assert run(capsys, "export", copy, "--quiet")[0] == 0
+    assert_refused(run(capsys, "validate", copy, "--data", images / "a", "--workers", 0), "no labels")
+    stranger = tmp_path / "five"
+    for name in "abcde":
+        (stranger / name).mkdir(parents=True)
+        Image.new("L", (32, 32)).save(stranger / name / "x.png")
+    assert_refused(run(capsys, "validate", copy, "--data", stranger, "--workers", 0), "class")

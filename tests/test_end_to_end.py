@@ -1,0 +1,80 @@
+"""The whole command line on real architectures (slow)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments, expect=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "ospq_export.cli", *map(str, arguments), "--quiet"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=900,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("model", ["vit", "swin"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+def test_demo_has_parity(tmp_path, model, recipe):
+    short = [
+        "--set",
+        "reconstruction.iterations=5",
+        "--set",
+        "calibration_images=64",
+        "--set",
+        "observation_images=64",
+    ]
+    # 1,000 images, so that one flipped label is within the 0.1 points that parity allows.
+    out = command(
+        "demo", "--model", model, "--recipe", recipe, "--limit", 1000, "--out", tmp_path / "run", *short
+    )
+    assert "parity: the deployed files predict what was calibrated" in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    top1 = {b["name"]: b["top1"] for b in report["backends"]}
+    assert top1["float"] > 85 and top1["fake_quant"] > (top1["float"] - 1 if recipe == "w8a8" else 75)
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_224_px_with_random_weights(tmp_path, model):
+    rng = np.random.default_rng(0)
+    for name in ("n01", "n02", "n03"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            smooth = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize(
+                (320, 240), Image.Resampling.BICUBIC
+            )
+            smooth.save(tmp_path / "images" / name / f"{i}.JPEG")
+    run, short = (
+        tmp_path / "run",
+        ["--set", "reconstruction.iterations=1", "--set", "reconstruction.refinement_images=0"],
+    )
+    short += [
+        "--set",
+        "calibration_images=4",
+        "--set",
+        "observation_images=4",
+        "--set",
+        "reconstruction.batch_size=4",
+    ]
+    data = ["--data", tmp_path / "images", "--workers", 0]
+    command("calibrate", model, *data, "--out", run, "--random-weights", *short)
+    command("export", run)
+    # Random weights give a thousand near-equal logits: their order says nothing, their values do.
+    loose = ["--min-agreement", 0, "--max-top1-difference", 100]
+    command("validate", run, *data, *loose, "--batch-size", 4)
+    report = json.loads((run / "report.json").read_text())
+    quantization = report["quantization"]["mean_logit_difference"]
+    for comparison in report["comparisons"]:
+        assert comparison["mean_logit_difference"] < 0.5 * quantization

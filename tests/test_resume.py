@@ -1,0 +1,83 @@
+"""A killed calibration continues and ends in the same bytes; one made from other inputs is not continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ospq_export import artifact
+
+COMMAND = [
+    *(sys.executable, "-m", "ospq_export.cli", "demo", "--model", "swin", "--limit", "20", "--quiet"),
+    *(
+        "--set",
+        "calibration_images=48",
+        "--set",
+        "observation_images=16",
+        "--set",
+        "reconstruction.iterations=3",
+    ),
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(out, *extra):
+    return subprocess.Popen(
+        [*COMMAND, "--out", str(out), *extra],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_after(out, slices):
+    """Start a calibration and kill it without warning as soon as `slices` checkpoints are there."""
+    process = start(out)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list((out / artifact.CHECKPOINTS).glob("*.safetensors"))) >= slices:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail("the calibration was over before it could be killed")
+
+
+def finished_bytes(out):
+    manifest = json.loads((out / artifact.MANIFEST).read_text())
+    assert manifest["status"] == "calibrated" and not (out / artifact.CHECKPOINTS).exists()
+    slices = [{k: v for k, v in s.items() if k != "seconds"} for s in manifest["slices"]]
+    return (
+        (out / artifact.QUANTIZED_TENSORS).read_bytes(),
+        (out / artifact.FLOAT_TENSORS).read_bytes(),
+        slices,
+    )
+
+
+@pytest.mark.slow
+def test_killed_twice_ends_in_the_same_bytes(tmp_path):
+    whole = start(tmp_path / "whole")
+    output = whole.communicate(timeout=400)
+    assert whole.returncode in (0, 1), output
+    killed = tmp_path / "killed"
+    kill_after(killed, 2)
+    assert artifact.read_manifest(killed).status == "calibrating"
+    kill_after(killed, 5)
+
+    refused = start(killed, "--seed", "1")
+    assert "was made with another calibration" in refused.communicate(timeout=400)[1]
+    assert refused.returncode == 2
+    refused = start(killed, "--set", "reconstruction.iterations=4")
+    assert "was made with another recipe" in refused.communicate(timeout=400)[1]
+    assert refused.returncode == 2
+
+    resumed = start(killed)
+    output = resumed.communicate(timeout=400)
+    assert resumed.returncode in (0, 1), output
+    assert finished_bytes(killed) == finished_bytes(tmp_path / "whole")
