@@ -88,7 +88,7 @@ def own_network(args: argparse.Namespace) -> Network:
 
 
 def round_to_nearest(network: Network, recipe: Recipe, limit: int | None) -> float:
-    """Top-1 (percent) with the very ranges that the reconstruction starts from, and nearest rounding."""
+    """Top-1 (percent) with the very ranges that the search found for the run, and nearest rounding."""
     graph = insert_quantizers(
         capture(network.model, network.config.input_size),
         Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits),
@@ -187,7 +187,7 @@ def table() -> str:
     lines = [
         "# Results",
         "",
-        "Top-1 in percent. *RTN*: round to nearest with the very ranges that the reconstruction starts from. *ORT*: the",
+        "Top-1 in percent. *RTN*: round to nearest with the very ranges that the search found. *ORT*: the",
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
         "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
         "agrees with itself when it computes in float64 instead of float32. Slicing `block`, seed 0.",

@@ -210,6 +210,12 @@ def _export(run: Path, batch_size: int | None, quiet: bool) -> None:
 def validate(
     run: RunArgument,
     data: DataOption,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend", help="Execution to run; repeat for several. Default: all but onnxruntime-fp32."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
     max_top1_difference: Annotated[float, typer.Option(min=0, help="Parity: points of Top-1.")] = 0.1,
@@ -230,7 +236,16 @@ def validate(
     opened = Run.open(run)
     images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
     report = _validate(
-        opened, images, batch_size, limit, max_top1_difference, min_agreement, device, workers, quiet
+        opened,
+        images,
+        max_top1_difference,
+        min_agreement,
+        quiet,
+        backends=backends or None,
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+        workers=workers,
     )
     raise typer.Exit(0 if report.verdict else 1)
 
@@ -238,13 +253,10 @@ def validate(
 def _validate(
     run: Any,
     images: ImageSet,
-    batch_size: int,
-    limit: int | None,
     max_top1_difference: float,
     min_agreement: float | None,
-    device: str,
-    workers: int,
     quiet: bool,
+    **options: Any,
 ) -> Report:
     from ospq_export.progress import stage_progress
     from ospq_export.validate import default_thresholds, render, validate
@@ -252,17 +264,9 @@ def _validate(
     thresholds = default_thresholds(run.manifest.recipe.activation_bits, run.manifest.recipe.weight_bits)
     changes = {"max_top1_difference": max_top1_difference, "min_agreement": min_agreement}
     thresholds = thresholds.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    given = {key: value for key, value in options.items() if value is not None}
     with stage_progress(disable=quiet) as progress:
-        report = validate(
-            run,
-            images,
-            batch_size=batch_size,
-            limit=limit,
-            device=device,
-            workers=workers,
-            thresholds=thresholds,
-            progress=progress,
-        )
+        report = validate(run, images, thresholds=thresholds, progress=progress, **given)
     _console().print(render(report))
     _console().print(f"report: {run.path / 'report.json'}")
     return report
@@ -288,7 +292,7 @@ def demo(
     chosen = _recipe(recipe, overrides)
     spec = demo_spec(model.value)
     folder = out or Path("runs") / f"demo-{model.value}-{chosen.name}"
-    if not _is_finished(folder):
+    if not _is_finished(folder, chosen, seed):
         _calibrate(
             spec,
             demo_data_overrides(),
@@ -305,14 +309,25 @@ def demo(
     _export(folder, None, quiet)
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)
-    report = _validate(run, images, 100, limit, 0.1, None, device, 0, quiet)
+    report = _validate(run, images, 0.1, None, quiet, limit=limit, device=device)
     raise typer.Exit(0 if report.verdict else 1)
 
 
-def _is_finished(folder: Path) -> bool:
+def _is_finished(folder: Path, recipe: Recipe, seed: int) -> bool:
     from ospq_export import artifact
 
-    return (folder / artifact.MANIFEST).is_file() and artifact.read_manifest(folder).status == "calibrated"
+    if not (folder / artifact.MANIFEST).is_file():
+        return False
+    manifest = artifact.read_manifest(folder)
+    if manifest.status != "calibrated":
+        return False
+    if manifest.recipe != recipe or manifest.calibration.seed != seed:
+        raise InputError(
+            "the folder holds a run with other settings",
+            where=folder,
+            mend="choose another --out, or delete it",
+        )
+    return True
 
 
 def _console() -> Any:

@@ -222,6 +222,18 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
 
 
+def test_backends_by_name(capsys, images, copy):
+    assert run(capsys, "export", copy, "--quiet", "--batch-size", 4)[0] == 0
+    options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", "--batch-size", 7]
+    status, stdout, _ = run(capsys, *options, "--backend", "float", "--backend", "onnxruntime-fp32")
+    assert status == 1 and "nothing deployed was compared" in " ".join(stdout.split())
+    results = json.loads((copy / "report.json").read_text())["backends"]
+    assert [b["name"] for b in results] == ["float", "onnxruntime-fp32"] and results[0]["top1"] == results[1][
+        "top1"
+    ]
+    assert_refused(run(capsys, *options, "--backend", "abacus"), "no execution 'abacus'")
+
+
 def test_labels_are_needed_and_must_fit(capsys, images, copy, tmp_path):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
     assert_refused(run(capsys, "validate", copy, "--data", images / "a", "--workers", 0), "no labels")

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ospq_export.data import DataConfig, ImageSet, resolve_data_config
+from ospq_export.data import DataConfig, ImageSet
 from ospq_export.errors import InputError
-from ospq_export.models import ModelSpec, create_model
 
 CONFIG = DataConfig(
     input_size=(3, 24, 24),
@@ -28,7 +26,6 @@ CONFIG = DataConfig(
     crop_pct=0.75,
     crop_mode="center",
 )
-VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
@@ -70,93 +67,6 @@ def everything(images: ImageSet, **kwargs: Any) -> tuple[torch.Tensor, list[int]
         torch.cat([batch.labels for batch in batches]).tolist(),
         [name for batch in batches for name in batch.ids],
     )
-
-
-# The preprocessing
-
-
-def vit(**kwargs: Any) -> tuple[torch.nn.Module, ModelSpec]:
-    spec = ModelSpec(name="vit_tiny_patch16_224", kwargs={**VIT, **kwargs})
-    return create_model(spec), spec
-
-
-def test_config_is_timms_where_nothing_else_is_said() -> None:
-    model, spec = vit()
-    config = resolve_data_config(model, spec, {"mean": None})
-    assert config.model_dump() == timm.data.resolve_model_data_config(model)
-
-
-def test_size_and_channels_of_the_model_win_over_timms() -> None:
-    assert resolve_data_config(*vit(img_size=(32, 40)), {}).input_size == (3, 32, 40)
-    config = resolve_data_config(*vit(img_size=28, patch_size=4, in_chans=1), {})
-    assert config.input_size == (1, 28, 28)
-    assert config.mean == (0.5,)
-    assert config.image_mode == "L"
-
-
-def test_three_default_means_are_averaged_for_one_channel() -> None:
-    spec = ModelSpec(name="resnet18", kwargs={"in_chans": 1})
-    config = resolve_data_config(create_model(spec), spec, {})
-    assert config.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
-    assert config.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
-
-
-def test_overrides_win_over_everything() -> None:
-    overrides = {"mean": [0.1, 0.2, 0.3], "std": [0.5], "crop_pct": 1.0, "interpolation": "lanczos"}
-    config = resolve_data_config(*vit(img_size=32), {**overrides, "crop_mode": "squash"})
-    assert config == DataConfig(
-        input_size=(3, 32, 32),
-        mean=(0.1, 0.2, 0.3),
-        std=(0.5, 0.5, 0.5),
-        crop_pct=1.0,
-        interpolation="lanczos",
-        crop_mode="squash",
-    )
-
-
-def test_input_size_of_a_model_that_takes_any() -> None:
-    spec = ModelSpec(name="resnet18")
-    assert resolve_data_config(create_model(spec), spec, {"input_size": (3, 96, 64)}).input_size == (
-        3,
-        96,
-        64,
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ({"mean": (0.1, 0.2)}, "mean"),
-        ({"std": (0.1, 0.2)}, "std"),
-        ({"std": (0.1, 0.2, 0.0)}, "positive"),
-        ({"mean": (0.1, 0.2, float("nan"))}, "finite"),
-        ({"mean": ("a", "b", "c")}, "mean"),
-        ({"interpolation": "cubic"}, "interpolation"),
-        ({"crop_pct": 1.5}, "crop_pct"),
-        ({"crop_pct": -0.5}, "crop_pct"),
-        ({"crop_pct": float("nan")}, "crop_pct"),
-        ({"input_size": (3, 48, 48)}, "(32, 32)"),
-        ({"input_size": (1, 32, 32)}, "accepts 3"),
-        ({"input_size": (32, 32)}, "input_size"),
-        ({"input_size": 32}, "preprocessing"),
-        ({"size": 32}, "no such setting (size)"),
-    ],
-)
-def test_impossible_preprocessing(overrides: dict[str, Any], expected: str) -> None:
-    with pytest.raises(InputError) as caught:
-        resolve_data_config(*vit(img_size=32), overrides)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_input_size_of_a_model_that_takes_one() -> None:
-    with pytest.raises(InputError, match=r"requires \(224, 224\).*img_size in --model-kwargs"):
-        resolve_data_config(*vit(), {"input_size": (3, 48, 48)})
-
-
-def test_more_channels_than_images_have() -> None:
-    with pytest.raises(InputError, match="1 or 3 channels"):
-        resolve_data_config(*vit(img_size=32, in_chans=4), {})
 
 
 # Images from folders
