@@ -13,8 +13,9 @@ from ospq_export import artifact
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.lower import lower
+from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import check_deployable
+from ospq_export.graph.slicing import Slice
 from ospq_export.run import Run
 
 BOTH = pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
@@ -112,6 +113,30 @@ def test_planted_faults_stand_out(finished_runs, images):
             )
         )
     assert min(scale, codes, swapped) > 3 * sound
+
+
+@BOTH
+def test_tensors_that_tell_where_executions_part_have_names(finished_runs, images, recipe):
+    run = Run.open(finished_runs[recipe])
+    model = onnx.load(str(run.file("model.onnx")))
+    assert [o.name for o in model.graph.output] == ["logits"]
+    network = run.quantized_graph()
+    slices = [Slice(s.name, s.start, s.end) for s in run.manifest.slices]
+    probes = probe_names(network, slices)
+    assert len(probes) == len(network.activations) + len(slices) - 1
+    produced = {o: n for n in model.graph.node for o in n.output}
+    for name in probes.values():
+        assert name in produced and (produced[name].op_type == "QuantizeLinear") == name.endswith(".codes")
+    # Equal input, first quantizer: what the file computes under that name is what the quantizer computes.
+    first = next(iter(network.activations.values()))
+    model.graph.output.append(helper.make_tensor_value_info(f"{first.name}.codes", TensorProto.INT8, None))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    runtime = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    codes = runtime.run([f"{first.name}.codes"], {"images": images})[0]
+    np.testing.assert_array_equal(codes, first.codes(torch.from_numpy(images)).numpy())
 
 
 @BOTH

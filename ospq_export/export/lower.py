@@ -5,6 +5,8 @@ The result computes what the fake-quantized network computes, up to the order of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 # Importing the module registers the quantized_decomposed operators with the dispatcher.
@@ -13,12 +15,13 @@ from torch import Tensor, fx
 
 from ospq_export.graph import quantize as q
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.slicing import Slice
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 
 
-def lower(network: QuantizedGraph) -> fx.GraphModule:
+def lower(network: QuantizedGraph, probes: Mapping[str, str] | None = None) -> fx.GraphModule:
     """Replace fake-quantizers by deployable operators.
 
     - activation: Clip(s*lo, s*hi) where int8 does not saturate by itself, or Sub(k) on a `shifted` grid; then Q and DQ with
@@ -28,27 +31,45 @@ def lower(network: QuantizedGraph) -> fx.GraphModule:
 
     Args:
         network: calibrated.
+        probes: what to return beside the logits, by the name of the network's node; see `probe_names`.
 
     Returns:
-        `(B, C, H, W) float32 -> (B, K) float32`; buffers are named after the network's constants.
+        `(B, C, H, W) float32 -> (B, K) float32`, or a tuple of that and the probes in order; buffers are named after the
+        network's constants.
     """
-    return _Lowering(network).run()
+    return _Lowering(network, probes or {}).run()
+
+
+def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, str]:
+    """Names for the tensors that tell where two executions part: node name -> "<quantizer>.codes" or "<slice>.output".
+
+    The codes are int8, what QuantizeLinear gives; a slice's output is what the next slice starts from. The last slice's output
+    is the logits, which need no other name.
+    """
+    modules = dict(network.module.named_modules())
+    names = {}
+    for node in network.module.graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
+            names[node.name] = f"{module.name}.codes"
+    return names | {piece.end: f"{piece.name}.output" for piece in slices[:-1]}
 
 
 class _Lowering:
-    def __init__(self, network: QuantizedGraph) -> None:
-        self.network = network
+    def __init__(self, network: QuantizedGraph, probes: Mapping[str, str]) -> None:
+        self.network, self.probes = network, probes
         self.modules = dict(network.module.named_modules())
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
+        self.codes: dict[fx.Node, fx.Node] = {}
         self.stack: dict[str, tuple[str, str]] = {}  # torch.export's form: the exporter names nodes by it
 
     def run(self) -> fx.GraphModule:
         for node in self.network.module.graph.nodes:
             self.stack = node.meta.get("nn_module_stack", {})
             if node.op == "output":
-                self.graph.output(self.copies[node.args[0]])
+                self.graph.output(self._outputs(self.copies[node.args[0]]))
             elif node.op == "call_module":
                 self._quantizer(node, self.modules[str(node.target)])
             elif node.op == "get_attr":
@@ -61,6 +82,10 @@ class _Lowering:
         module.graph.eliminate_dead_code()
         module.recompile()
         return module.eval()
+
+    def _outputs(self, logits: fx.Node) -> fx.Node | tuple[fx.Node, ...]:
+        by_name = {node.name: self.codes.get(node, copy) for node, copy in self.copies.items()}
+        return (logits, *(by_name[name] for name in self.probes)) if self.probes else logits
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
@@ -91,6 +116,7 @@ class _Lowering:
             x = self._call(aten.clamp.default, x, low, high)
         grid = (scale, 0, q.INT8_MIN, q.INT8_MAX, torch.int8)
         codes = self._call(qd.quantize_per_tensor.default, x, *grid)
+        self.codes[node] = codes
         self.copies[node] = self._call(qd.dequantize_per_tensor.default, codes, *grid)
 
     def _weight_quantizer(self, node: fx.Node) -> WeightQuantizer | None:

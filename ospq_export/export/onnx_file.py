@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ def write_onnx(
     input_size: tuple[int, int, int],
     batch_size: int | None,
     metadata: Mapping[str, str],
+    probes: Sequence[str] = (),
+    expose_probes: bool = False,
 ) -> None:
     """Translate a graph to ONNX and write it atomically.
 
@@ -43,6 +45,8 @@ def write_onnx(
         input_size: (channels, height, width) in pixels.
         batch_size: a fixed batch, or None for a dynamic one.
         metadata: key-value pairs for the model's metadata.
+        probes: names of what the graph returns beside the logits; tensors inside the file are called so.
+        expose_probes: whether they are outputs of the file too, for debugging.
 
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
@@ -50,7 +54,9 @@ def write_onnx(
     import onnx
     import onnx_ir
 
-    model = _translate(module, input_size, batch_size)
+    model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
+    if not expose_probes:
+        del model.graph.outputs[1:]
     _tidy(model, metadata)
     with replacing(path) as temporary:
         proto = onnx_ir.serde.serialize_model(model)
@@ -64,7 +70,9 @@ def write_onnx(
         check_deployable(proto, path)
 
 
-def _translate(module: fx.GraphModule, input_size: tuple[int, int, int], batch_size: int | None) -> Any:
+def _translate(
+    module: fx.GraphModule, input_size: tuple[int, int, int], batch_size: int | None, outputs: list[str]
+) -> Any:
     example = torch.zeros(batch_size or 2, *input_size)
     dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
     try:
@@ -78,7 +86,7 @@ def _translate(module: fx.GraphModule, input_size: tuple[int, int, int], batch_s
                 opset_version=OPSET,
                 dynamic_shapes=dynamic,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=outputs,
                 verbose=False,
             )
     except Exception as error:

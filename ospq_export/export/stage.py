@@ -8,9 +8,10 @@ from rich.progress import Progress
 
 from ospq_export import artifact
 from ospq_export.errors import InputError
-from ospq_export.export.lower import lower
+from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
+from ospq_export.graph.slicing import Slice
 from ospq_export.progress import stepper
 from ospq_export.run import Run
 
@@ -37,8 +38,15 @@ def export(path: Path, *, batch_size: int | None = None, progress: Progress | No
     advance = stepper(progress, "export", 3)
     size, metadata = run.manifest.data.input_size, _metadata(run)
     network = run.quantized_graph()
-    lowered = lower(network)
-    write_onnx(lowered, path / QUANTIZED_ONNX, input_size=size, batch_size=batch_size, metadata=metadata)
+    probes = probe_names(network, [Slice(s.name, s.start, s.end) for s in run.manifest.slices])
+    write_onnx(
+        lower(network, probes),
+        path / QUANTIZED_ONNX,
+        input_size=size,
+        batch_size=batch_size,
+        metadata=metadata,
+        probes=list(probes.values()),
+    )
     advance()
     baseline = {**metadata, "weight_bits": "32", "activation_bits": "32"}
     write_onnx(run.captured(), path / FLOAT_ONNX, input_size=size, batch_size=batch_size, metadata=baseline)

@@ -1,0 +1,5 @@
+"""`python -m ospq_export.cli`."""
+
+from ospq_export.cli.app import main
+
+main()

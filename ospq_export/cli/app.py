@@ -1,0 +1,33 @@
+"""The application: its commands and its entry point."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from ospq_export.cli.calibrate import calibrate
+from ospq_export.cli.demo import demo
+from ospq_export.cli.export import export
+from ospq_export.cli.validate import validate
+from ospq_export.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize a timm vision transformer after training, export it as QDQ ONNX, and prove that the file predicts the same.",
+)
+for command in (calibrate, export, validate, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: runs the command line and turns bad input into one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,90 @@
+"""`ospq-export demo`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ospq_export.cli.calibrate import run_calibrate
+from ospq_export.cli.export import run_export
+from ospq_export.cli.options import (
+    DeviceOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    SetOption,
+    console,
+    read_recipe,
+)
+from ospq_export.cli.validate import run_validate
+from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.recipes import Recipe
+
+
+class DemoModel(StrEnum):
+    """The packaged networks."""
+
+    VIT = "vit"
+    SWIN = "swin"
+
+
+def demo(
+    model: Annotated[DemoModel, typer.Option(help="Packaged network.")] = DemoModel.VIT,
+    recipe: RecipeOption = "w8a8",
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/demo-MODEL-RECIPE.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Validate on the first N of the 10,000 test images.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Take a packaged network (Fashion-MNIST) through all three stages, on the CPU."""
+    from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+    from ospq_export.run import Run
+
+    chosen = read_recipe(recipe, overrides)
+    spec = demo_spec(model.value)
+    folder = out or Path("runs") / f"demo-{model.value}-{chosen.name}"
+    if not _is_finished(folder, chosen, seed):
+        run_calibrate(
+            spec,
+            demo_data_overrides(),
+            lambda config: demo_images("calibration", config),
+            chosen,
+            folder,
+            device=device,
+            seed=seed,
+            workers=0,
+            quiet=quiet,
+        )
+    else:
+        console().print(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
+    run_export(folder, None, quiet)
+    run = Run.open(folder)
+    images = demo_images("test", run.manifest.data)
+    report = run_validate(run, images, 0.1, None, quiet, limit=limit, device=device)
+    raise typer.Exit(0 if report.verdict else 1)
+
+
+def _is_finished(folder: Path, recipe: Recipe, seed: int) -> bool:
+    from ospq_export import artifact
+
+    if not (folder / artifact.MANIFEST).is_file():
+        return False
+    manifest = artifact.read_manifest(folder)
+    if manifest.status != "calibrated":
+        return False
+    if manifest.recipe != recipe or manifest.calibration.seed != seed:
+        raise InputError(
+            "the folder holds a run with other settings",
+            where=folder,
+            mend="choose another --out, or delete it",
+        )
+    return True

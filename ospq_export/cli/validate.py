@@ -1,0 +1,79 @@
+"""`ospq-export validate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+
+if TYPE_CHECKING:
+    from ospq_export.data import ImageSet
+    from ospq_export.validate.report import Report
+
+
+def validate(
+    run: RunArgument,
+    data: DataOption,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend", help="Execution to run; repeat for several. Default: all but onnxruntime-fp32."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
+    max_top1_difference: Annotated[float, typer.Option(min=0, help="Parity: points of Top-1.")] = 0.1,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits."
+        ),
+    ] = None,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 2,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare the deployed files' predictions with the fake-quantized network's; exit 1 without parity."""
+    from ospq_export.data import ImageSet
+    from ospq_export.run import Run
+
+    opened = Run.open(run)
+    images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
+    report = run_validate(
+        opened,
+        images,
+        max_top1_difference,
+        min_agreement,
+        quiet,
+        backends=backends or None,
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+        workers=workers,
+    )
+    raise typer.Exit(0 if report.verdict else 1)
+
+
+def run_validate(
+    run: Any,
+    images: ImageSet,
+    max_top1_difference: float,
+    min_agreement: float | None,
+    quiet: bool,
+    **options: Any,
+) -> Report:
+    """Validate with a progress bar, and print the report."""
+    from ospq_export.progress import stage_progress
+    from ospq_export.validate import default_thresholds, render, validate
+
+    thresholds = default_thresholds(run.manifest.recipe.activation_bits, run.manifest.recipe.weight_bits)
+    changes = {"max_top1_difference": max_top1_difference, "min_agreement": min_agreement}
+    thresholds = thresholds.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    with stage_progress(disable=quiet) as progress:
+        report = validate(run, images, thresholds=thresholds, progress=progress, **given)
+    console().print(render(report))
+    console().print(f"report: {run.path / 'report.json'}")
+    return report
