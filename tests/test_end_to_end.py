@@ -7,7 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from ospq_export.data import ImageSet
+from ospq_export.run import Run
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,35 +50,48 @@ def test_demo_has_parity(tmp_path, model, recipe):
     assert top1["float"] > 85 and top1["fake_quant"] > (top1["float"] - 1 if recipe == "w8a8" else 75)
 
 
-@pytest.mark.parametrize("model", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_224_px_with_random_weights(tmp_path, model):
+@pytest.fixture
+def jpegs(tmp_path):
+    """Three classes of three smooth 320 x 240 px pictures."""
     rng = np.random.default_rng(0)
     for name in ("n01", "n02", "n03"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(3):
-            smooth = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize(
-                (320, 240), Image.Resampling.BICUBIC
-            )
+            coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8))
+            smooth = coarse.resize((320, 240), Image.Resampling.BICUBIC)
             smooth.save(tmp_path / "images" / name / f"{i}.JPEG")
-    run, short = (
-        tmp_path / "run",
-        ["--set", "reconstruction.iterations=1", "--set", "reconstruction.refinement_images=0"],
-    )
-    short += [
-        "--set",
-        "calibration_images=4",
-        "--set",
-        "observation_images=4",
-        "--set",
+    return tmp_path / "images"
+
+
+def noise_floor(folder, images):
+    """Mean distance of the logits of two executions of the fake-quantized network: in float32 and in float64."""
+    run = Run.open(folder)
+    batch = ImageSet.from_folder(images, run.manifest.data).sample(9, seed=0)
+    module = run.fake_quant_network()
+    with torch.inference_mode():
+        single = module(batch.images)
+        double = module.double()(batch.images.double())
+    return float((single - double).abs().mean())
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_224_px_with_random_weights(tmp_path, jpegs, model):
+    values = [
+        "reconstruction.iterations=1",
+        "reconstruction.refinement_images=0",
         "reconstruction.batch_size=4",
     ]
-    data = ["--data", tmp_path / "images", "--workers", 0]
+    values += ["calibration_images=4", "observation_images=4"]
+    short = [part for value in values for part in ("--set", value)]
+    run, data = tmp_path / "run", ["--data", jpegs, "--workers", 0]
     command("calibrate", model, *data, "--out", run, "--random-weights", *short)
     command("export", run)
     # Random weights give a thousand near-equal logits: their order says nothing, their values do.
     loose = ["--min-agreement", 0, "--max-top1-difference", 100]
     command("validate", run, *data, *loose, "--batch-size", 4)
     report = json.loads((run / "report.json").read_text())
-    quantization = report["quantization"]["mean_logit_difference"]
+    # Through twelve blocks rounding edges amplify a last bit to the size of the quantization error itself, in any two executions.
+    allowed = 1.5 * noise_floor(run, jpegs)
+    assert len(report["comparisons"]) == 2
     for comparison in report["comparisons"]:
-        assert comparison["mean_logit_difference"] < 0.5 * quantization
+        assert comparison["mean_logit_difference"] < allowed
