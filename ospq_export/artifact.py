@@ -34,18 +34,46 @@ class _Record(BaseModel):
 
 
 class SliceRecord(_Record):
-    """One slice and what its reconstruction achieved; errors as in `SliceMetrics`."""
+    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors as in `SliceMetrics`."""
 
     index: int
     name: str
     start: str
     end: str
+    received: list[str] = []
+    carried: list[str] = []
     error_before: float
     error_after: float
     iterations: int
     kept: bool
     seconds: float
     losses: list[float]
+
+
+class CandidateRecord(_Record):
+    """A slicing that was tried: the cut points its slices end at, and KL divergences of the logits (nats), trial by trial."""
+
+    name: str
+    ends: list[str]
+    divergence: list[float]
+
+
+class SlicingRecord(_Record):
+    """How the slicing was found.
+
+    Attributes:
+        choice: name of the candidate or granularity that was taken.
+        share: cost of the trials over that of the full reconstruction.
+        held_out: calibration images that the trials were judged on.
+        candidates: all that were tried; empty where the recipe named the slicing.
+        dominance: share of the squared norm in the largest 0.1 % of the elements, by cut point.
+    """
+
+    choice: str
+    share: float = 0.0
+    held_out: int = 0
+    candidates: list[CandidateRecord] = []
+    dominance: dict[str, float] = {}
 
 
 class QuantizerRecord(_Record):
@@ -83,6 +111,7 @@ class Manifest(_Record):
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
+    slicing: SlicingRecord | None = None
     slices: list[SliceRecord] = []
     quantizers: list[QuantizerRecord] = []
     versions: dict[str, str]

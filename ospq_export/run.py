@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from ospq_export.graph.quantize import Grid, Levels
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Bits,
+    CorrectedBias,
     Mode,
     QuantizedGraph,
     WeightQuantizer,
     insert_quantizers,
 )
+from ospq_export.graph.slicing import Slice
 from ospq_export.models import create_model
 
 _MEND = "calibrate again, or copy the run directory anew"
@@ -67,6 +69,12 @@ class Run:
                 f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
             )
         return self.path / name
+
+    def slices(self) -> list[Slice]:
+        """The slices that were reconstructed, in order."""
+        return [
+            Slice(s.name, s.start, s.end, tuple(s.received), tuple(s.carried)) for s in self.manifest.slices
+        ]
 
     def captured(self) -> fx.GraphModule:
         """The float network's graph with the run's float weights.
@@ -114,6 +122,8 @@ class Run:
         others = {name: tensors.get(name) for name, _ in graph.named_buffers() if name not in replaced}
         _load_constants(graph, {k: v for k, v in others.items() if v is not None}, path, skip=replaced)
         load_quantizers(network, self.manifest.quantizers, tensors, path)
+        for bias in network.biases.values():
+            load_bias(bias, tensors.get(bias.constant), path)
         network.set_mode(Mode.QUANTIZE)
         return network
 
@@ -170,7 +180,7 @@ def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list
     return records
 
 
-def quantizer_tensors(quantizers: list[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
+def quantizer_tensors(quantizers: Sequence[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
     """Scales, offsets and codes under the names that `load_quantizers` reads."""
     tensors: dict[str, Tensor] = {}
     for quantizer in quantizers:
@@ -196,6 +206,19 @@ def load_quantizers(
         raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, mend=_MEND)
     for record in records:
         load_quantizer(quantizers[record.name], record, tensors, path)
+
+
+def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
+    """Set the quantized network's bias.
+
+    Raises:
+        InputError: it is missing, or has another shape or dtype, or is not finite.
+    """
+    if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
+        raise InputError(f"{bias.name} does not fit the graph", where=path, mend=_MEND)
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{bias.name} is not finite", where=path, mend=_MEND)
+    bias.value.copy_(value)
 
 
 def load_quantizer(

@@ -22,6 +22,8 @@ SHORT = [
         "--set",
         "reconstruction.iterations=2",
         "--set",
+        "reconstruction.batch_size=4",
+        "--set",
         "calibration_images=8",
         "--set",
         "observation_images=8",

@@ -5,16 +5,13 @@ import math
 import pytest
 import torch
 
+from ospq_export.calibrate.activations import SliceData, forward
+from ospq_export.calibrate.losses import annealed_beta, literal_loss, rounding_regularizer
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct import (
-    Reconstructor,
-    SliceData,
-    annealed_beta,
-    literal_loss,
-    rounding_regularizer,
-)
-from ospq_export.calibrate.walk import forward, walk
+from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.walk import walk
 from ospq_export.graph.capture import capture
+from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Bits,
@@ -23,7 +20,7 @@ from ospq_export.graph.quantizers import (
     insert_quantizers,
     quantizers_of,
 )
-from ospq_export.graph.slicing import block_slicing, extract
+from ospq_export.graph.slicing import extract
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.run import quantizer_tensors
@@ -58,11 +55,11 @@ def quantized(network, images):
 
 def block(network, quantized, images, index=1):
     slices = block_slicing(network.graph)
-    x = images
+    x = (images,)
     for bounds in slices[:index]:
-        x = forward(extract(quantized.module, bounds), x, Mode.FLOAT, CPU)
+        x = forward(extract(quantized.module, bounds), x, Mode.FLOAT, CPU, len(images))
     piece = extract(quantized.module, slices[index])
-    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU))
+    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, len(images))[0], len(images))
 
 
 def test_learning_lowers_the_error(network, quantized, images):
@@ -72,7 +69,9 @@ def test_learning_lowers_the_error(network, quantized, images):
     nearest = {w.name: w.codes.clone() for w in weights}
     metrics = Reconstructor(settings("iterations=120"), CPU).run(piece, data, seed=0)
     assert metrics.kept and metrics.error_after < 0.8 * metrics.error_before
-    assert Reconstructor(settings(), CPU).error(piece, data) == pytest.approx(metrics.error_after, rel=1e-6)
+    assert Reconstructor(settings(), CPU).error(piece, data)[0] == pytest.approx(
+        metrics.error_after, rel=1e-6
+    )
     assert any(not torch.equal(w.codes, nearest[w.name]) for w in weights)
     for weight in weights:
         floor = torch.floor(piece.get_buffer(weight.constant) / weight.scale[:, None])

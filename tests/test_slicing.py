@@ -5,7 +5,8 @@ import torch
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, quantizable_nodes
-from ospq_export.graph.slicing import Slice, atoms, block_slicing, cut_points, extract, nodes_between
+from ospq_export.graph.granularity import block_slicing
+from ospq_export.graph.slicing import Slice, atoms, cut_points, extract, nodes_between
 from ospq_export.models import ModelSpec, create_model
 
 FAMILIES = {

@@ -7,27 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.bias import correct_biases, corrected_biases
+from ospq_export.calibrate.losses import Objective, annealed_beta
 from ospq_export.graph import quantize as q
-from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, quantizers_of, set_mode
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Mode,
+    WeightQuantizer,
+    own_quantizers,
+    set_mode,
+)
+from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
-
-
-@dataclass(frozen=True)
-class SliceData:
-    """A slice's inputs and target on the calibration images; tensors of any shape with images first, on any device.
-
-    Attributes:
-        float_input: the float network's activation at the slice's start.
-        quantized_input: the quantized prefix's activation there.
-        target: the float network's activation at the slice's end.
-    """
-
-    float_input: Tensor
-    quantized_input: Tensor
-    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,49 +43,6 @@ class SliceMetrics:
     losses: list[float]
 
 
-def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
-    """Sum of 1 - |2 h(V) - 1| ** beta (AdaRound, eq. 24)."""
-    return (1.0 - (2.0 * q.rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
-
-
-def annealed_beta(step: int, settings: Reconstruction) -> float | None:
-    """Beta of the rounding term: None during warm-up, then linear from `beta_start` to `beta_end`."""
-    warm_up = settings.warm_up * settings.iterations
-    if step < warm_up:
-        return None
-    progress = (step - warm_up) / max(1.0, settings.iterations - warm_up)
-    return settings.beta_start + (settings.beta_end - settings.beta_start) * progress
-
-
-def literal_loss(output: Tensor, target: Tensor) -> Tensor:
-    """The loss of BRECQ's and QDrop's code: squared error summed over dimension 1, averaged over the rest."""
-    return (output - target).square().sum(1).mean()
-
-
-class _Objective:
-    """Reconstruction loss plus rounding term, in the recipe's normalisation."""
-
-    def __init__(
-        self, settings: Reconstruction, data: SliceData, weights: list[WeightQuantizer], scale: float
-    ) -> None:
-        self.settings, self.weights = settings, weights
-        self.normaliser = 1.0 if settings.loss == "literal" else max(scale, 1e-12)
-        count = sum(w.codes.numel() for w in weights)
-        self.rounding_weight = settings.rounding_weight
-        if settings.loss == "normalized":
-            # Mean instead of sum: the balance of both terms then depends neither on a slice's size nor on a layout.
-            self.rounding_weight /= max(count, 1)
-
-    def reconstruction(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.settings.loss == "literal":
-            return literal_loss(output, target)
-        return F.mse_loss(output, target) / self.normaliser
-
-    def rounding(self, beta: float) -> Tensor:
-        terms = [rounding_regularizer(w.v, beta) for w in self.weights if w.v is not None]
-        return self.rounding_weight * torch.stack(terms).sum()
-
-
 @dataclass
 class Reconstructor:
     """Optimises one slice after another with one set of settings.
@@ -106,58 +57,81 @@ class Reconstructor:
     device: torch.device
     advance: Callable[[], None] = lambda: None
 
-    def run(self, piece: fx.GraphModule, data: SliceData, seed: int) -> SliceMetrics:
+    def run(
+        self, piece: fx.GraphModule, data: SliceData, seed: int, objective: Objective | None = None
+    ) -> SliceMetrics:
         """Learn the slice's rounding and scales; afterwards its quantizers hold integer codes and constant scales.
 
         Args:
             piece: from `extract`; its weight quantizers hold nearest codes, its activation quantizers searched ranges.
             data: inputs and target on all calibration images.
             seed: fixes the batches and the dropped elements.
+            objective: what to lower; None takes the recipe's loss where it needs no weights.
         """
-        before = self.error(piece, data)
+        settings = self.settings
+        objective = objective or Objective(settings, weight_quantizers(piece))
+        before, loss_before = self.error(piece, data, objective)
         initial = _snapshot(piece)
-        if self.settings.refinement_images > 0 and self.settings.iterations > 0:
-            refine_scales(piece, _head(data, self.settings.refinement_images), self.device)
+        if settings.refinement_images > 0 and settings.iterations > 0:
+            head = data.select(slice(0, _refinement_images(piece, settings.refinement_images)))
+            refine_scales(piece, head.to(self.device), objective)
         losses: list[float] = []
         devices = [self.device] if self.device.type == "cuda" else []
-        if self.settings.iterations > 0:
+        if settings.iterations > 0:
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed)
-                losses = self._learn(piece, data, self.error(piece, data))
-        after = self.error(piece, data)
-        kept = math.isfinite(after) and (after <= before or self.settings.loss == "literal")
+                objective.normalise_by(self.error(piece, data, objective)[1])
+                losses = self._learn(piece, data, objective)
+        after, loss_after = self.error(piece, data, objective)
+        kept = math.isfinite(loss_after) and (loss_after <= loss_before or settings.loss == "literal")
         if not kept:
             _restore(piece, initial)
-        return SliceMetrics(before, after if kept else before, self.settings.iterations, kept, losses)
+            after, loss_after = before, loss_before
+        if settings.bias_correction:
+            after = self._correct_biases(piece, data, objective, after, loss_after)
+        return SliceMetrics(before, after, settings.iterations, kept, losses)
 
-    def error(self, piece: fx.GraphModule, data: SliceData) -> float:
-        """Mean squared error of the quantized slice on its quantized input, over the target's variance."""
-        total, count = 0.0, 0
+    def _correct_biases(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
+    ) -> float:
+        initial = _snapshot(piece)
+        correct_biases(piece, data.select(slice(0, self.settings.bias_images)), self.device)
+        corrected, lower = self.error(piece, data, objective)
+        if lower <= loss:
+            return corrected
+        _restore(piece, initial)
+        return error
+
+    def error(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective | None = None
+    ) -> tuple[float, float]:
+        """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective."""
+        judge = objective or Objective(self.settings, [])
+        total, loss, count = 0.0, 0.0, 0
         set_mode(piece, Mode.QUANTIZE)
         with torch.no_grad():
-            for start in range(0, len(data.target), self.settings.batch_size):
-                chosen = slice(start, start + self.settings.batch_size)
-                x = data.quantized_input[chosen].to(self.device)
-                target = data.target[chosen].to(self.device)
-                total += float((piece(x, len(x)) - target).square().sum(dtype=torch.float64))
-                count += target.numel()
+            for start in range(0, data.images, self.settings.batch_size):
+                part = data.select(slice(start, start + self.settings.batch_size)).to(self.device)
+                output = run_slice(piece, part.quantized_input, part.images)[0]
+                total += float((output - part.target).square().sum(dtype=torch.float64))
+                loss += float(judge.raw(output, part.target)) * part.images
+                count += part.target.numel()
         variance = float(data.target.float().var())
-        return total / count / max(variance, 1e-12)
+        return total / count / max(variance, 1e-12), loss / data.images
 
-    def _learn(self, piece: fx.GraphModule, data: SliceData, error_before: float) -> list[float]:
+    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> list[float]:
         settings = self.settings
-        weights = [m for m in quantizers_of(piece) if isinstance(m, WeightQuantizer)]
-        activations = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer)]
+        own = own_quantizers(piece)
+        weights = [m for m in own if isinstance(m, WeightQuantizer)]
+        activations = [m for m in own if isinstance(m, ActivationQuantizer)]
         optimizers = self._optimizers(piece, weights, activations)
-        variance = max(float(data.target.float().var()), 1e-12)
-        objective = _Objective(settings, data, weights, error_before * variance)
         set_mode(piece, Mode.LEARN)
         for activation in activations:
             activation.drop_probability = settings.drop_probability
         losses, every = [], max(1, settings.iterations // 50)
         for step in range(settings.iterations):
-            x, target = self._batch(data)
-            loss = objective.reconstruction(piece(x, len(x)), target)
+            inputs, target, images = self._batch(data)
+            loss = objective.reconstruction(run_slice(piece, inputs, images)[0], target)
             beta = annealed_beta(step, settings)
             total = loss if beta is None or not weights else loss + objective.rounding(beta)
             for optimizer, _ in optimizers:
@@ -169,10 +143,8 @@ class Reconstructor:
             if step % every == 0:
                 losses.append(float(loss.detach()))
             self.advance()
-        for weight in weights:
-            weight.settle()
-        for activation in activations:
-            activation.settle()
+        for quantizer in own:
+            quantizer.settle()
         return losses
 
     def _optimizers(
@@ -186,28 +158,45 @@ class Reconstructor:
             rounding = torch.optim.Adam(constant, lr=settings.learning_rate_rounding, foreach=True)
             result.append((rounding, torch.optim.lr_scheduler.ConstantLR(rounding, factor=1.0)))
         logarithmic = settings.scale_parametrization == "logarithmic"
-        scales: list[nn.Parameter] = [a.start_learning(logarithmic=logarithmic) for a in activations]
+        scales: list[nn.Parameter] = [
+            p
+            for a in activations
+            for p in a.start_learning(logarithmic=logarithmic, offsets=settings.learn_offsets)
+        ]
         if scales:
             adam = torch.optim.Adam(scales, lr=settings.learning_rate_scale)
             result.append((adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.iterations)))
         return result
 
-    def _batch(self, data: SliceData) -> tuple[Tensor, Tensor]:
-        """A random batch whose input mixes quantized and float elements (QDrop)."""
-        count = len(data.target)
-        picks = torch.randperm(count)[: min(self.settings.batch_size, count)]
-        chosen = picks.to(data.target.device)
-        x = data.quantized_input[chosen].to(self.device)
-        original = data.float_input[chosen].to(self.device)
-        x = q.mix(x, original, self.settings.drop_probability)
-        return x, data.target[chosen].to(self.device)
+    def _batch(self, data: SliceData) -> tuple[list[Tensor], Tensor, int]:
+        """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
+        picks = torch.randperm(data.images)[: min(self.settings.batch_size, data.images)]
+        part = data.select(picks).to(self.device)
+        pairs = zip(part.quantized_input, part.float_input, strict=True)
+        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
+        return inputs, part.target, part.images
+
+
+def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:
+    """The weight quantizers that a slice owns."""
+    return [m for m in own_quantizers(piece) if isinstance(m, WeightQuantizer)]
 
 
 # Multiples of the scale that refinement tries; below one it clips more, above one it rounds more coarsely.
 _MULTIPLES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.1, 1.25)
+# A large slice has many scales, and each trial runs all of it: there fewer images keep the cost proportional to its size.
+_FULL_REFINEMENT = 8
+REFINEMENT_TRIALS = _FULL_REFINEMENT * len(_MULTIPLES)
+"""Forward passes of the whole network per refinement image, at most."""
+_FEWEST_IMAGES = 4
 
 
-def refine_scales(piece: fx.GraphModule, data: SliceData, device: torch.device) -> None:
+def _refinement_images(piece: fx.GraphModule, wanted: int) -> int:
+    scales = sum(isinstance(m, ActivationQuantizer) for m in own_quantizers(piece))
+    return max(_FEWEST_IMAGES, min(wanted, wanted * _FULL_REFINEMENT // max(scales, 1)))
+
+
+def refine_scales(piece: fx.GraphModule, data: SliceData, objective: Objective) -> None:
     """Choose each activation scale of a slice by the slice's output error, one after the other in graph order (ours).
 
     The mean squared error of a tensor says little about tensors whose small values matter together, such as attention
@@ -215,18 +204,17 @@ def refine_scales(piece: fx.GraphModule, data: SliceData, device: torch.device) 
 
     Args:
         piece: from `extract`; its quantizers hold searched ranges and nearest codes.
-        data: a few images.
-        device: where the slice runs.
+        data: a few images, where the slice runs.
+        objective: what is to be small.
     """
-    x, target = data.quantized_input.to(device), data.target.to(device)
     set_mode(piece, Mode.QUANTIZE)
 
     def error() -> float:
-        return float((piece(x, len(x)) - target).square().mean())
+        return float(objective.raw(run_slice(piece, data.quantized_input, data.images)[0], data.target))
 
     with torch.no_grad():
         best = error()
-        for quantizer in quantizers_of(piece):
+        for quantizer in own_quantizers(piece):
             if not isinstance(quantizer, ActivationQuantizer):
                 continue
             searched = quantizer.scale.clone()
@@ -239,17 +227,17 @@ def refine_scales(piece: fx.GraphModule, data: SliceData, device: torch.device) 
             quantizer.scale.copy_(chosen)
 
 
-def _head(data: SliceData, count: int) -> SliceData:
-    return SliceData(data.float_input[:count], data.quantized_input[:count], data.target[:count])
-
-
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
-    """Copies of what learning can change: codes or scale of each quantizer."""
-    return [(m, m.clone()) for m in (_state(quantizer) for quantizer in quantizers_of(piece))]
-
-
-def _state(quantizer: ActivationQuantizer | WeightQuantizer) -> Tensor:
-    return quantizer.codes if isinstance(quantizer, WeightQuantizer) else quantizer.scale
+    """Copies of what calibration can change: codes, scales, offsets and biases of the slice's own parts."""
+    live: list[Tensor] = []
+    for quantizer in own_quantizers(piece):
+        live += (
+            [quantizer.codes]
+            if isinstance(quantizer, WeightQuantizer)
+            else [quantizer.scale, quantizer.offset]
+        )
+    live += [bias.value for bias in corrected_biases(piece).values()]
+    return [(tensor, tensor.clone()) for tensor in live]
 
 
 def _restore(piece: fx.GraphModule, saved: list[tuple[Tensor, Tensor]]) -> None:

@@ -1,33 +1,27 @@
-"""The calibrate stage: checks, observation, the walk with its checkpoints, and the finished run directory."""
+"""The calibrate stage: checks, observation, and the job that slices, reconstructs and writes the run directory."""
 
 from __future__ import annotations
 
-import logging
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from ospq_export import artifact
-from ospq_export.artifact import CalibrationRecord, Manifest, SliceRecord
+from ospq_export.artifact import CalibrationRecord, Manifest
+from ospq_export.calibrate.job import Job
 from ospq_export.calibrate.observe import observation_steps, observe
-from ospq_export.calibrate.reconstruct import Reconstructor
-from ospq_export.calibrate.walk import Step, walk
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
-from ospq_export.graph.quantizers import Bits, QuantizedGraph, insert_quantizers, quantizers_of
-from ospq_export.graph.slicing import Slice, block_slicing, extract
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.quantizers import Bits, QuantizedGraph, insert_quantizers
 from ospq_export.models import ModelSpec
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
-from ospq_export.run import Run, load_quantizer, quantizer_records, quantizer_tensors
+from ospq_export.run import Run
 
-log = logging.getLogger(__name__)
 _OBSERVATION_BATCH = 64
 
 
@@ -68,10 +62,13 @@ def calibrate(
     """
     check_output_folder(out)
     target = _device(device)
+    _check_batch(recipe, len(images.images))
     captured = capture(model, data.input_size)
+    if recipe.slicing != "auto":
+        # A slicing that does not fit is better said before the observation than after it.
+        slicing_of(captured.graph, recipe.slicing)
     bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
     network = insert_quantizers(captured, bits)
-    slices = block_slicing(captured.graph)
     record = CalibrationRecord(
         images=len(images.images),
         images_sha256=artifact.tensor_sha256(images.images),
@@ -92,9 +89,10 @@ def calibrate(
     )
     network.module.to(target)
     _observe(network, images.images[: recipe.observation_images], seed, progress)
-    job = _Job(out, manifest, network, slices)
+    job = Job(out, manifest, network, target, progress)
     job.begin(captured)
-    job.reconstruct(images.images, target, seed, progress)
+    job.slice(captured, images.images)
+    job.reconstruct(images.images)
     return job.finish()
 
 
@@ -115,6 +113,16 @@ def check_output_folder(out: Path) -> None:
     if artifact.read_manifest(out).status == "calibrated":
         raise InputError(
             "the output folder already holds a finished run", where=out, mend="choose another --out"
+        )
+
+
+def _check_batch(recipe: Recipe, images: int) -> None:
+    settings = recipe.reconstruction
+    if settings.iterations > 0 and images < settings.batch_size:
+        raise InputError(
+            f"{images} calibration images are fewer than a batch of {settings.batch_size}",
+            where="--data",
+            mend=f"give more images, or --set reconstruction.batch_size={images}",
         )
 
 
@@ -140,123 +148,3 @@ def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progr
     steps = observation_steps(network, len(images), _OBSERVATION_BATCH)
     advance = stepper(progress, "observe", steps)
     observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance)
-
-
-class _Job:
-    """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
-
-    def __init__(self, out: Path, manifest: Manifest, network: QuantizedGraph, slices: list[Slice]) -> None:
-        self.out, self.manifest, self.network, self.slices = out, manifest, network, slices
-        self.records: dict[int, SliceRecord] = {}
-        self.slice_of = {
-            quantizer.name: index
-            for index, bounds in enumerate(slices)
-            for quantizer in quantizers_of(extract(network.module, bounds))
-        }
-
-    def begin(self, captured: fx.GraphModule) -> None:
-        """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
-        found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
-        if found is not None and found.files:
-            self._check_same(found, captured)
-            return
-        existed = self.out.exists()
-        try:
-            # The manifest comes first: a folder without one is never taken for an interrupted run.
-            artifact.write_manifest(self.out, self.manifest)
-            artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
-            self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
-        except InputError:
-            if not existed:
-                shutil.rmtree(self.out, ignore_errors=True)
-            raise
-
-    def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
-        artifact.check_files(self.out, found)
-        with tempfile.TemporaryDirectory() as folder:
-            probe = Path(folder) / artifact.FLOAT_TENSORS
-            artifact.write_tensors(probe, dict(captured.named_buffers()))
-            files = {artifact.FLOAT_TENSORS: artifact.sha256(probe)}
-        theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
-        changed = [key for key in mine if mine[key] != theirs[key]]
-        if changed:
-            raise InputError(
-                f"the interrupted run there was made with another {', '.join(changed)}",
-                where=self.out,
-                mend="repeat the very same command to resume, or choose another --out",
-            )
-        self.manifest = found
-
-    def reconstruct(self, images: Tensor, device: torch.device, seed: int, progress: Progress | None) -> None:
-        """Walk all slices, with a checkpoint after each."""
-        settings = self.manifest.recipe.reconstruction
-        todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
-        advance = stepper(progress, "reconstruct", len(todo) * settings.iterations)
-        reconstructor = Reconstructor(settings, device, advance)
-        if len(todo) < len(self.slices):
-            log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
-        for step in walk(self.network, self.slices, images, reconstructor, seed, self._restore):
-            self._save(step)
-
-    def _checkpoint(self, index: int) -> Path:
-        return self.out / artifact.CHECKPOINTS / f"{index:03d}.safetensors"
-
-    def _save(self, step: Step) -> None:
-        bounds, metrics = self.slices[step.index], step.metrics
-        record = SliceRecord(
-            index=step.index,
-            name=bounds.name,
-            start=bounds.start,
-            end=bounds.end,
-            error_before=metrics.error_before,
-            error_after=metrics.error_after,
-            iterations=metrics.iterations,
-            kept=metrics.kept,
-            seconds=round(step.seconds, 3),
-            losses=metrics.losses,
-        )
-        self.records[step.index] = record
-        if not metrics.kept:
-            log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
-        tensors = quantizer_tensors(list(quantizers_of(step.piece)))
-        artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
-
-    def _restore(self, index: int, piece: fx.GraphModule) -> bool:
-        path = self._checkpoint(index)
-        if not path.is_file():
-            return False
-        tensors, header = artifact.read_tensors(path)
-        try:
-            record = SliceRecord.model_validate_json(header.get("record", ""))
-        except ValueError as error:
-            raise InputError(
-                "the checkpoint is damaged", where=path, mend="delete this file and run again"
-            ) from error
-        own = {r.name: r for r in quantizer_records(self.network, self.slice_of)}
-        for quantizer in quantizers_of(piece):
-            load_quantizer(quantizer, own[quantizer.name], tensors, path)
-        self.records[index] = record
-        return True
-
-    def finish(self) -> Run:
-        """Write the quantized tensors and the final manifest; the checkpoints go."""
-        replaced = {w.constant for w in self.network.weights.values()}
-        quantizers: list[Any] = [*self.network.activations.values(), *self.network.weights.values()]
-        rest = {
-            n: b
-            for n, b in self.network.module.named_buffers()
-            if not n.startswith("quantizers.") and n not in replaced
-        }
-        artifact.write_tensors(
-            self.out / artifact.QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)}
-        )
-        complete = self.manifest.model_copy(
-            update={
-                "status": "calibrated",
-                "slices": [self.records[i] for i in range(len(self.slices))],
-                "quantizers": quantizer_records(self.network, self.slice_of),
-            }
-        )
-        self.manifest = artifact.record_files(self.out, complete, artifact.QUANTIZED_TENSORS)
-        shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
-        return Run(self.out, self.manifest)

@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
-from ospq_export.calibrate.reconstruct import Reconstructor, SliceData, SliceMetrics
-from ospq_export.graph.quantizers import Mode, QuantizedGraph, set_mode
+from ospq_export.calibrate.activations import SliceData, Tensors, forward
+from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.reconstruct import Reconstructor, SliceMetrics
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.slicing import Slice, extract
 
-# Forward passes over the cache use a batch of their own, so that resuming gives the same bytes whatever the recipe.
-FORWARD_BATCH = 64
+MakeObjective = Callable[[int, fx.GraphModule, Tensor], Objective]
+"""Slice's place, slice, target on all calibration images -> what it is optimised for."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def walk(
     reconstructor: Reconstructor,
     seed: int,
     restore: Callable[[int, fx.GraphModule], bool] = lambda _index, _piece: False,
+    make_objective: MakeObjective | None = None,
 ) -> Iterator[Step]:
     """Reconstruct slice after slice and yield each one when it is done.
 
@@ -47,33 +49,20 @@ def walk(
         reconstructor: settings and device.
         seed: slice k uses a generator seeded from it and k, so a resumed walk takes the same steps.
         restore: called first for each slice; returns True after it has put an already finished slice's state back.
+        make_objective: what each slice is optimised for; None takes the recipe's loss without weights.
     """
-    float_input = quantized_input = images
-    for index, piece_bounds in enumerate(slices):
+    count, device = len(images), reconstructor.device
+    float_input: Tensors = (images,)
+    quantized_input: Tensors = (images,)
+    for index, bounds in enumerate(slices):
         started = time.monotonic()
-        piece = extract(network.module, piece_bounds)
-        target = forward(piece, float_input, Mode.FLOAT, reconstructor.device)
+        piece = extract(network.module, bounds)
+        float_output = forward(piece, float_input, Mode.FLOAT, device, count)
         if not restore(index, piece):
-            data = SliceData(float_input, quantized_input, target)
-            metrics = reconstructor.run(piece, data, seed + 1_000_003 * (index + 1))
+            data = SliceData(float_input, quantized_input, float_output[0], count)
+            objective = None if make_objective is None else make_objective(index, piece, float_output[0])
+            metrics = reconstructor.run(piece, data, seed + 1_000_003 * (index + 1), objective)
             yield Step(index, piece, metrics, time.monotonic() - started)
         if index + 1 < len(slices):
-            quantized_input = forward(piece, quantized_input, Mode.QUANTIZE, reconstructor.device)
-            float_input = target
-
-
-def forward(piece: fx.GraphModule, inputs: Tensor, mode: Mode, device: torch.device) -> Tensor:
-    """A slice's output for all inputs, in batches; it lies where the inputs lie."""
-    set_mode(piece, mode)
-    outputs: Tensor | None = None
-    with torch.no_grad():
-        for start in range(0, len(inputs), FORWARD_BATCH):
-            batch = inputs[start : start + FORWARD_BATCH].to(device)
-            result = piece(batch, len(batch)).to(inputs.device)
-            if outputs is None:
-                outputs = torch.empty(
-                    (len(inputs), *result.shape[1:]), dtype=result.dtype, device=inputs.device
-                )
-            outputs[start : start + len(batch)] = result
-    assert outputs is not None
-    return outputs
+            quantized_input = forward(piece, quantized_input, Mode.QUANTIZE, device, count)
+            float_input = float_output

@@ -14,7 +14,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
 from ospq_export.graph import quantize as q
-from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import Slice
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ class _Lowering:
             )
 
     def _quantizer(self, node: fx.Node, quantizer: object) -> None:
-        if isinstance(quantizer, WeightQuantizer):
+        if isinstance(quantizer, WeightQuantizer | CorrectedBias):
             return
         assert isinstance(quantizer, ActivationQuantizer)
         x: fx.Node = self.copies[node.all_input_nodes[0]]
@@ -158,7 +158,9 @@ class _Lowering:
         """The operator's bias plus k * (W^ summed over its inputs) where its input is `shifted` by k."""
         bias = None
         if len(node.args) > 2 and isinstance(node.args[2], fx.Node):
-            bias = self.network.module.get_buffer(str(node.args[2].target))
+            own = self.modules.get(str(node.args[2].target))
+            constant = str(node.args[2].target)
+            bias = own.value if isinstance(own, CorrectedBias) else self.network.module.get_buffer(constant)
         if isinstance(source, ActivationQuantizer) and source.grid is q.Grid.SHIFTED:
             sums = weight.codes.double().flatten(1).sum(1) * weight.scale.double()
             shift = sums * source.offset.double()

@@ -11,7 +11,6 @@ from ospq_export.errors import InputError
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
-from ospq_export.graph.slicing import Slice
 from ospq_export.progress import stepper
 from ospq_export.run import Run
 
@@ -38,7 +37,7 @@ def export(path: Path, *, batch_size: int | None = None, progress: Progress | No
     advance = stepper(progress, "export", 3)
     size, metadata = run.manifest.data.input_size, _metadata(run)
     network = run.quantized_graph()
-    probes = probe_names(network, [Slice(s.name, s.start, s.end) for s in run.manifest.slices])
+    probes = probe_names(network, run.slices())
     write_onnx(
         lower(network, probes),
         path / QUANTIZED_ONNX,

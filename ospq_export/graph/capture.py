@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -151,6 +152,21 @@ def capture(model: nn.Module, input_size: Sequence[int]) -> fx.GraphModule:
 def quantizable_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The linear, conv2d and matmul nodes in topological order."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target in QUANTIZABLE]
+
+
+def operator_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A unique readable name per quantizable operator: its module's path, with the operator and a count where it has several."""
+    nodes = quantizable_nodes(graph)
+    per_path = Counter(n.meta["module_path"] for n in nodes)
+    seen: Counter[tuple[str, str]] = Counter()
+    names = {}
+    for node in nodes:
+        path, kind = node.meta["module_path"], str(node.target).split(".")[1]
+        count = seen[path, kind]
+        seen[path, kind] += 1
+        own = path if per_path[path] == 1 and kind != "matmul" else f"{path}.{kind}_{count}".lstrip(".")
+        names[node] = own
+    return names
 
 
 def fingerprint(module: fx.GraphModule) -> str:

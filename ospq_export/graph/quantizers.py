@@ -5,7 +5,6 @@ One tensor has one quantizer, shared by all quantizable operators that read it; 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
 from ospq_export.graph import quantize as q
-from ospq_export.graph.capture import quantizable_nodes
+from ospq_export.graph.capture import operator_names
 from ospq_export.graph.range_search import ActivationRange, search_weight_scale
 from ospq_export.graph.slicing import cut_points
 
@@ -62,6 +61,7 @@ class ActivationQuantizer(nn.Module):
         self.observer: _Observer | None = None
         self.drop_probability = 0.0
         self.delta: nn.Parameter | None = None
+        self.offset_delta: nn.Parameter | None = None
         self.logarithmic = False
 
     def set_range(self, found: ActivationRange) -> None:
@@ -70,17 +70,25 @@ class ActivationQuantizer(nn.Module):
         self.scale.fill_(found.scale)
         self.offset.fill_(found.offset)
 
-    def start_learning(self, *, logarithmic: bool) -> nn.Parameter:
-        """Make the scale learnable: scale + delta, or scale * exp(delta), with delta starting at 0."""
+    def start_learning(self, *, logarithmic: bool, offsets: bool = False) -> list[nn.Parameter]:
+        """Make the scale learnable, as scale + delta or scale * exp(delta), and a `shifted` grid's offset, in steps of the scale.
+
+        All deltas start at 0.
+        """
         self.delta = nn.Parameter(torch.zeros_like(self.scale))
         self.logarithmic = logarithmic
-        return self.delta
+        if not offsets or self.grid is not q.Grid.SHIFTED:
+            return [self.delta]
+        self.offset_delta = nn.Parameter(torch.zeros_like(self.offset))
+        return [self.delta, self.offset_delta]
 
     def settle(self) -> None:
-        """Keep the learned scale as a constant."""
+        """Keep what was learned as constants."""
         with torch.no_grad():
+            if self.offset_delta is not None:
+                self.offset.add_(self.offset_delta * self.scale)
             self.scale.copy_(self.current_scale())
-        self.delta, self.drop_probability = None, 0.0
+        self.delta, self.offset_delta, self.drop_probability = None, None, 0.0
 
     def current_scale(self) -> Tensor:
         """float32 scalar, at least 1e-8."""
@@ -92,7 +100,9 @@ class ActivationQuantizer(nn.Module):
     @property
     def used_offset(self) -> Tensor | None:
         """The offset of a `shifted` grid, else None."""
-        return self.offset if self.grid is q.Grid.SHIFTED else None
+        if self.grid is not q.Grid.SHIFTED:
+            return None
+        return self.offset if self.offset_delta is None else self.offset + self.offset_delta * self.scale
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, as float32."""
@@ -183,6 +193,28 @@ class WeightQuantizer(nn.Module):
         return q.dequantize(self.codes.to(scale.dtype), scale)
 
 
+class CorrectedBias(nn.Module):
+    """A bias that the quantized network may have of its own: float, never quantized.
+
+    Attributes:
+        name: of the operator, with ".bias".
+        constant: name of the float network's bias.
+        value: float32 (out_channels,), the quantized network's bias.
+    """
+
+    value: Tensor
+
+    def __init__(self, name: str, constant: str, bias: Tensor) -> None:
+        super().__init__()
+        self.name, self.constant = name, constant
+        self.register_buffer("value", bias.detach().clone())
+        self.mode = Mode.FLOAT
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The float network's bias, or the quantized network's own; float32 (out_channels,)."""
+        return bias if self.mode in (Mode.FLOAT, Mode.OBSERVE) else self.value
+
+
 @dataclass(frozen=True)
 class Bits:
     """Bits of weights and activations, and of the first and last quantizable operator."""
@@ -199,10 +231,30 @@ class QuantizedGraph:
     module: fx.GraphModule
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     weights: dict[str, WeightQuantizer] = field(default_factory=dict)
+    biases: dict[str, CorrectedBias] = field(default_factory=dict)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch every quantizer."""
         set_mode(self.module, mode)
+
+    def _live(self) -> Iterator[tuple[Tensor, bool]]:
+        """Every tensor that calibration can change, and whether it is a scale or offset of an activation."""
+        for a in self.activations.values():
+            yield from ((a.scale, True), (a.offset, True))
+        for w in self.weights.values():
+            yield from ((w.scale, False), (w.codes, False))
+        for b in self.biases.values():
+            yield b.value, False
+
+    def state(self) -> list[Tensor]:
+        """A copy of everything that calibration can change."""
+        return [tensor.clone() for tensor, _ in self._live()]
+
+    def load_state(self, state: list[Tensor], *, scales_only: bool = False) -> None:
+        """Put back what `state` returned: all of it, or the activations' scales and offsets."""
+        for (live, is_scale), saved in zip(self._live(), state, strict=True):
+            if is_scale or not scales_only:
+                live.copy_(saved)
 
 
 def quantizers_of(module: nn.Module) -> Iterator[ActivationQuantizer | WeightQuantizer]:
@@ -210,25 +262,18 @@ def quantizers_of(module: nn.Module) -> Iterator[ActivationQuantizer | WeightQua
     return (m for m in module.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer))
 
 
+def own_quantizers(piece: fx.GraphModule) -> list[ActivationQuantizer | WeightQuantizer]:
+    """The quantizers of a slice that no earlier slice has settled."""
+    foreign = piece.meta.get("foreign", set())
+    modules = ((name, m) for name, m in piece.named_modules() if name not in foreign)
+    return [m for _, m in modules if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+
+
 def set_mode(module: nn.Module, mode: Mode) -> None:
     """Switch every quantizer in a network or a slice."""
-    for quantizer in quantizers_of(module):
-        quantizer.mode = mode
-
-
-def operator_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """A unique readable name per quantizable operator: its module's path, with the operator and a count where it has several."""
-    nodes = quantizable_nodes(graph)
-    per_path = Counter(n.meta["module_path"] for n in nodes)
-    seen: Counter[tuple[str, str]] = Counter()
-    names = {}
-    for node in nodes:
-        path, kind = node.meta["module_path"], str(node.target).split(".")[1]
-        count = seen[path, kind]
-        seen[path, kind] += 1
-        own = path if per_path[path] == 1 and kind != "matmul" else f"{path}.{kind}_{count}".lstrip(".")
-        names[node] = own
-    return names
+    for part in module.modules():
+        if isinstance(part, ActivationQuantizer | WeightQuantizer | CorrectedBias):
+            part.mode = mode
 
 
 def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
@@ -308,6 +353,7 @@ def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
     for tensor, site in sites.items():
         _insert_activation(result, copies[tensor], site, [copies[r] for r in site.readers])
     _insert_weights(result, module.graph, copies, bits)
+    _insert_biases(result, module.graph, copies)
     result.module.recompile()
     return result
 
@@ -361,3 +407,20 @@ def _insert_weights(
                 placed[weight] = result.module.graph.call_module(target, (weight,))
             placed[weight].meta.update(weight.meta)
         node.replace_input_with(weight, placed[weight])
+
+
+def _insert_biases(result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    for original, name in operator_names(graph).items():
+        bias = original.args[2] if len(original.args) > 2 else None
+        # A bias that several operators read is left alone: a correction for one would be wrong for the other.
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) > 1:
+            continue
+        constant = str(bias.target)
+        corrected = CorrectedBias(f"{name}.bias", constant, result.module.get_buffer(constant))
+        result.biases[corrected.name] = corrected
+        with result.module.graph.inserting_before(copies[original]):
+            placed = result.module.graph.call_module(
+                _register(result, corrected.name, corrected), (copies[bias],)
+            )
+        placed.meta.update(bias.meta)
+        copies[original].replace_input_with(copies[bias], placed)

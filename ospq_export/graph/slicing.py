@@ -7,7 +7,7 @@ points with at least one quantizable operator; a slice is a run of atoms; a slic
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,29 +17,34 @@ from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE
 
 aten = torch.ops.aten
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The graph after node `start` up to and including node `end` (names of cut points; `start` of the first is the input)."""
+    """The graph after node `start` up to and including node `end`.
+
+    Attributes:
+        name: for people: the module path that holds the slice's quantizable work.
+        start: name of the node whose tensor the slice begins with; of the first slice, the input.
+        end: name of the node whose tensor it is to reproduce.
+        received: names of the other tensors alive at the start; empty where the start is a cut point.
+        carried: the same at the end.
+    """
 
     name: str
     start: str
     end: str
+    received: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 def _is_image_tensor(node: fx.Node, dependent: set[fx.Node]) -> bool:
     return node in dependent and not isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def cut_points(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes after which they alone carry everything that depends on the images, in topological order.
-
-    The input is the first and the network's output the last.
-    """
+def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node but the output, what is alive after it: image-dependent values that later nodes read, in order."""
     nodes = [n for n in graph.nodes if n.op != "output"]
-    output = next(n for n in graph.nodes if n.op == "output")
     order = {node: i for i, node in enumerate(graph.nodes)}
     dependent: set[fx.Node] = set()
     for node in nodes:
@@ -50,18 +55,23 @@ def cut_points(graph: fx.Graph) -> list[fx.Node]:
         node: max((order[u] for u in node.users if u.target is not aten.sym_size.int), default=order[node])
         for node in nodes
     }
-    points, alive = [], set()
+    alive: list[fx.Node] = []
+    result = {}
     for node in nodes:
         if _is_image_tensor(node, dependent):
-            alive.add(node)
-        alive = {n for n in alive if last_use[n] > order[node] or n is node}
-        if (
-            alive == {node}
-            and isinstance(node.meta.get("val"), Tensor)
-            and (node.users or node is output.args[0])
-        ):
-            points.append(node)
-    return points
+            alive = [*alive, node]
+        alive = [n for n in alive if last_use[n] > order[node]]
+        result[node] = alive
+    return result
+
+
+def cut_points(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes after which they alone carry everything that depends on the images, in topological order.
+
+    The input is the first and the network's output the last.
+    """
+    alive = live_tensors(graph)
+    return [n for n, others in alive.items() if others == [n] and isinstance(n.meta.get("val"), Tensor)]
 
 
 def atoms(graph: fx.Graph) -> list[Slice]:
@@ -79,7 +89,7 @@ def atoms(graph: fx.Graph) -> list[Slice]:
     first = busy.index(True)
     bounds = [points[i] for i in range(first + 1, len(busy)) if busy[i]]
     starts, ends = [points[0], *bounds], [*bounds, points[-1]]
-    return [Slice(_name_of(graph, a, b), a.name, b.name) for a, b in zip(starts, ends, strict=True)]
+    return [Slice(name_of(graph, a, b), a.name, b.name) for a, b in zip(starts, ends, strict=True)]
 
 
 def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
@@ -94,14 +104,15 @@ def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
     return list(inner)
 
 
-def _quantizable_paths(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> list[fx.Node]:
+def quantizable_between(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> list[fx.Node]:
+    """The linear, conv2d and matmul nodes after `start` up to and including `end`."""
     nodes = nodes_between(graph, str(start), str(end))
     return [n for n in nodes if n.op == "call_function" and n.target in QUANTIZABLE]
 
 
-def _name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
+def name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
     """The deepest module path that holds all quantizable work of a stretch, or first..last."""
-    paths = [n.meta["module_path"] for n in _quantizable_paths(graph, start, end)]
+    paths = [n.meta["module_path"] for n in quantizable_between(graph, start, end)]
     common = paths[0].split(".")
     for path in paths[1:]:
         pairs = itertools.takewhile(
@@ -111,50 +122,11 @@ def _name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
     return ".".join(common) or (paths[0] if len(paths) == 1 else f"{paths[0]}..{paths[-1]}")
 
 
-def repeated_modules(graph: fx.Graph) -> set[str]:
-    """Module paths that are one of several numbered siblings of one class and hold at least two quantizable operators.
-
-    These are what a network repeats: its transformer blocks, and the stages around them.
-    """
-    classes: dict[str, str] = {}
-    work: Counter[str] = Counter()
-    for node in graph.nodes:
-        for path, kind in node.meta.get("module_stack", ()):
-            classes[path] = kind
-            if node.op == "call_function" and node.target in QUANTIZABLE:
-                work[path] += 1
-    siblings: Counter[tuple[str, str]] = Counter()
-    for path, kind in classes.items():
-        parent, _, last = path.rpartition(".")
-        if last.isdigit():
-            siblings[parent, kind] += 1
-    return {
-        path
-        for path, kind in classes.items()
-        if path.rpartition(".")[2].isdigit()
-        and siblings[path.rpartition(".")[0], kind] > 1
-        and work[path] > 1
-    }
-
-
-def block_slicing(graph: fx.Graph) -> list[Slice]:
-    """One slice per transformer block: neighbouring atoms of the innermost repeated module together, other atoms alone."""
-    repeated = repeated_modules(graph)
-
-    def block_of(atom: Slice) -> str:
-        last = _quantizable_paths(graph, atom.start, atom.end)[-1]
-        inside = [path for path, _ in last.meta["module_stack"] if path in repeated]
-        return inside[-1] if inside else f"atom {atom.name}"
-
-    slices = []
-    for _, group in itertools.groupby(atoms(graph), block_of):
-        run = list(group)
-        slices.append(Slice(_name_of(graph, run[0].start, run[-1].end), run[0].start, run[-1].end))
-    return slices
-
-
 def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
-    """A slice as a function `(tensor at start, batch size) -> tensor at end` that shares the module's constants and quantizers.
+    """A slice as a function `(tensor at start, batch size, *received) -> tensor at end, or (tensor at end, *carried)`.
+
+    It shares the module's constants and quantizers. Quantizers that an earlier slice owns but this one reads too are evaluated
+    again; `own_quantizers` leaves those out.
 
     Args:
         module: the captured network, with or without quantizers.
@@ -162,31 +134,67 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
 
     Raises:
         InputError: a cut point does not exist.
-        ValueError: the stretch needs another tensor than the one at its start.
+        ValueError: the stretch needs another tensor than those at its start.
     """
-    inner = nodes_between(module.graph, piece.start, piece.end)
-    graph = fx.Graph()
-    copies = {next(n for n in module.graph.nodes if n.name == piece.start): graph.placeholder("x")}
-    batch_size = graph.placeholder("batch_size")
+    return _Extraction(module, piece).run()
 
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node in copies:
-            return copies[node]
+
+class _Extraction:
+    """State of one `extract`."""
+
+    def __init__(self, module: fx.GraphModule, piece: Slice) -> None:
+        self.module, self.piece = module, piece
+        self.inner = nodes_between(module.graph, piece.start, piece.end)
+        self.inside = set(self.inner)
+        self.graph = fx.Graph()
+        by_name = {n.name: n for n in module.graph.nodes}
+        self.copies = {by_name[piece.start]: self.graph.placeholder("x")}
+        self.batch_size = self.graph.placeholder("batch_size")
+        for name in piece.received:
+            self.copies[by_name[name]] = self.graph.placeholder(name)
+        self.results = [self.inner[-1], *(by_name[name] for name in piece.carried)]
+        self.foreign: set[str] = set()
+
+    def run(self) -> fx.GraphModule:
+        for node in self.inner:
+            if node.target is not aten.sym_size.int and node not in self.copies:
+                self.copies[node] = self.graph.node_copy(node, self._copy_of)
+        outputs = tuple(self._copy_of(node) for node in self.results)
+        self.graph.output(outputs if self.piece.carried else outputs[0])
+        result = fx.GraphModule(self.module, self.graph, class_name="Slice")
+        result.graph.eliminate_dead_code()
+        result.recompile()
+        result.meta["foreign"] = self.foreign
+        return result
+
+    def _copy_of(self, node: fx.Node) -> fx.Node:
+        if node in self.copies:
+            return self.copies[node]
         if node.target is aten.sym_size.int and node.args[1] == 0 and _is_input(node.args[0]):
-            return batch_size
-        if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt):
-            copies[node] = graph.node_copy(node, copy_of)
-            return copies[node]
-        raise ValueError(f"slice {piece.name} needs {node.name}, which lies before its start {piece.start}")
+            return self.batch_size
+        if node.op == "call_module" and node not in self.inside:
+            self.foreign.add(str(node.target))
+        elif node.op != "get_attr" and not isinstance(node.meta.get("val"), torch.SymInt):
+            raise ValueError(
+                f"slice {self.piece.name} needs {node.name}, which lies before its start {self.piece.start}"
+            )
+        self.copies[node] = self.graph.node_copy(node, self._copy_of)
+        return self.copies[node]
 
-    for node in inner:
-        if node.target is not aten.sym_size.int and node not in copies:
-            copies[node] = graph.node_copy(node, copy_of)
-    graph.output(copies[inner[-1]])
-    result = fx.GraphModule(module, graph, class_name="Slice")
-    result.graph.eliminate_dead_code()
-    result.recompile()
-    return result
+
+def run_slice(piece: fx.GraphModule, tensors: Sequence[Tensor], batch_size: int) -> tuple[Tensor, ...]:
+    """Call an extracted slice.
+
+    Args:
+        piece: what `extract` returned.
+        tensors: at its start: the start's own first, then the received ones.
+        batch_size: how many images they belong to.
+
+    Returns:
+        The tensors at its end, the end's own first.
+    """
+    out = piece(tensors[0], batch_size, *tensors[1:])
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _is_input(node: object) -> bool:

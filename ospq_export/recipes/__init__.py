@@ -10,11 +10,13 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ospq_export.errors import InputError
+
+_GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
 
 
 class Reconstruction(BaseModel):
@@ -33,8 +35,12 @@ class Reconstruction(BaseModel):
     scale_parametrization: Literal["linear", "logarithmic"] = Field(
         description="what the rate above applies to"
     )
-    loss: Literal["normalized", "literal"] = Field(
-        description="MSE over the slice's initial MSE, or BRECQ's code to the letter (sum over dimension 1)"
+    loss: Literal["normalized", "channel", "fisher", "literal"] = Field(
+        description="squared error over its initial value, plain, per channel over its variance, or by Fisher information; "
+        "or BRECQ's code to the letter (sum over dimension 1)"
+    )
+    final_loss: Literal["same", "kl"] = Field(
+        description="loss of the last slice: the same, or KL divergence of the logits"
     )
     rounding_weight: float = Field(
         ge=0, description="weight of the rounding regulariser (per mean, or literal: per sum)"
@@ -42,7 +48,19 @@ class Reconstruction(BaseModel):
     warm_up: float = Field(ge=0, lt=1, description="share of the iterations without the rounding term")
     beta_start: float = Field(gt=0, description="exponent of the rounding term after warm-up")
     beta_end: float = Field(gt=0, description="exponent of the rounding term at the end")
+    learn_offsets: bool = Field(description="whether the offsets of `shifted` grids are learned too")
+    bias_correction: bool = Field(description="whether biases take over what is shifted on average")
+    bias_images: int = Field(ge=1, description="calibration images that the bias correction looks at")
     drop_probability: float = Field(ge=0, le=1, description="share of activation elements left float (QDrop)")
+
+
+class Pilot(BaseModel):
+    """How `slicing = "auto"` finds the granularity: by short trial reconstructions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: float = Field(gt=0, le=1, description="cost of all trials, as a share of the full reconstruction")
+    held_out: int = Field(ge=1, description="calibration images the trials are judged on and do not see")
 
 
 class Recipe(BaseModel):
@@ -55,10 +73,13 @@ class Recipe(BaseModel):
     weight_bits: int = Field(ge=2, le=8)
     activation_bits: int = Field(ge=2, le=8)
     first_last_bits: int = Field(ge=2, le=8, description="of the first and last quantizable operator")
-    slicing: Literal["block"] = Field(description="reconstruction granularity")
+    slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
+        description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
+    )
     calibration_images: int = Field(ge=1)
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction
+    pilot: Pilot
 
 
 def packaged_recipes() -> list[str]:

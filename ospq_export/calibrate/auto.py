@@ -1,0 +1,246 @@
+"""`slicing = "auto"`: the granularity is chosen by trial reconstructions (our reading of the paper's Algorithm 1).
+
+The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
+is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts; each is reconstructed
+briefly on a part of the calibration images and judged by the KL divergence of the network's logits on another part. The better
+half goes into a second, longer trial, and the best of that is taken, together with the activation scales that it learned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.artifact import CandidateRecord, SlicingRecord
+from ospq_export.calibrate.losses import kl_divergence
+from ospq_export.calibrate.objective import objectives
+from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
+from ospq_export.calibrate.walk import walk
+from ospq_export.errors import InputError
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
+from ospq_export.graph.slicing import Slice
+from ospq_export.recipes import Recipe, Reconstruction
+
+log = logging.getLogger(__name__)
+
+OUTLIER_AWARE = "outlier-aware"
+# Where the budget does not carry all candidates, those first in this list are tried.
+_PREFERENCE = ("block", "atom", OUTLIER_AWARE, "blocks:2", "layer", "stage", "blocks:4", "model")
+_MIN_ITERATIONS = 20
+_FIRST_RUNG = 0.4
+_PILOT_IMAGES = 64
+_PILOT_REFINEMENT = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A slicing that is tried."""
+
+    name: str
+    slices: list[Slice]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the trials will cost, in image-steps: one image through one step of the whole network, forward and backward.
+
+    Attributes:
+        candidates: those that are tried.
+        iterations: per slice, in the first and the second trial.
+        batch_size: of the trials.
+        share: cost of all trials over the cost of the full reconstruction.
+    """
+
+    candidates: list[Candidate]
+    iterations: tuple[int, int]
+    batch_size: int
+    share: float
+
+    @property
+    def steps(self) -> int:
+        """Optimisation steps of all trials together, at most."""
+        first, second = _fields(self.candidates)
+        longest = max(len(c.slices) for c in self.candidates)
+        return sum(len(c.slices) for c in first) * self.iterations[0] + second * longest * self.iterations[1]
+
+
+def _fields(candidates: list[Candidate]) -> tuple[list[Candidate], int]:
+    """Who takes part in the first trial, and how many in the second."""
+    return candidates, max(1, (len(candidates) + 1) // 2)
+
+
+def image_steps(settings: Reconstruction, images: int) -> float:
+    """Cost of a reconstruction of the whole network; a forward pass counts a third of a step.
+
+    Two passes over the images per slice, three for the errors, and the refinement of the scales come on top of the steps.
+    """
+    refinement = settings.refinement_images * REFINEMENT_TRIALS / 3 if settings.iterations else 0
+    return settings.iterations * settings.batch_size + 5 * images / 3 + refinement
+
+
+def candidates_of(
+    network: QuantizedGraph, graph: fx.Graph, images: Tensor, device: torch.device
+) -> tuple[list[Candidate], dict[str, float]]:
+    """All different candidates in order of preference, and the outlier dominance at the cut points."""
+    dominances = cut_dominance(network, graph, images, device)
+    found: dict[tuple[str, ...], Candidate] = {}
+    for name in _PREFERENCE:
+        slices = (
+            outlier_aware_slicing(graph, dominances) if name == OUTLIER_AWARE else slicing_of(graph, name)
+        )
+        found.setdefault(tuple(s.end for s in slices), Candidate(name, slices))
+    return list(found.values()), dominances
+
+
+def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
+    """As many candidates, and as long trials, as the budget carries.
+
+    Raises:
+        InputError: it carries not even one; or the trials leave no images.
+    """
+    full = image_steps(recipe.reconstruction, images)
+    budget = recipe.pilot.budget * full
+    batch = max(1, recipe.reconstruction.batch_size // 4)
+    fixed = image_steps(_pilot_settings(recipe.reconstruction, 0, batch), _PILOT_IMAGES)
+    fixed += _PILOT_REFINEMENT * REFINEMENT_TRIALS / 3
+    for count in range(len(candidates), 0, -1):
+        second = max(1, (count + 1) // 2)
+        left = budget - fixed * (count + second)
+        if count == 1:
+            return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
+        iterations = (
+            int(_FIRST_RUNG * left / (count * batch)),
+            int((1 - _FIRST_RUNG) * left / (second * batch)),
+        )
+        if min(iterations) >= _MIN_ITERATIONS:
+            spent = batch * (count * iterations[0] + second * iterations[1]) + fixed * (count + second)
+            return Plan(list(candidates[:count]), iterations, batch, spent / full)
+    raise AssertionError("there is always a candidate")
+
+
+def _pilot_settings(settings: Reconstruction, iterations: int, batch_size: int) -> Reconstruction:
+    few = min(settings.refinement_images, _PILOT_REFINEMENT)
+    changes = {
+        "iterations": iterations,
+        "batch_size": batch_size,
+        "refinement_images": few,
+        "bias_images": 32,
+    }
+    return settings.model_copy(update=changes)
+
+
+class _Trials:
+    """Runs trials; every one starts from the observed network."""
+
+    def __init__(
+        self,
+        network: QuantizedGraph,
+        recipe: Recipe,
+        images: Tensor,
+        device: torch.device,
+        seed: int,
+        advance: Callable[[], None],
+    ) -> None:
+        self.network, self.recipe, self.device, self.seed, self.advance = (
+            network,
+            recipe,
+            device,
+            seed,
+            advance,
+        )
+        held = recipe.pilot.held_out
+        self.train, self.judge = images[: min(_PILOT_IMAGES, len(images) - held)], images[-held:]
+        self.initial = network.state()
+        network.set_mode(Mode.FLOAT)
+        self.reference = self._logits()
+
+    def _logits(self) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.network.module(x.to(self.device)) for x in self.judge.split(64)])
+
+    def run(self, candidate: Candidate, iterations: int, batch_size: int) -> tuple[float, list[Tensor]]:
+        """KL divergence of the logits (nats), and the state that was learned."""
+        settings = _pilot_settings(self.recipe.reconstruction, iterations, batch_size)
+        reconstructor = Reconstructor(settings, self.device, self.advance)
+        make = objectives(self.network, candidate.slices, self.train, settings, self.device, self.seed)
+        for _ in walk(
+            self.network, candidate.slices, self.train, reconstructor, self.seed, make_objective=make
+        ):
+            continue
+        self.network.set_mode(Mode.QUANTIZE)
+        divergence = float(kl_divergence(self._logits(), self.reference))
+        learned = self.network.state()
+        self.network.load_state(self.initial)
+        return divergence, learned
+
+
+def choose_slicing(
+    network: QuantizedGraph,
+    graph: fx.Graph,
+    recipe: Recipe,
+    images: Tensor,
+    device: torch.device,
+    seed: int,
+    advance_of: Callable[[int], Callable[[], None]] = lambda _steps: lambda: None,
+) -> tuple[list[Slice], SlicingRecord]:
+    """Choose the reconstruction granularity by trial; deterministic for a seed.
+
+    Args:
+        network: observed; afterwards its activation scales are those that the winner learned in its last trial.
+        graph: captured, without quantizers.
+        recipe: its pilot settings bound the cost.
+        images: float32 (N, C, H, W), normalised.
+        device: where the network lies.
+        seed: of every trial.
+        advance_of: given the number of steps, returns what advances a progress bar by one.
+
+    Raises:
+        InputError: too few calibration images to hold any out.
+    """
+    held = recipe.pilot.held_out
+    if len(images) < held + recipe.reconstruction.batch_size // 4 + 1:
+        raise InputError(
+            f"{len(images)} calibration images, of which the trials hold {held} out",
+            where="pilot.held_out",
+            mend="give more images, lower pilot.held_out, or name a granularity: --set slicing=block",
+        )
+    candidates, dominances = candidates_of(network, graph, images[:_PILOT_IMAGES], device)
+    chosen = plan(recipe, len(images), candidates)
+    names = ", ".join(c.name for c in chosen.candidates)
+    log.info("trying %s: %.0f %% of the full run", names, 100 * chosen.share)
+    if len(chosen.candidates) == 1:
+        winner, records = chosen.candidates[0], [_record(chosen.candidates[0], [])]
+    else:
+        trials = _Trials(network, recipe, images, device, seed, advance_of(chosen.steps))
+        winner, records, state = _two_rungs(trials, chosen)
+        network.load_state(state, scales_only=True)
+    record = SlicingRecord(
+        choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dominances
+    )
+    return winner.slices, record
+
+
+def _two_rungs(trials: _Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
+    first, size = _fields(plan.candidates)
+    scores: dict[str, list[float]] = {}
+    for candidate in first:
+        scores[candidate.name] = [trials.run(candidate, plan.iterations[0], plan.batch_size)[0]]
+    second = sorted(first, key=lambda c: scores[c.name][0])[:size]
+    best: tuple[float, Candidate, list[Tensor]] | None = None
+    for candidate in second:
+        divergence, state = trials.run(candidate, plan.iterations[1], plan.batch_size)
+        scores[candidate.name].append(divergence)
+        if best is None or divergence < best[0]:
+            best = divergence, candidate, state
+    assert best is not None
+    return best[1], [_record(c, scores[c.name]) for c in first], best[2]
+
+
+def _record(candidate: Candidate, scores: list[float]) -> CandidateRecord:
+    return CandidateRecord(name=candidate.name, ends=[s.end for s in candidate.slices], divergence=scores)

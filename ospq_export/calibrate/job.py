@@ -1,0 +1,236 @@
+"""The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel
+from rich.progress import Progress
+from torch import Tensor, fx
+
+from ospq_export import artifact
+from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
+from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
+from ospq_export.calibrate.bias import corrected_biases
+from ospq_export.calibrate.objective import objectives
+from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
+from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.walk import Step, walk
+from ospq_export.errors import InputError
+from ospq_export.graph.granularity import check_partition, slicing_of
+from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
+from ospq_export.graph.slicing import Slice, extract
+from ospq_export.progress import stepper
+from ospq_export.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
+
+log = logging.getLogger(__name__)
+_R = TypeVar("_R", bound=BaseModel)
+
+
+class Job:
+    """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
+
+    def __init__(
+        self,
+        out: Path,
+        manifest: Manifest,
+        network: QuantizedGraph,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.out, self.manifest, self.network, self.device, self.progress = (
+            out,
+            manifest,
+            network,
+            device,
+            progress,
+        )
+        self.records: dict[int, SliceRecord] = {}
+        self.slices: list[Slice] = []
+        self.slice_of: dict[str, int] = {}
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice."""
+        return self.manifest.calibration.seed
+
+    def begin(self, captured: fx.GraphModule) -> None:
+        """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+        found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
+        if found is not None and found.files:
+            self._check_same(found, captured)
+            return
+        existed = self.out.exists()
+        try:
+            # The manifest comes first: a folder without one is never taken for an interrupted run.
+            artifact.write_manifest(self.out, self.manifest)
+            artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
+            self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
+        except InputError:
+            if not existed:
+                shutil.rmtree(self.out, ignore_errors=True)
+            raise
+
+    def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
+        artifact.check_files(self.out, found)
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / artifact.FLOAT_TENSORS
+            artifact.write_tensors(probe, dict(captured.named_buffers()))
+            files = {artifact.FLOAT_TENSORS: artifact.sha256(probe)}
+        theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
+        changed = [key for key in mine if mine[key] != theirs[key]]
+        if changed:
+            raise InputError(
+                f"the interrupted run there was made with another {', '.join(changed)}",
+                where=self.out,
+                mend="repeat the very same command to resume, or choose another --out",
+            )
+        self.manifest = found
+
+    def slice(self, captured: fx.GraphModule, images: Tensor) -> None:
+        """Cut the network as the recipe says, or as trials show; what trials found is kept for a resumed run."""
+        recipe = self.manifest.recipe
+        if recipe.slicing != "auto":
+            self._take(slicing_of(captured.graph, recipe.slicing), captured)
+            return
+        pilot = self.out / artifact.CHECKPOINTS / "pilot.safetensors"
+        activations = list(self.network.activations.values())
+        if pilot.is_file():
+            tensors, header = artifact.read_tensors(pilot)
+            record = _parsed(SlicingRecord, header, pilot)
+            self.load(activations, tensors, pilot)
+        else:
+            _, record = choose_slicing(
+                self.network,
+                captured.graph,
+                recipe,
+                images,
+                self.device,
+                self.seed,
+                lambda steps: stepper(self.progress, "choose slicing", steps),
+            )
+            artifact.write_tensors(
+                pilot, quantizer_tensors(activations), {"record": record.model_dump_json()}
+            )
+        slices = (
+            outlier_aware_slicing(captured.graph, record.dominance)
+            if record.choice == OUTLIER_AWARE
+            else slicing_of(captured.graph, record.choice)
+        )
+        self._take(slices, captured, record)
+
+    def _take(
+        self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None
+    ) -> None:
+        check_partition(captured.graph, slices)
+        name = self.manifest.recipe.slicing
+        record = record or SlicingRecord(choice=name if isinstance(name, str) else "cut points")
+        self.manifest = self.manifest.model_copy(update={"slicing": record})
+        self.slices = slices
+        self.slice_of = {
+            quantizer.name: index
+            for index, bounds in enumerate(slices)
+            for quantizer in own_quantizers(extract(self.network.module, bounds))
+        }
+
+    def reconstruct(self, images: Tensor) -> None:
+        """Walk all slices, with a checkpoint after each."""
+        settings = self.manifest.recipe.reconstruction
+        todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
+        advance = stepper(self.progress, "reconstruct", len(todo) * settings.iterations)
+        reconstructor = Reconstructor(settings, self.device, advance)
+        if len(todo) < len(self.slices):
+            log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
+        make = objectives(self.network, self.slices, images, settings, self.device, self.seed)
+        for step in walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make):
+            self._save(step)
+
+    def _checkpoint(self, index: int) -> Path:
+        return self.out / artifact.CHECKPOINTS / f"{index:03d}.safetensors"
+
+    def _save(self, step: Step) -> None:
+        bounds, metrics = self.slices[step.index], step.metrics
+        record = SliceRecord(
+            index=step.index,
+            name=bounds.name,
+            start=bounds.start,
+            end=bounds.end,
+            received=list(bounds.received),
+            carried=list(bounds.carried),
+            error_before=metrics.error_before,
+            error_after=metrics.error_after,
+            iterations=metrics.iterations,
+            kept=metrics.kept,
+            seconds=round(step.seconds, 3),
+            losses=metrics.losses,
+        )
+        self.records[step.index] = record
+        if not metrics.kept:
+            log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
+        tensors = quantizer_tensors(own_quantizers(step.piece))
+        tensors |= {bias.name: bias.value for bias in corrected_biases(step.piece).values()}
+        artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
+
+    def _restore(self, index: int, piece: fx.GraphModule) -> bool:
+        path = self._checkpoint(index)
+        if not path.is_file():
+            return False
+        tensors, header = artifact.read_tensors(path)
+        self.records[index] = _parsed(SliceRecord, header, path)
+        self.load(own_quantizers(piece), tensors, path)
+        for bias in corrected_biases(piece).values():
+            load_bias(bias, tensors.get(bias.name), path)
+        return True
+
+    def load(
+        self,
+        quantizers: Sequence[ActivationQuantizer | WeightQuantizer],
+        tensors: dict[str, Tensor],
+        path: Path,
+    ) -> None:
+        """Set quantizers from a checkpoint's tensors; their levels are those of the observation."""
+        own = {r.name: r for r in quantizer_records(self.network, self.slice_of)}
+        for quantizer in quantizers:
+            load_quantizer(quantizer, own[quantizer.name], tensors, path)
+
+    def finish(self) -> Run:
+        """Write the quantized tensors and the final manifest; the checkpoints go."""
+        replaced = {w.constant for w in self.network.weights.values()}
+        quantizers: list[ActivationQuantizer | WeightQuantizer] = [
+            *self.network.activations.values(),
+            *self.network.weights.values(),
+        ]
+        biases = {b.constant: b.value for b in self.network.biases.values()}
+        rest = {
+            n: biases.get(n, b)
+            for n, b in self.network.module.named_buffers()
+            if not n.startswith("quantizers.") and n not in replaced
+        }
+        artifact.write_tensors(
+            self.out / artifact.QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)}
+        )
+        complete = self.manifest.model_copy(
+            update={
+                "status": "calibrated",
+                "slices": [self.records[i] for i in range(len(self.slices))],
+                "quantizers": quantizer_records(self.network, self.slice_of),
+            }
+        )
+        self.manifest = artifact.record_files(self.out, complete, artifact.QUANTIZED_TENSORS)
+        shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
+        return Run(self.out, self.manifest)
+
+
+def _parsed(kind: type[_R], header: dict[str, str], path: Path) -> _R:
+    try:
+        return kind.model_validate_json(header.get("record", ""))
+    except ValueError as error:
+        raise InputError(
+            "the checkpoint is damaged", where=path, mend="delete this file and run again"
+        ) from error

@@ -1,0 +1,215 @@
+"""Reconstruction granularities: named slicings of a captured graph, found from its module hierarchy, not from model names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.errors import InputError
+from ospq_export.graph.capture import QUANTIZABLE, operator_names, quantizable_nodes
+from ospq_export.graph.slicing import (
+    Slice,
+    atoms,
+    cut_points,
+    live_tensors,
+    name_of,
+    nodes_between,
+    quantizable_between,
+)
+
+UNIFORM = ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
+"""The ladder of uniform granularities, from fine to coarse."""
+
+
+def repeated_modules(graph: fx.Graph) -> set[str]:
+    """Module paths that are one of several numbered siblings of one class and hold at least two quantizable operators.
+
+    These are what a network repeats: its transformer blocks, and the stages around them.
+    """
+    classes: dict[str, str] = {}
+    work: Counter[str] = Counter()
+    for node in graph.nodes:
+        for path, kind in node.meta.get("module_stack", ()):
+            classes[path] = kind
+            if node.op == "call_function" and node.target in QUANTIZABLE:
+                work[path] += 1
+    siblings: Counter[tuple[str, str]] = Counter()
+    for path, kind in classes.items():
+        parent, _, last = path.rpartition(".")
+        if last.isdigit():
+            siblings[parent, kind] += 1
+    return {
+        path
+        for path, kind in classes.items()
+        if path.rpartition(".")[2].isdigit()
+        and siblings[path.rpartition(".")[0], kind] > 1
+        and work[path] > 1
+    }
+
+
+def slicing_of(graph: fx.Graph, granularity: str | Sequence[str]) -> list[Slice]:
+    """The slices of a granularity, in order; together they are the whole graph.
+
+    Args:
+        graph: captured.
+        granularity: "layer" (each quantizable operator), "atom" (attention and MLP apart), "block" (a transformer block),
+            "blocks:N" (N neighbouring blocks), "stage", "model", or the names of the cut points to cut at.
+
+    Raises:
+        InputError: no such granularity or cut point, or cut points out of order or with no quantizable operator between them.
+    """
+    if not isinstance(granularity, str):
+        return _explicit(graph, granularity)
+    named: dict[str, Callable[[fx.Graph], list[Slice]]] = {
+        "layer": layer_slicing,
+        "atom": atoms,
+        "block": block_slicing,
+        "stage": stage_slicing,
+        "model": lambda g: join(g, [atoms(g)]),
+    }
+    if granularity in named:
+        return named[granularity](graph)
+    match = re.fullmatch(r"blocks:([1-9]\d*)", granularity)
+    if match is None:
+        raise InputError(
+            f"there is no granularity {granularity!r}",
+            where="slicing",
+            mend=f"use auto, {', '.join(named)}, blocks:N, or a list of cut points",
+        )
+    return blocks_slicing(graph, int(match[1]))
+
+
+def join(graph: fx.Graph, groups: Sequence[Sequence[Slice]]) -> list[Slice]:
+    """One slice per group of neighbouring slices."""
+    spans = [(group[0].start, group[-1].end) for group in groups]
+    return [Slice(name_of(graph, start, end), start, end) for start, end in spans]
+
+
+def _innermost_block(graph: fx.Graph, piece: Slice, repeated: set[str]) -> str | None:
+    last = quantizable_between(graph, piece.start, piece.end)[-1]
+    inside = [path for path, _ in last.meta["module_stack"] if path in repeated]
+    return inside[-1] if inside else None
+
+
+def block_slicing(graph: fx.Graph) -> list[Slice]:
+    """One slice per transformer block: neighbouring atoms of the innermost repeated module together, other atoms alone."""
+    repeated = repeated_modules(graph)
+
+    def block_of(atom: Slice) -> str:
+        return _innermost_block(graph, atom, repeated) or f"atom {atom.name}"
+
+    return join(graph, [list(group) for _, group in itertools.groupby(atoms(graph), block_of)])
+
+
+def blocks_slicing(graph: fx.Graph, count: int) -> list[Slice]:
+    """Runs of up to `count` neighbouring blocks of one class of siblings; what is no block stays alone and ends a run."""
+    leaves = _leaves(graph)
+
+    def run_of(block: Slice) -> str:
+        path = _innermost_block(graph, block, leaves)
+        return f"slice {block.name}" if path is None else f"siblings {path.rpartition('.')[0]}"
+
+    groups = []
+    for _, group in itertools.groupby(block_slicing(graph), run_of):
+        members = list(group)
+        groups += [members[i : i + count] for i in range(0, len(members), count)]
+    return join(graph, groups)
+
+
+def _leaves(graph: fx.Graph) -> set[str]:
+    """Repeated modules that hold no other repeated module: blocks, not stages."""
+    repeated = repeated_modules(graph)
+    return {path for path in repeated if not any(other.startswith(f"{path}.") for other in repeated)}
+
+
+def stage_slicing(graph: fx.Graph) -> list[Slice]:
+    """One slice per stage: the outermost repeated module that holds blocks, else the module that all sibling blocks are in."""
+    repeated, leaves = repeated_modules(graph), _leaves(graph)
+
+    def stage_of(atom: Slice) -> str:
+        last = quantizable_between(graph, atom.start, atom.end)[-1]
+        inside = [path for path, _ in last.meta["module_stack"] if path in repeated]
+        if not inside:
+            return f"atom {atom.name}"
+        return inside[0].rpartition(".")[0] if inside[0] in leaves else inside[0]
+
+    return join(graph, [list(group) for _, group in itertools.groupby(atoms(graph), stage_of)])
+
+
+def layer_slicing(graph: fx.Graph) -> list[Slice]:
+    """One slice per quantizable operator, ending at its output; what else is alive there is handed on.
+
+    Where something alive is not one tensor with the images in front, the operator joins the one after it.
+    """
+    alive, names = live_tensors(graph), operator_names(graph)
+    work = quantizable_nodes(graph)
+    ends = [n for n in work[:-1] if all(_has_images_in_front(t) for t in (n, *alive[n]))]
+    points = cut_points(graph)
+    bounds = [points[0], *ends, points[-1]]
+    slices, received = [], tuple[str, ...]()
+    for start, end in itertools.pairwise(bounds):
+        inside = [names[n] for n in quantizable_between(graph, start.name, end.name)]
+        carried = tuple(n.name for n in alive[end] if n is not end)
+        name = inside[0] if len(inside) == 1 else f"{inside[0]}..{inside[-1]}"
+        slices.append(Slice(name, start.name, end.name, received, carried))
+        received = carried
+    return slices
+
+
+def _has_images_in_front(node: fx.Node) -> bool:
+    """Whether a value is one tensor whose first dimension, and no other, is a multiple of the batch size."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(value.shape[0], torch.SymInt):
+        return False
+    return not any(isinstance(size, torch.SymInt) for size in value.shape[1:])
+
+
+def _explicit(graph: fx.Graph, names: Sequence[str]) -> list[Slice]:
+    points = [n.name for n in cut_points(graph)]
+    unknown = [name for name in names if name not in points[1:-1]]
+    if unknown:
+        raise InputError(
+            f"the network has no cut point {unknown[0]!r} between its input and its output",
+            where="slicing",
+            mend="`ospq-export inspect` lists the cut points",
+        )
+    places = [points.index(name) for name in names]
+    if any(b <= a for a, b in itertools.pairwise(places)):
+        raise InputError(
+            "the cut points are not in the network's order, so slices would overlap",
+            where="slicing",
+            mend="list each once, from the input to the output",
+        )
+    bounds = [points[0], *names, points[-1]]
+    for start, end in itertools.pairwise(bounds):
+        if not quantizable_between(graph, start, end):
+            raise InputError(
+                f"between {start} and {end} there is nothing to quantize",
+                where="slicing",
+                mend="leave one of the two cut points out",
+            )
+    return [Slice(name_of(graph, a, b), a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def unique_names(slices: Sequence[Slice]) -> bool:
+    """Whether no two slices have the same name."""
+    return len({s.name for s in slices}) == len(slices)
+
+
+def check_partition(graph: fx.Graph, slices: Sequence[Slice]) -> None:
+    """Hold slices to being a slicing: one after the other, without gap or overlap, over all quantizable operators.
+
+    Raises:
+        InputError: they are not.
+    """
+    gaps = [b.name for a, b in itertools.pairwise(slices) if a.end != b.start or a.carried != b.received]
+    inside = [n for s in slices for n in nodes_between(graph, s.start, s.end)]
+    work = [n for n in inside if n in set(quantizable_nodes(graph))]
+    if gaps or work != quantizable_nodes(graph):
+        where = gaps[0] if gaps else "the ends"
+        raise InputError(f"the slices leave a gap or overlap at {where}", mend="cut the network anew")
