@@ -62,6 +62,17 @@ class QuantizerRecord(_Record):
     constant: str | None = None
 
 
+class EqualizedSite(_Record):
+    """What equalization did at one site; errors: of the quantized consumers' outputs, over their variance, summed."""
+
+    producer: str
+    consumers: list[str]
+    choice: str
+    error_before: float
+    error_after: float
+    largest_factor: float
+
+
 class CalibrationRecord(_Record):
     """What the run was calibrated on."""
 
@@ -83,6 +94,7 @@ class Manifest(_Record):
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
+    equalized: list[EqualizedSite] = []
     slices: list[SliceRecord] = []
     quantizers: list[QuantizerRecord] = []
     versions: dict[str, str]
