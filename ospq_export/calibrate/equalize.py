@@ -2,7 +2,8 @@
 
 The candidates come from SmoothQuant (Xiao et al., ICML 2023, eq. 4: s = max|X|^a / max|W|^(1-a)), from AWQ (Lin et al., MLSys
 2024: a power of the activation's magnitude) and from RepQ-ViT (Li et al., ICCV 2023: channel range over mean range, with the
-middle of the range as a shift); searching them site by site by output error, and shifting v by its mean under the softmax, is ours.
+middle of the range as a shift). Ours are the search, site by site, by output error, and the shift of v: the rows of a softmax
+sum to one, so v may lose a constant that the projection's bias gets back, and what rounding does to these sums no longer counts.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def equalize(
         captured: from `capture`; its constants change, its structure does not.
         images: float32 (N, C, H, W), normalised, on any device; a few dozen are enough.
         bits: of the quantizers that will be inserted.
-        method: "smooth": factors searched; "shift": factors and shifts searched; "repq": RepQ-ViT's form for every LayerNorm, unsearched.
+        method: "smooth": factors searched; "shift": factors and shifts; "repq": RepQ-ViT's form for every
+            LayerNorm, unsearched.
         seed: of the choice of values that ranges are searched on.
         values_per_tensor: how many values of a tensor a range is searched on.
         advance: called after each site.
@@ -201,7 +203,9 @@ class _Region:
         axis = self.site.axis
         shape = [1] * self.values[self.producer].dim()
         shape[axis] = -1
-        env[self.producer] = (self.values[self.producer] - change.shift.view(shape)) / change.scale.view(shape)
+        env[self.producer] = (self.values[self.producer] - change.shift.view(shape)) / change.scale.view(
+            shape
+        )
         total = 0.0
         for node in self.nodes:
             if node in env:

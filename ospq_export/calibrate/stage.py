@@ -13,7 +13,8 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from ospq_export import artifact
-from ospq_export.artifact import CalibrationRecord, Manifest, SliceRecord
+from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest, SliceRecord
+from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import Step, walk
@@ -29,6 +30,7 @@ from ospq_export.run import Run, load_quantizer, quantizer_records, quantizer_te
 
 log = logging.getLogger(__name__)
 _OBSERVATION_BATCH = 64
+_EQUALIZATION_IMAGES = 32
 
 
 def calibrate(
@@ -70,6 +72,8 @@ def calibrate(
     target = _device(device)
     captured = capture(model, data.input_size)
     bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+    captured.to(target)
+    equalized = _equalize(captured, images.images, bits, recipe, seed, progress)
     network = insert_quantizers(captured, bits)
     slices = block_slicing(captured.graph)
     record = CalibrationRecord(
@@ -87,6 +91,7 @@ def calibrate(
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
+        equalized=equalized,
         versions=artifact.installed_versions(),
         files={},
     )
@@ -134,6 +139,16 @@ def _device(name: str) -> torch.device:
             f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
         ) from error
     return device
+
+
+def _equalize(
+    captured: fx.GraphModule, images: Tensor, bits: Bits, recipe: Recipe, seed: int, progress: Progress | None
+) -> list[EqualizedSite]:
+    if recipe.equalization == "none":
+        return []
+    advance = stepper(progress, "equalize", count_sites(captured))
+    sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
+    return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
 
 
 def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> None:

@@ -56,7 +56,9 @@ def rescale(module: fx.GraphModule, site: Site, scale: Tensor, shift: Tensor | N
     if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
         raise ValueError("scales must be positive and finite")
     if bool((scale[~free] != 1).any()) or bool((shift[~shiftable] != 0).any()):
-        raise ValueError(f"{site.producer.name}: a channel that is read elsewhere cannot be rescaled or shifted")
+        raise ValueError(
+            f"{site.producer.name}: a channel that is read elsewhere cannot be rescaled or shifted"
+        )
     for consumer in site.consumers:
         weight, bias = weight_of(module, consumer.node), bias_of(module, consumer.node)
         moved = column_values(shift, consumer, 0.0)

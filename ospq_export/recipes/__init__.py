@@ -56,6 +56,9 @@ class Recipe(BaseModel):
     activation_bits: int = Field(ge=2, le=8)
     first_last_bits: int = Field(ge=2, le=8, description="of the first and last quantizable operator")
     slicing: Literal["block"] = Field(description="reconstruction granularity")
+    equalization: Literal["none", "smooth", "shift", "repq"] = Field(
+        description="what is moved out of activations beforehand: factors, factors and shifts, or RepQ-ViT's form"
+    )
     calibration_images: int = Field(ge=1)
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction
