@@ -16,6 +16,7 @@ from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest, SliceRecord
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.observe import observation_steps, observe
+from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import Step, walk
 from ospq_export.data import Batch, DataConfig
@@ -92,6 +93,7 @@ def calibrate(
         graph_fingerprint=fingerprint(captured),
         calibration=record,
         equalized=equalized,
+        profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
         versions=artifact.installed_versions(),
         files={},
     )
