@@ -90,6 +90,37 @@ class QuantizerRecord(_Record):
     constant: str | None = None
 
 
+class EqualizedSite(_Record):
+    """What equalization did at one site; errors: of the quantized consumers' outputs, over their variance, summed."""
+
+    producer: str
+    consumers: list[str]
+    choice: str
+    error_before: float
+    error_after: float
+    largest_factor: float
+
+
+class OutlierRecord(_Record):
+    """Outlier statistics of one tensor.
+
+    Attributes:
+        name: of the cut point's node, or of the activation quantizer.
+        kind: which of the two.
+        max_over_std: largest magnitude over the standard deviation.
+        kurtosis: fourth central moment over the squared variance; 3 for a normal distribution.
+        largest_share: share of the squared norm in the largest 0.1 % of the elements of each batch.
+        channel_share: share of the squared norm in the worst 1 % of the channels, at least one.
+    """
+
+    name: str
+    kind: Literal["cut", "quantizer"]
+    max_over_std: float
+    kurtosis: float
+    largest_share: float
+    channel_share: float
+
+
 class CalibrationRecord(_Record):
     """What the run was calibrated on."""
 
@@ -112,6 +143,8 @@ class Manifest(_Record):
     graph_fingerprint: str
     calibration: CalibrationRecord
     slicing: SlicingRecord | None = None
+    equalized: list[EqualizedSite] = []
+    profile: list[OutlierRecord] = []
     slices: list[SliceRecord] = []
     quantizers: list[QuantizerRecord] = []
     versions: dict[str, str]

@@ -30,6 +30,7 @@ def test_the_papers_settings():
     assert (r.rounding_weight, r.iterations, r.drop_probability) == (0.1, 20_000, 0.5)
     assert (r.beta_start, r.beta_end, r.warm_up) == (20.0, 2.0, 0.2)
     assert (recipe.first_last_bits, r.loss, r.refinement_images) == (8, "literal", 0)
+    assert recipe.equalization == "none"
 
 
 def test_overrides_are_typed():
@@ -51,6 +52,7 @@ def test_overrides_are_typed():
         ("learning_rate=1", "learning_rate"),
         ("slicing=stages", "slicing"),
         ("slicing=blocks:0", "slicing"),
+        ("equalization=some", "equalization"),
         ("weight_bits", "not of the form key=value"),
         ("weight_bits.deep=1", "not a section"),
     ],

@@ -9,9 +9,11 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from ospq_export import artifact
-from ospq_export.artifact import CalibrationRecord, Manifest
+from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
+from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.job import Job
 from ospq_export.calibrate.observe import observation_steps, observe
+from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
@@ -23,6 +25,7 @@ from ospq_export.recipes import Recipe
 from ospq_export.run import Run
 
 _OBSERVATION_BATCH = 64
+_EQUALIZATION_IMAGES = 32
 
 
 def calibrate(
@@ -68,6 +71,8 @@ def calibrate(
         # A slicing that does not fit is better said before the observation than after it.
         slicing_of(captured.graph, recipe.slicing)
     bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+    captured.to(target)
+    equalized = _equalize(captured, images.images, bits, recipe, seed, progress)
     network = insert_quantizers(captured, bits)
     record = CalibrationRecord(
         images=len(images.images),
@@ -84,6 +89,8 @@ def calibrate(
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
+        equalized=equalized,
+        profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
         versions=artifact.installed_versions(),
         files={},
     )
@@ -142,6 +149,16 @@ def _device(name: str) -> torch.device:
             f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
         ) from error
     return device
+
+
+def _equalize(
+    captured: fx.GraphModule, images: Tensor, bits: Bits, recipe: Recipe, seed: int, progress: Progress | None
+) -> list[EqualizedSite]:
+    if recipe.equalization == "none":
+        return []
+    advance = stepper(progress, "equalize", count_sites(captured))
+    sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
+    return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
 
 
 def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> None:

@@ -42,24 +42,26 @@ class Sample:
     weights: Tensor
 
 
-def compress(values: Tensor) -> Sample:
-    """Stand for many values by few: the 512 largest and smallest alone, the rest as means of 4096 equally full groups.
+def compress(values: Tensor, *, groups: int = _GROUPS, tail: int = _TAIL) -> Sample:
+    """Stand for many values by few: the largest and smallest alone, the rest as means of equally full groups.
 
     Args:
         values: float, any shape, at least one element, finite.
+        groups: how many groups.
+        tail: how many values at each end stand for themselves.
     """
     ordered = values.detach().flatten().float().sort().values
-    if ordered.numel() <= _GROUPS + 2 * _TAIL:
+    if ordered.numel() <= groups + 2 * tail:
         return Sample(ordered, torch.full_like(ordered, 1.0 / ordered.numel()))
-    body = ordered[_TAIL:-_TAIL]
-    edges = torch.linspace(0, body.numel(), _GROUPS + 1, device=body.device).round().long()
+    body = ordered[tail:-tail]
+    edges = torch.linspace(0, body.numel(), groups + 1, device=body.device).round().long()
     counts = edges.diff()
     sums = torch.cumsum(body.double(), 0)
     sums = torch.cat([sums.new_zeros(1), sums])[edges].diff()
-    ones = counts.new_ones(_TAIL)
+    ones = counts.new_ones(tail)
     weights = torch.cat([ones, counts, ones]).double() / ordered.numel()
     means = (sums / counts).float()
-    return Sample(torch.cat([ordered[:_TAIL], means, ordered[-_TAIL:]]), weights.float())
+    return Sample(torch.cat([ordered[:tail], means, ordered[-tail:]]), weights.float())
 
 
 def _errors(sample: Sample, scales: Tensor, lo: Tensor, hi: Tensor, offsets: Tensor | float = 0.0) -> Tensor:

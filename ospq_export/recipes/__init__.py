@@ -76,6 +76,9 @@ class Recipe(BaseModel):
     slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
         description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
     )
+    equalization: Literal["none", "smooth", "shift", "repq"] = Field(
+        description="what is moved out of activations beforehand: factors, factors and shifts, or RepQ-ViT's form"
+    )
     calibration_images: int = Field(ge=1)
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction

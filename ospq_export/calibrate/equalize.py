@@ -1,0 +1,326 @@
+"""Equalization before quantization: per site, the factors and shifts under which its quantized readers err least.
+
+The candidates come from SmoothQuant (Xiao et al., ICML 2023, eq. 4: s = max|X|^a / max|W|^(1-a)), from AWQ (Lin et al., MLSys
+2024: a power of the activation's magnitude) and from RepQ-ViT (Li et al., ICCV 2023: channel range over mean range, with the
+middle of the range as a shift). Ours are the search, site by site, by output error, and the shift of v: the rows of a softmax
+sum to one, so v may lose a constant that the projection's bias gets back, and what rounding does to these sums no longer counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.artifact import EqualizedSite
+from ospq_export.graph.channels import Site, find_sites
+from ospq_export.graph.equalize import bias_of, column_values, rescale, scaled_weight, weight_of
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Bits,
+    Mode,
+    QuantizedGraph,
+    WeightQuantizer,
+    insert_quantizers,
+)
+from ospq_export.graph.range_search import compress, search_activation_range
+
+aten = torch.ops.aten
+Method = Literal["smooth", "shift", "repq"]
+# A change must lower the error by this share, or the site stays as it is: what the sample cannot tell is left alone.
+_MUST_GAIN = 0.02
+_LIMIT = 1e3  # of a factor: float32 keeps the function to 1e-4 well beyond it, half precision does not
+_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
+_POWERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A candidate: what it is called, and its factors and shifts, (channels,)."""
+
+    name: str
+    scale: Tensor
+    shift: Tensor
+
+
+def equalize(
+    captured: fx.GraphModule,
+    images: Tensor,
+    bits: Bits,
+    method: Method,
+    *,
+    seed: int = 0,
+    values_per_tensor: int = 1 << 15,
+    advance: Callable[[], None] = lambda: None,
+) -> list[EqualizedSite]:
+    """Move outlier channels out of activations into weights, in place; the float function stays the same.
+
+    One float forward pass over the images; at each site, as soon as its readers have run, the candidates are compared on the
+    site's own stretch of the graph with its quantizers on.
+
+    Args:
+        captured: from `capture`; its constants change, its structure does not.
+        images: float32 (N, C, H, W), normalised, on any device; a few dozen are enough.
+        bits: of the quantizers that will be inserted.
+        method: "smooth": factors searched; "shift": factors and shifts; "repq": RepQ-ViT's form for every
+            LayerNorm, unsearched.
+        seed: of the choice of values that ranges are searched on.
+        values_per_tensor: how many values of a tensor a range is searched on.
+        advance: called after each site.
+
+    Returns:
+        One record per site, in graph order.
+    """
+    sites = [s for s in find_sites(captured.graph) if method != "repq" or s.is_norm]
+    network = insert_quantizers(captured, bits)
+    search = _Search(network, sites, method, values_per_tensor, seed, advance)
+    device = next(network.module.buffers()).device
+    with torch.no_grad():
+        search.run(images.to(device))
+    return search.records
+
+
+def count_sites(captured: fx.GraphModule) -> int:
+    """How often `equalize` calls `advance`, at most."""
+    return len(find_sites(captured.graph))
+
+
+class _Search(fx.Interpreter):
+    """A float forward pass that stops at each site and settles it."""
+
+    def __init__(
+        self,
+        network: QuantizedGraph,
+        sites: list[Site],
+        method: Method,
+        wanted: int,
+        seed: int,
+        advance: Callable[[], None],
+    ) -> None:
+        super().__init__(network.module)
+        self.method, self.wanted, self.advance = method, wanted, advance
+        self.generator = torch.Generator().manual_seed(seed)
+        self.records: list[EqualizedSite] = []
+        regions = [_Region(network, site) for site in sites]
+        self.ending: dict[fx.Node, list[_Region]] = {}
+        for region in regions:
+            self.ending.setdefault(region.nodes[-1], []).append(region)
+        self.waiting: dict[fx.Node, list[_Region]] = {}
+        for region in regions:
+            for node in region.inputs:
+                self.waiting.setdefault(node, []).append(region)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operator; keep what a site needs, and settle a site whose last reader has run."""
+        result = super().run_node(n)
+        for region in self.waiting.get(n, ()):
+            region.values[n] = result
+        for region in self.ending.get(n, ()):
+            self.records.append(self._settle(region))
+            region.values.clear()
+            self.advance()
+        return result
+
+    def _settle(self, region: _Region) -> EqualizedSite:
+        region.prepare(self.wanted, self.generator)
+        channels = _Channels.of(region)
+        chosen = channels.repq() if self.method == "repq" else channels.none()
+        before = region.error(channels.none())
+        after = region.error(chosen) if self.method == "repq" else before
+        if self.method == "shift":
+            chosen, after = _best(region, chosen, after, channels.shifts())
+        if self.method != "repq":
+            chosen, after = _best(region, chosen, after, channels.factors(chosen.shift))
+        if self.method == "repq" or after < (1.0 - _MUST_GAIN) * before:
+            rescale(region.network.module, region.site, chosen.scale, chosen.shift)
+        else:
+            chosen, after = channels.none(), before
+        return EqualizedSite(
+            producer=region.site.producer.meta["module_path"],
+            consumers=[c.node.meta["module_path"] for c in region.site.consumers],
+            choice=chosen.name,
+            error_before=before,
+            error_after=after,
+            largest_factor=float(chosen.scale.max()),
+        )
+
+
+def _best(region: _Region, best: _Change, error: float, candidates: list[_Change]) -> tuple[_Change, float]:
+    for candidate in candidates:
+        found = region.error(candidate)
+        if found < error:
+            best, error = candidate, found
+    return best, error
+
+
+class _Region:
+    """The stretch of the quantized graph from a site's producer to its consumers, which can be run under candidates."""
+
+    def __init__(self, network: QuantizedGraph, site: Site) -> None:
+        self.network, self.site = network, site
+        named = {n.name: n for n in network.module.graph.nodes}
+        self.producer = named[site.producer.name]
+        self.consumers = {named[c.node.name]: c for c in site.consumers}
+        core = {named[n.name] for n in site.path} | set(self.consumers)
+        # Quantizers of whatever the core reads belong to it: of the channels, of other operands, of the weights.
+        added = {n for c in core for n in c.all_input_nodes if n.op == "call_module"}
+        inside = core | added
+        self.nodes = [n for n in network.module.graph.nodes if n in inside and self._matters(n, core)]
+        read = {n for node in self.nodes for n in node.all_input_nodes}
+        self.inputs = {n for n in read if n not in inside} | {self.producer}
+        self.values: dict[fx.Node, Any] = {}
+        self.fixed: dict[fx.Node, Any] = {}
+        self.targets: dict[fx.Node, Tensor] = {}
+
+    def _matters(self, node: fx.Node, core: set[fx.Node]) -> bool:
+        return node in core or any(user in core for user in node.users)
+
+    def prepare(self, wanted: int, generator: torch.Generator) -> None:
+        """Run the stretch in float for its targets; quantize once what no candidate changes."""
+        self.wanted, self.generator = wanted, generator
+        carried = {self.producer}
+        for node in self.nodes:
+            if any(n in carried for n in node.all_input_nodes):
+                carried.add(node)
+        env = dict(self.values)
+        for node in self.nodes:
+            env[node] = env[node.all_input_nodes[0]] if node.op == "call_module" else self._call(node, env)
+        self.targets = {node: env[node] for node in self.consumers}
+        self.fixed = dict(self.values)
+        for node in self.nodes:
+            if node in carried or node.op != "call_module":
+                continue
+            quantizer = self.network.module.get_submodule(str(node.target))
+            if isinstance(quantizer, ActivationQuantizer):
+                self.fixed[node] = self._quantized(quantizer, self.fixed[node.all_input_nodes[0]])
+
+    def error(self, change: _Change) -> float:
+        """Squared error of the consumers' outputs over their variance, summed over the consumers, quantizers on."""
+        env = dict(self.fixed)
+        axis = self.site.axis
+        shape = [1] * self.values[self.producer].dim()
+        shape[axis] = -1
+        env[self.producer] = (self.values[self.producer] - change.shift.view(shape)) / change.scale.view(
+            shape
+        )
+        total = 0.0
+        for node in self.nodes:
+            if node in env:
+                continue
+            if node in self.consumers:
+                output = self._consumer(node, env, change)
+                target = self.targets[node]
+                total += float((output - target).square().mean() / target.var().clamp_min(1e-12))
+            elif node.op == "call_module":
+                quantizer = self.network.module.get_submodule(str(node.target))
+                if isinstance(quantizer, ActivationQuantizer):
+                    env[node] = self._quantized(quantizer, env[node.all_input_nodes[0]])
+            else:
+                env[node] = self._call(node, env)
+        return total
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _consumer(self, node: fx.Node, env: dict[fx.Node, Any], change: _Change) -> Tensor:
+        """The operator with its weight rescaled and rounded to nearest, and its bias corrected for the shift."""
+        module, consumer = self.network.module, self.consumers[node]
+        weight_node = node.args[1]
+        assert isinstance(weight_node, fx.Node) and isinstance(node.args[0], fx.Node)
+        quantizer = module.get_submodule(str(weight_node.target))
+        assert isinstance(quantizer, WeightQuantizer)
+        weight, bias = weight_of(module, consumer.node), bias_of(module, consumer.node)
+        moved = scaled_weight(weight, column_values(change.shift, consumer, 0.0)).flatten(1).sum(1)
+        new = scaled_weight(weight, column_values(change.scale, consumer, 1.0)).float()
+        quantizer.round_to_nearest(new)
+        quantizer.mode = Mode.QUANTIZE
+        rounded = quantizer(new)
+        quantizer.mode = Mode.FLOAT
+        corrected = None if bias is None else (bias.double() + moved).float()
+        rest = node.args[3:]
+        return node.target(env[node.args[0]], rounded, corrected, *rest)  # type: ignore[operator]
+
+    def _quantized(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+        flat = x.flatten()
+        if flat.numel() > self.wanted:
+            picks = torch.randint(flat.numel(), (self.wanted,), generator=self.generator).to(flat.device)
+            tails = [flat.topk(16).values, flat.topk(16, largest=False).values]
+            flat = torch.cat([flat[picks], *tails])
+        sample = compress(flat, groups=1024, tail=64)
+        quantizer.set_range(search_activation_range(sample, quantizer.bits, may_shift=quantizer.may_shift))
+        quantizer.mode = Mode.QUANTIZE
+        result: Tensor = quantizer(x)
+        quantizer.mode = Mode.FLOAT
+        return result
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Statistics of a site's channels on the sample, (channels,) each, and the candidates made of them."""
+
+    site: Site
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    deviation: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, region: _Region) -> _Channels:
+        """Measure the producer's output and the consumers' weights."""
+        rows = region.values[region.producer].movedim(region.site.axis, -1).flatten(0, -2)
+        largest = torch.zeros_like(rows[0])
+        for consumer in region.site.consumers:
+            weight = weight_of(region.network.module, consumer.node)
+            per_column = weight.abs().transpose(0, 1).flatten(1).amax(1)
+            columns = consumer.columns.to(weight.device)
+            used = columns >= 0
+            largest.scatter_reduce_(0, columns[used], per_column[used], "amax")
+        return cls(
+            region.site, rows.amin(0), rows.amax(0), rows.mean(0), rows.std(0, unbiased=False), largest
+        )
+
+    def _change(self, name: str, raw: Tensor, shift: Tensor) -> _Change:
+        """Factors brought to a geometric mean of one over the free channels, and kept within limits."""
+        free, shiftable = self.site.free.to(raw.device), self.site.shiftable.to(raw.device)
+        logarithm = raw.clamp_min(1e-12).log()
+        logarithm = logarithm - logarithm[free].mean()
+        scale = logarithm.exp().clamp(1.0 / _LIMIT, _LIMIT)
+        ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
+        return _Change(name, torch.where(free, scale, ones), torch.where(shiftable, shift, zeros))
+
+    def none(self) -> _Change:
+        """No change."""
+        return _Change("none", torch.ones_like(self.mean), torch.zeros_like(self.mean))
+
+    def shifts(self) -> list[_Change]:
+        """Centred on the mean, and on the middle of the range."""
+        ones = torch.ones_like(self.mean)
+        if not bool(self.site.shiftable.any()):
+            return []
+        middle = (self.low + self.high) / 2
+        return [self._change("mean", ones, self.mean), self._change("middle", ones, middle)]
+
+    def factors(self, shift: Tensor) -> list[_Change]:
+        """SmoothQuant's at several strengths, and powers of the channels' root mean square, around a given shift."""
+        prefix = "shift " if bool((shift != 0).any()) else ""
+        largest = torch.maximum(self.high - shift, shift - self.low).clamp_min(1e-6)
+        rms = (self.deviation.square() + (self.mean - shift).square()).sqrt().clamp_min(1e-6)
+        weight = self.weight.clamp_min(1e-6)
+        smooth = [
+            self._change(f"{prefix}smooth {a}", largest.pow(a) / weight.pow(1.0 - a), shift)
+            for a in _STRENGTHS
+        ]
+        return [*smooth, *(self._change(f"{prefix}rms {p}", rms.pow(p), shift) for p in _POWERS)]
+
+    def repq(self) -> _Change:
+        """RepQ-ViT's: every channel gets one range, around zero where a shift is possible."""
+        middle = torch.where(
+            self.site.shiftable.to(self.low.device), (self.low + self.high) / 2, torch.zeros_like(self.low)
+        )
+        largest = torch.maximum(self.high - middle, middle - self.low).clamp_min(1e-6)
+        return self._change("repq", largest, middle)

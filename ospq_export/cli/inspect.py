@@ -1,0 +1,97 @@
+"""`ospq-export inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ospq_export.cli.options import DataOption, QuietOption, SeedOption, WorkersOption, console
+from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.artifact import OutlierRecord
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")],
+    data: DataOption,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the profile: a .json file, or a .png plot across depth."),
+    ] = None,
+    model_kwargs: Annotated[
+        str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
+    ] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: timm's pretrained ones.")] = None,
+    random_weights: Annotated[bool, typer.Option(help="Use seeded random weights.")] = False,
+    images: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 64,
+    seed: SeedOption = 0,
+    workers: WorkersOption = 2,
+    quiet: QuietOption = False,
+) -> None:
+    """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
+    if out is not None and out.suffix not in (".json", ".png"):
+        raise InputError(
+            "the profile is written as JSON or PNG", where=out, mend="end --out in .json or .png"
+        )
+    import torch
+
+    from ospq_export.artifact import write_json
+    from ospq_export.calibrate.profile import outlier_profile
+    from ospq_export.data import ImageSet, resolve_data_config
+    from ospq_export.graph.capture import capture
+    from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+    from ospq_export.progress import stage_progress, stepper
+
+    spec = ModelSpec(
+        name=model,
+        kwargs=parse_model_kwargs(model_kwargs),
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        pretrained=checkpoint is None and not random_weights,
+    )
+    torch.manual_seed(seed)
+    network = create_model(spec)
+    config = resolve_data_config(network, spec, {})
+    sample = ImageSet.from_folder(data, config).sample(images, seed, workers).images
+    with stage_progress(disable=quiet) as progress:
+        advance = stepper(progress, "profile", -(-len(sample) // 32))
+        records = outlier_profile(capture(network, config.input_size), sample, advance=advance)
+    _print(records)
+    if out is not None and out.suffix == ".json":
+        write_json(out, [record.model_dump(mode="json") for record in records])
+    elif out is not None:
+        _plot(records, out, model)
+
+
+def _print(records: list[OutlierRecord]) -> None:
+    from rich.table import Table
+
+    table = Table("tensor", "kind", "max / std", "kurtosis", "largest 0.1 %", "worst channels")
+    for r in records:
+        shares = (f"{100 * r.largest_share:.1f} %", f"{100 * r.channel_share:.1f} %")
+        table.add_row(r.name, r.kind, f"{r.max_over_std:.1f}", f"{r.kurtosis:.1f}", *shares)
+    console().print(table)
+
+
+def _plot(records: list[OutlierRecord], out: Path, title: str) -> None:
+    """Max over standard deviation, and the shares of the squared norm, across depth."""
+    from matplotlib.figure import Figure
+
+    from ospq_export.artifact import replacing
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for kind, marker in (("cut", "o"), ("quantizer", "x")):
+        chosen = [(i, r) for i, r in enumerate(records) if r.kind == kind]
+        at = [i for i, _ in chosen]
+        upper.semilogy(at, [r.max_over_std for _, r in chosen], marker, label=kind)
+        lower.plot(at, [100 * r.largest_share for _, r in chosen], marker, label=f"{kind}: largest 0.1 %")
+        lower.plot(at, [100 * r.channel_share for _, r in chosen], marker, label=f"{kind}: worst channels")
+    upper.set(title=title, ylabel="max / std")
+    lower.set(xlabel="tensor, in graph order", ylabel="% of the squared norm")
+    upper.legend()
+    lower.legend()
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

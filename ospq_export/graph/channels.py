@@ -1,0 +1,340 @@
+"""Which channels of a captured graph can be rescaled and shifted without changing what the network computes.
+
+A *site* is a producer of channels (a LayerNorm's affine, or the rows of a linear or convolution) all of whose readers, seen
+through operators that only move, average or mix values within a channel, are linears or convolutions. There, for any positive
+factors s and any shifts z,
+
+    producer'(x) = (producer(x) - z) / s,    W'[:, c] = W[:, c] * s[c],    b' = b + W z
+
+is the same function. Sites are found by sending the number of each channel through the very operators of the graph: whatever
+permutes, pads, rolls, splits or joins, the numbers say which channel arrives in which column. No architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.graph.rewrite import VIEWS
+
+aten = torch.ops.aten
+_BATCH = 2
+_PADDING = -1  # the channel number of values that an operator put in: zeros
+_MOVES = (
+    *VIEWS,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.clone.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.roll.default,
+    aten.flip.default,
+    aten.repeat.default,
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    operator.getitem,
+)
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear or convolution that reads a site's channels.
+
+    Attributes:
+        node: the operator.
+        columns: int64 (in_channels,): the producer's channel in each input channel, -1 where there is none.
+    """
+
+    node: fx.Node
+    columns: Tensor
+
+
+@dataclass
+class Site:
+    """A producer of channels that can be rescaled, and everything that reads them.
+
+    Attributes:
+        producer: a layer_norm, linear or conv2d node.
+        axis: of the channels in the producer's output; 1 for a convolution, else -1.
+        consumers: every reader of a free channel.
+        path: the nodes that carry the channels from the producer to the consumers, both left out.
+        free: bool (channels,): may be rescaled.
+        shiftable: bool (channels,): may be shifted besides.
+    """
+
+    producer: fx.Node
+    axis: int
+    consumers: list[Consumer] = field(default_factory=list)
+    path: list[fx.Node] = field(default_factory=list)
+    free: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    shiftable: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the producer is a LayerNorm's affine."""
+        return self.producer.target is aten.layer_norm.default
+
+
+def find_sites(graph: fx.Graph) -> list[Site]:
+    """All sites of a captured graph with at least one free channel, in topological order.
+
+    Constants that several operators read are never touched: their producers are no sites, their readers fix the channels.
+    """
+    reads = _reads(graph)
+    sites = (_Tracer(graph, node, reads).trace() for node in graph.nodes if _is_producer(node, reads))
+    return [site for site in sites if bool(site.free.any())]
+
+
+def _reads(graph: fx.Graph) -> Counter[str]:
+    """How many operator arguments read each constant."""
+    reads: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            reads[str(node.target)] += len(node.users)
+    return reads
+
+
+def parameter(node: fx.Node, index: int) -> fx.Node | None:
+    """The constant that is argument `index` of an operator; None where it is absent or computed."""
+    value = node.args[index] if len(node.args) > index else None
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _is_producer(node: fx.Node, reads: Counter[str]) -> bool:
+    if node.target is aten.layer_norm.default:
+        shape = node.args[1]
+        indices = (2, 3)
+        if not isinstance(shape, list | tuple) or len(shape) != 1:
+            return False
+    elif node.target in (aten.linear.default, aten.conv2d.default):
+        indices = (1, 2)
+    else:
+        return False
+    given = [node.args[i] for i in indices if len(node.args) > i and node.args[i] is not None]
+    owned = [p for i in indices if (p := parameter(node, i)) is not None and reads[str(p.target)] == 1]
+    return parameter(node, indices[0]) is not None and len(owned) == len(given)
+
+
+def concrete(value: Any, batch: int = _BATCH) -> int:
+    """A size as a number, symbolic ones for a given batch size."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    expression = value.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
+@dataclass(frozen=True)
+class _Label:
+    """The channel number of every element of a tensor, and whether a shift of the channel stays one constant shift."""
+
+    numbers: Tensor
+    shifts: bool
+
+
+class _Tracer:
+    """Follows the channels of one producer through the graph."""
+
+    def __init__(self, graph: fx.Graph, producer: fx.Node, reads: Counter[str]) -> None:
+        self.graph, self.reads = graph, reads
+        weight = parameter(producer, 2 if producer.target is aten.layer_norm.default else 1)
+        assert weight is not None
+        channels = int(weight.meta["val"].shape[0])
+        axis = 1 if producer.target is aten.conv2d.default else -1
+        self.site = Site(producer, axis)
+        self.site.free = torch.ones(channels, dtype=torch.bool)
+        bias = parameter(producer, 3 if self.site.is_norm else 2)
+        self.site.shiftable = torch.full((channels,), bias is not None)
+        shape = [concrete(size) for size in producer.meta["val"].shape]
+        view = [1] * len(shape)
+        view[axis] = channels
+        numbers = torch.arange(channels, dtype=torch.int32).view(view).expand(shape)
+        self.labels: dict[fx.Node, Any] = {producer: _Label(numbers, True)}
+
+    def trace(self) -> Site:
+        """Visit everything that the channels reach, until nothing is free or all are consumed."""
+        for node in _after(self.graph, self.site.producer):
+            sources = [n for n in node.all_input_nodes if n in self.labels]
+            if not sources:
+                continue
+            if not bool(self.site.free.any()):
+                break
+            label = self._passed_on(node, sources)
+            if label is not None:
+                self.labels[node] = label
+                self.site.path.append(node)
+            elif not self._consume(node, sources):
+                self._fix(sources)
+        self.site.shiftable &= self.site.free
+        return self.site
+
+    def _fix(self, sources: list[fx.Node]) -> None:
+        for source in sources:
+            for label in _flat(self.labels[source]):
+                found = label.numbers.unique()
+                self.site.free[found[found >= 0].long()] = False
+
+    def _passed_on(self, node: fx.Node, sources: list[fx.Node]) -> Any:
+        """The labels of a node that keeps channels apart; None where it does not."""
+        if node.op != "call_function" or len(sources) != 1:
+            return None
+        label = self.labels[sources[0]]
+        if node.target in _MOVES:
+            return _moved(node, label)
+        if isinstance(label, list):
+            return None
+        rule = _RULES.get(node.target)
+        return None if rule is None else rule(node, sources[0], label)
+
+    def _consume(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Take the node up as a consumer; False where it is none."""
+        weight = parameter(node, 1)
+        is_conv = node.target is aten.conv2d.default
+        if not (is_conv or node.target is aten.linear.default) or weight is None or len(sources) != 1:
+            return False
+        groups = node.args[6] if len(node.args) > 6 else 1
+        if node.args[0] is not sources[0] or self.reads[str(weight.target)] != 1 or (is_conv and groups != 1):
+            return False
+        label = self.labels[sources[0]]
+        columns, mixed, padded = _columns(label.numbers, 1 if is_conv else -1)
+        self.site.free[mixed] = False
+        arriving = columns[columns >= 0]
+        bias = parameter(node, 2)
+        owns_bias = bias is not None and self.reads[str(bias.target)] == 1
+        if not label.shifts or not owns_bias or (is_conv and _has_padding(node)):
+            padded = arriving
+        self.site.shiftable[padded] = False
+        self.site.consumers.append(Consumer(node, columns))
+        return True
+
+
+def _after(graph: fx.Graph, start: fx.Node) -> Iterator[fx.Node]:
+    nodes = iter(graph.nodes)
+    for node in nodes:
+        if node is start:
+            break
+    return nodes
+
+
+def _flat(label: Any) -> list[_Label]:
+    return label if isinstance(label, list) else [label]
+
+
+def _has_padding(node: fx.Node) -> bool:
+    padding = node.args[4] if len(node.args) > 4 else 0
+    return any(p != 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
+
+
+def _columns(numbers: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Per input channel its channel number; the numbers that share a column with others; those padded with zeros."""
+    rows = numbers.movedim(axis, -1).flatten(0, -2).long()
+    high = rows.amax(0)
+    low = torch.where(rows == _PADDING, high, rows).amin(0)
+    mixed_rows = rows[:, high != low]
+    mixed = mixed_rows[mixed_rows >= 0].unique()
+    padded = high[(rows == _PADDING).any(0) & (high >= 0)].unique()
+    return torch.where(high == low, high, _PADDING), mixed, padded
+
+
+def _moved(node: fx.Node, label: Any) -> Any:
+    """Run the operator itself on the channel numbers."""
+
+    def value(argument: fx.Node) -> Any:
+        fake = argument.meta.get("val")
+        if isinstance(fake, torch.SymInt):
+            return concrete(fake)
+        return [item.numbers for item in label] if isinstance(label, list) else label.numbers
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    shifts = all(item.shifts for item in _flat(label))
+    if isinstance(result, list | tuple):
+        return [_Label(part, shifts) for part in result]
+    return _Label(result, shifts)
+
+
+def _pad(node: fx.Node, _source: fx.Node, label: _Label) -> _Label | None:
+    """Zeros stay zeros under a factor, not under a shift; they are marked."""
+    rest = node.args[2:]
+    if node.target is aten.pad.default:
+        if rest[:1] not in ((), ("constant",)):
+            return None
+        rest = rest[1:]
+    if rest[:1] not in ((), (0,), (0.0,), (None,)):
+        return None
+    sizes: Any = node.args[1]
+    return _Label(aten.constant_pad_nd(label.numbers, [concrete(s) for s in sizes], _PADDING), label.shifts)
+
+
+def _mean(node: fx.Node, _source: fx.Node, label: _Label) -> _Label | None:
+    """An average over values of one channel."""
+    axes: Any = node.args[1]
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    if axes is None:
+        return None
+    low, high = label.numbers.amin(axes, keep), label.numbers.amax(axes, keep)
+    return _Label(high, label.shifts) if torch.equal(low, high) and bool((low >= 0).all()) else None
+
+
+def _multiply(node: fx.Node, source: fx.Node, label: _Label) -> _Label | None:
+    """A product with a number or a constant commutes with a factor, and turns a shift into another one."""
+    other = node.args[1] if node.args[0] is source else node.args[0]
+    if isinstance(other, fx.Node) and other.op != "get_attr":
+        return None
+    shape = [concrete(size) for size in node.meta["val"].shape]
+    return _Label(label.numbers.expand(shape), False) if len(shape) >= label.numbers.dim() else None
+
+
+def _rectify(_node: fx.Node, _source: fx.Node, label: _Label) -> _Label:
+    """relu(x / s) = relu(x) / s for positive s."""
+    return _Label(label.numbers, False)
+
+
+def _mix(node: fx.Node, source: fx.Node, label: _Label) -> _Label | None:
+    """A matrix product that sums over values of one channel; where the other operand is a softmax, its weights sum to one."""
+    axis = -2 if node.args[1] is source else -1
+    first = label.numbers.narrow(axis, 0, 1)
+    if not bool((label.numbers == first).all()) or bool((first < 0).any()):
+        return None
+    shape = [concrete(size) for size in node.meta["val"].shape]
+    if len(shape) < label.numbers.dim():
+        return None
+    other = node.args[0] if axis == -2 else node.args[1]
+    averages = axis == -2 and isinstance(other, fx.Node) and _sums_to_one(other)
+    return _Label(first.expand(shape), label.shifts and averages)
+
+
+def _sums_to_one(node: fx.Node) -> bool:
+    """Whether a tensor is a softmax over its last axis, perhaps copied or with its leading axes regrouped."""
+    while node.target in (aten.clone.default, aten.expand.default, *VIEWS):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
+            return False
+        node = source
+    if node.target not in _SOFTMAX:
+        return False
+    return node.args[1] in (-1, node.meta["val"].dim() - 1)
+
+
+_RULES: dict[Any, Callable[[fx.Node, fx.Node, _Label], _Label | None]] = {
+    aten.constant_pad_nd.default: _pad,
+    aten.pad.default: _pad,
+    aten.mean.dim: _mean,
+    aten.mul.Tensor: _multiply,
+    aten.mul.Scalar: _multiply,
+    aten.relu.default: _rectify,
+    aten.matmul.default: _mix,
+}
