@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,8 @@ from ospq_export.graph.granularity import block_slicing, join
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.slicing import Slice, atoms, extract
 
-_BALANCE = 0.25
+_WEIGHT = 0.25
+_MOST_EXCESS = 8.0
 _LARGEST = 1e-3
 
 
@@ -47,10 +49,10 @@ def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> l
 
     The cost of a slice of n atoms that ends at cut point e is
 
-        dominance(e) / mean(dominance) * 0.25 + 0.25 * ((n - n0) / n0) ** 2
+        0.25 * min(8, max(0, dominance(e) / median(dominance) - 1)) + 0.25 * ((n - n0) / n0) ** 2
 
-    where n0 is the mean number of atoms per block: an outlier-ridden target costs as much as a slice of twice or no length. The
-    last slice ends at the logits whatever they are like, so there the first term is left out.
+    where n0 is the mean number of atoms per block: without outliers slices are as long as blocks, and outliers stretch them,
+    to at most four times that. The last slice ends at the logits whatever they are like, so there the first term is left out.
 
     Args:
         graph: captured.
@@ -62,7 +64,7 @@ def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> l
     best, origin = [0.0], [0]
     for end in range(1, len(pieces) + 1):
         options = [
-            best[start] + costs[end - 1] + _BALANCE * ((end - start - ideal) / ideal) ** 2
+            best[start] + costs[end - 1] + _WEIGHT * ((end - start - ideal) / ideal) ** 2
             for start in range(end)
         ]
         origin.append(min(range(end), key=options.__getitem__))
@@ -76,5 +78,6 @@ def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> l
 
 
 def _end_costs(dominances: Sequence[float]) -> list[float]:
-    mean = sum(dominances) / len(dominances)
-    return [*(_BALANCE * d / max(mean, 1e-12) for d in dominances[:-1]), 0.0]
+    usual = max(statistics.median(dominances), 1e-12)
+    excess = [min(_MOST_EXCESS, max(0.0, d / usual - 1.0)) for d in dominances[:-1]]
+    return [*(_WEIGHT * e for e in excess), 0.0]

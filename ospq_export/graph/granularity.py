@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -67,7 +68,7 @@ def slicing_of(graph: fx.Graph, granularity: str | Sequence[str]) -> list[Slice]
         return _explicit(graph, granularity)
     named: dict[str, Callable[[fx.Graph], list[Slice]]] = {
         "layer": layer_slicing,
-        "atom": atoms,
+        "atom": lambda g: _numbered(atoms(g)),
         "block": block_slicing,
         "stage": stage_slicing,
         "model": lambda g: join(g, [atoms(g)]),
@@ -85,9 +86,26 @@ def slicing_of(graph: fx.Graph, granularity: str | Sequence[str]) -> list[Slice]
 
 
 def join(graph: fx.Graph, groups: Sequence[Sequence[Slice]]) -> list[Slice]:
-    """One slice per group of neighbouring slices."""
-    spans = [(group[0].start, group[-1].end) for group in groups]
-    return [Slice(name_of(graph, start, end), start, end) for start, end in spans]
+    """One slice per group of neighbouring slices, each under a name of its own."""
+    names = [name_of(graph, group[0].start, group[-1].end) for group in groups]
+    taken = Counter(names)
+    result = []
+    for name, group in zip(names, groups, strict=True):
+        if taken[name] > 1 and len(group) > 1:
+            name = f"{group[0].name}..{group[-1].name}"
+        result.append(Slice(name, group[0].start, group[-1].end))
+    return _numbered(result)
+
+
+def _numbered(slices: list[Slice]) -> list[Slice]:
+    """The same slices; where several have one name, a number tells them apart."""
+    total, seen = Counter(s.name for s in slices), Counter[str]()
+    result = []
+    for piece in slices:
+        seen[piece.name] += 1
+        several = total[piece.name] > 1
+        result.append(replace(piece, name=f"{piece.name}#{seen[piece.name]}") if several else piece)
+    return result
 
 
 def _innermost_block(graph: fx.Graph, piece: Slice, repeated: set[str]) -> str | None:
@@ -193,12 +211,7 @@ def _explicit(graph: fx.Graph, names: Sequence[str]) -> list[Slice]:
                 where="slicing",
                 mend="leave one of the two cut points out",
             )
-    return [Slice(name_of(graph, a, b), a, b) for a, b in itertools.pairwise(bounds)]
-
-
-def unique_names(slices: Sequence[Slice]) -> bool:
-    """Whether no two slices have the same name."""
-    return len({s.name for s in slices}) == len(slices)
+    return _numbered([Slice(name_of(graph, a, b), a, b) for a, b in itertools.pairwise(bounds)])
 
 
 def check_partition(graph: fx.Graph, slices: Sequence[Slice]) -> None:

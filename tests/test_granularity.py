@@ -1,0 +1,188 @@
+"""Granularities: found from the module hierarchy alone, partitions of the network, and chained bit for bit."""
+
+import itertools
+import statistics
+
+import pytest
+import torch
+
+from ospq_export.calibrate.outlier_slicing import dominance, outlier_aware_slicing
+from ospq_export.errors import InputError
+from ospq_export.graph.capture import capture, quantizable_nodes
+from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
+from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers, own_quantizers
+from ospq_export.graph.slicing import Slice, atoms, extract, run_slice
+from ospq_export.models import ModelSpec, create_model
+
+VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
+FAMILIES = {
+    VIT: {"img_size": 32, "depth": 5, "embed_dim": 48, "num_heads": 3},
+    SWIN: {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
+    "levit_128s": {},
+    "convnext_atto": {"depths": (1, 2, 1, 1)},
+    "xcit_nano_12_p16_224": {"img_size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    result = {}
+    for name, kwargs in FAMILIES.items():
+        torch.manual_seed(0)
+        model = create_model(ModelSpec(name=name, kwargs={"num_classes": 5, **kwargs}))
+        size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-1]
+        result[name] = capture(model, (3, size, size)), size
+    return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("granularity", UNIFORM)
+def test_every_granularity_is_a_partition_that_chains_to_the_network(networks, name, granularity):
+    network, size = networks[name]
+    slices = slicing_of(network.graph, granularity)
+    check_partition(network.graph, slices)
+    assert len({s.name for s in slices}) == len(slices)
+    quantized = insert_quantizers(network, Bits(4, 4))
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, size, size)
+        with torch.no_grad():
+            tensors = (x,)
+            for piece in slices:
+                tensors = run_slice(extract(quantized.module, piece), tensors, batch)
+            assert torch.equal(tensors[0], network(x)) and len(tensors) == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_quantizer_belongs_to_exactly_one_slice(networks, name):
+    network, _ = networks[name]
+    quantized = insert_quantizers(network, Bits(4, 4))
+    for granularity in ("layer", "atom"):
+        owned = [
+            q.name
+            for piece in slicing_of(network.graph, granularity)
+            for q in own_quantizers(extract(quantized.module, piece))
+        ]
+        assert sorted(owned) == sorted([*quantized.activations, *quantized.weights])
+
+
+def test_layers_are_the_operators(networks):
+    network, _ = networks[VIT]
+    layers = slicing_of(network.graph, "layer")
+    assert len(layers) == len(quantizable_nodes(network.graph)) == 5 * 6 + 2
+    assert layers[1].name == "blocks.0.attn.qkv" and len(layers[1].carried) == 1, "the residual is handed on"
+
+
+def test_a_quantizer_that_an_earlier_slice_owns_is_evaluated_again():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.q, self.k, self.head = (torch.nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x):
+            x = self.stem(x.flatten(1)).relu()
+            return self.head(self.q(x) * self.k(x))
+
+    torch.manual_seed(0)
+    network = capture(Net().eval(), (3, 2, 2))
+    quantized = insert_quantizers(network, Bits(8, 8))
+    quantized.set_mode(Mode.QUANTIZE)
+    for a in quantized.activations.values():
+        a.scale.fill_(0.1)
+    for w in quantized.weights.values():
+        w.round_to_nearest(quantized.module.get_buffer(w.constant))
+    pieces = [extract(quantized.module, s) for s in slicing_of(network.graph, "layer")]
+    assert [[q.name for q in own_quantizers(p)] for p in pieces][1:3] == [
+        ["q.input", "q.weight"],
+        ["k.weight"],
+    ]
+    x = torch.randn(3, 3, 2, 2)
+    with torch.no_grad():
+        tensors = (x,)
+        for piece in pieces:
+            tensors = run_slice(piece, tensors, 3)
+        assert torch.equal(tensors[0], quantized.module(x))
+
+
+def test_blocks_stages_and_the_model(networks):
+    def names(name, granularity):
+        return [s.name for s in slicing_of(networks[name][0].graph, granularity)]
+
+    pairs = ["patch_embed.proj", "blocks.0..blocks.1", "blocks.2..blocks.3", "blocks.4", "head"]
+    assert names(VIT, "blocks:2") == pairs
+    assert [len(names(VIT, f"blocks:{n}")) for n in (1, 2, 3, 4, 9)] == [7, 5, 4, 4, 3]
+    assert names(VIT, "stage")[0] == "patch_embed.proj" and len(names(VIT, "stage")) == 3
+    assert names(SWIN, "stage") == ["patch_embed.proj", "layers.0.blocks", "layers.1", "head.fc"]
+    assert len(names(SWIN, "blocks:4")) == 5, "runs of blocks end at what is no block"
+    assert len(names(VIT, "model")) == len(names(SWIN, "model")) == 1
+
+
+def test_explicit_cut_points(networks):
+    graph = networks[VIT][0].graph
+    ends = [s.end for s in slicing_of(graph, "block")][:-1]
+    assert [s.end for s in slicing_of(graph, ends[1:3])][:-1] == ends[1:3]
+    with pytest.raises(InputError, match="no cut point 'nowhere'"):
+        slicing_of(graph, ["nowhere"])
+    with pytest.raises(InputError, match="not in the network's order, so slices would overlap"):
+        slicing_of(graph, [ends[2], ends[1]])
+    with pytest.raises(InputError, match="not in the network's order"):
+        slicing_of(graph, [ends[1], ends[1]])
+    inner = next(n.name for n in graph.nodes if n.name.startswith("layer_norm"))
+    with pytest.raises(InputError, match=f"no cut point '{inner}'"):
+        slicing_of(graph, [inner])
+    with pytest.raises(InputError, match="no granularity 'blocks:x'"):
+        slicing_of(graph, "blocks:x")
+
+
+def test_gaps_and_overlaps_are_found(networks):
+    graph = networks[VIT][0].graph
+    pieces = atoms(graph)
+    for wrong in (pieces[:-1], pieces[1:], [*pieces[:2], *pieces[3:]], [*pieces[:3], *pieces[2:]]):
+        with pytest.raises(InputError, match="gap or overlap"):
+            check_partition(graph, wrong)
+
+
+def every_slicing(pieces):
+    for cuts in itertools.product((False, True), repeat=len(pieces) - 1):
+        groups = [[pieces[0]]]
+        for piece, cut in zip(pieces[1:], cuts, strict=True):
+            groups.append([piece]) if cut else groups[-1].append(piece)
+        yield groups
+
+
+def test_outlier_aware_slicing_is_the_cheapest_of_all(networks):
+    """Against brute force over all 2**11 slicings."""
+    graph = networks[VIT][0].graph
+    pieces = atoms(graph)
+    rng = torch.Generator().manual_seed(0)
+    dominances = {p.end: float(torch.rand(1, generator=rng)) for p in pieces}
+    usual = statistics.median(dominances.values())
+    ideal = len(pieces) / len(slicing_of(graph, "block"))
+
+    def cost(groups):
+        total = sum(0.25 * ((len(g) - ideal) / ideal) ** 2 for g in groups)
+        excess = [dominances[g[-1].end] / usual - 1 for g in groups[:-1]]
+        return total + sum(0.25 * min(8, max(0, e)) for e in excess)
+
+    best = min(every_slicing(pieces), key=cost)
+    assert [s.end for s in outlier_aware_slicing(graph, dominances)] == [g[-1].end for g in best]
+
+
+def test_outlier_aware_slicing_avoids_outliers(networks):
+    graph = networks[VIT][0].graph
+    pieces = atoms(graph)
+    bad = {p.end for p in pieces[3:8]}
+    dominances = {p.end: 0.9 if p.end in bad else 0.02 for p in pieces}
+    ends = {s.end for s in outlier_aware_slicing(graph, dominances)[:-1]}
+    assert not ends & bad and ends
+
+
+def test_dominance():
+    flat = torch.ones(10_000)
+    assert dominance(flat) == pytest.approx(1e-3, rel=1e-3)
+    flat[:5] = 1000.0
+    assert dominance(flat) > 0.99
+
+
+def test_unknown_start(networks):
+    with pytest.raises(InputError, match="no cut point"):
+        extract(networks[VIT][0], Slice("s", "nowhere", "head"))

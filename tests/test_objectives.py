@@ -1,0 +1,196 @@
+"""Losses, Fisher weights and bias correction, against their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ospq_export.calibrate.activations import SliceData, forward, rows_of
+from ospq_export.calibrate.bias import correct_biases
+from ospq_export.calibrate.losses import Objective, channel_weight, kl_divergence
+from ospq_export.calibrate.objective import channel_axis, fisher_weights, objectives
+from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
+from ospq_export.calibrate.walk import walk
+from ospq_export.graph.capture import capture
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, insert_quantizers, quantizers_of
+from ospq_export.graph.slicing import extract, run_slice
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+
+CPU = torch.device("cpu")
+
+
+def settings(*overrides):
+    short = ("iterations=30", "batch_size=8", "refinement_images=0", "bias_images=32", *overrides)
+    return load_recipe("w4a4", [f"reconstruction.{o}" for o in short]).reconstruction
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 2, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
+    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def quantized(network, images):
+    graph = insert_quantizers(network, Bits(3, 3))
+    observe(graph, images, batch_size=16, seed=0)
+    return graph
+
+
+def test_kl_is_torchs():
+    output, target = torch.randn(6, 9), torch.randn(6, 9)
+    expected = F.kl_div(
+        F.log_softmax(output, -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean"
+    )
+    assert float(kl_divergence(output, target)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(kl_divergence(target, target)) == 0.0
+
+
+def test_channel_weights_let_every_channel_count_alike():
+    target = torch.randn(64, 7, 5) * torch.tensor([1.0, 2.0, 4.0, 30.0, 100.0])
+    weight = channel_weight(target, -1)
+    assert weight.shape == (1, 1, 5) and float(weight.mean()) == pytest.approx(1.0)
+    weighted = (target.square() * weight).mean((0, 1))
+    assert float(weighted[1:].max() / weighted[1:].min()) == pytest.approx(1.0, rel=0.3)
+    assert weighted[0] < 0.6 * weighted[1], "a channel of next to no variance is not blown up"
+    image = channel_weight(torch.randn(4, 3, 8, 8), 1)
+    assert image.shape == (1, 3, 1, 1)
+
+
+def test_channels_lie_second_only_where_a_convolution_reads_them():
+    torch.manual_seed(0)
+    spec = ModelSpec(name="convnext_atto", kwargs={"depths": (1, 1, 1, 1), "num_classes": 5})
+    convnext = capture(create_model(spec), (3, 64, 64))
+    nodes = {n.name: n for n in convnext.graph.nodes}
+    ends = [s.end for s in slicing_of(convnext.graph, "block")]
+    assert channel_axis(nodes[ends[0]]) == 1 and channel_axis(nodes[ends[-1]]) == -1
+
+
+def test_fisher_weights_are_squared_gradients(network, quantized, images):
+    """Against a plain autograd computation on the network from the last cut on."""
+    slices = slicing_of(network.graph, "block")
+    weights = fisher_weights(quantized, slices, images[:8], CPU, seed=3)
+    assert [w.mean() for w in weights] == pytest.approx([1.0] * len(slices), abs=0.06)
+    pieces = [extract(quantized.module, s) for s in slices]
+    quantized.set_mode(Mode.FLOAT)
+    with torch.no_grad():
+        x = images[:8]
+        for piece in pieces[:2]:
+            x = piece(x, 8)
+    x.requires_grad_(True)
+    logits = pieces[3](pieces[2](x, 8), 8)
+    labels = torch.multinomial(
+        logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
+    ).squeeze(1)
+    total = -logits.log_softmax(-1)[torch.arange(8), labels].sum()
+    (gradient,) = torch.autograd.grad(total, x)
+    expected = gradient.square().mean(0, keepdim=True)
+    expected = (expected / expected.mean()).clamp_min(0.05)
+    torch.testing.assert_close(weights[1], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["normalized", "channel", "fisher"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_every_loss_lowers_its_own_objective(network, images, loss, granularity):
+    graph = insert_quantizers(network, Bits(3, 3))
+    observe(graph, images, batch_size=16, seed=0)
+    slices = slicing_of(network.graph, granularity)
+    chosen = settings(f"loss={loss}", "final_loss=kl", "bias_correction=true")
+    make = objectives(graph, slices, images, chosen, CPU, seed=0)
+    kinds = []
+
+    def noted(index, piece, target):
+        objective = make(index, piece, target)
+        kinds.append((objective.kl, objective.weight is not None))
+        return objective
+
+    steps = list(walk(graph, slices, images, Reconstructor(chosen, CPU), 0, make_objective=noted))
+    assert len(steps) == len(slices)
+    assert kinds[-1] == (True, False)
+    assert set(kinds[:-1]) == {(False, loss != "normalized")}
+    graph.set_mode(Mode.QUANTIZE)
+    with torch.no_grad():
+        ours = graph.module(images)
+        graph.set_mode(Mode.FLOAT)
+        reference = graph.module(images)
+    nearest = insert_quantizers(network, Bits(3, 3))
+    observe(nearest, images, batch_size=16, seed=0)
+    nearest.set_mode(Mode.QUANTIZE)
+    with torch.no_grad():
+        plain = nearest.module(images)
+    assert (ours - reference).square().mean() < 0.9 * (plain - reference).square().mean()
+
+
+def test_bias_correction_gives_every_operator_the_float_mean(network, quantized, images):
+    bounds = slicing_of(network.graph, "block")[1]
+    first = extract(quantized.module, slicing_of(network.graph, "block")[0])
+    x = forward(first, (images,), Mode.FLOAT, CPU, 32)
+    piece = extract(quantized.module, bounds)
+    target = forward(piece, x, Mode.FLOAT, CPU, 32)[0]
+    data = SliceData(x, x, target, 32)
+
+    def mean_error():
+        output = forward(piece, x, Mode.QUANTIZE, CPU, 32)[0]
+        return float((output - target).mean((0, 1)).abs().mean())
+
+    before = mean_error()
+    float_biases = {
+        b.name: quantized.module.get_buffer(b.constant).clone() for b in quantized.biases.values()
+    }
+    correct_biases(piece, data, CPU)
+    assert mean_error() < 0.1 * before
+    changed = [n for n, b in quantized.biases.items() if not torch.equal(b.value, float_biases[n])]
+    assert sorted(changed) == sorted(n for n in quantized.biases if n.startswith("blocks.0."))
+    torch.testing.assert_close(forward(piece, x, Mode.FLOAT, CPU, 32)[0], target, rtol=0, atol=0)
+
+
+def test_offsets_are_learned_where_a_grid_is_shifted(network, images):
+    graph = insert_quantizers(network, Bits(8, 8))
+    observe(graph, images, batch_size=16, seed=0)
+    first = next(iter(graph.activations.values()))
+    piece = extract(graph.module, slicing_of(network.graph, "block")[1])
+    x = forward(extract(graph.module, slicing_of(network.graph, "block")[0]), (images,), Mode.FLOAT, CPU, 32)
+    data = SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, 32)[0], 32)
+    shifted = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and m.grid == "shifted"]
+    assert shifted, f"no shifted grid in {first.name}'s network: the test needs one"
+    before = [float(a.offset) for a in shifted]
+    for wanted in (False, True):
+        graph.set_mode(Mode.FLOAT)
+        chosen = settings("learning_rate_scale=0.01", f"learn_offsets={str(wanted).lower()}")
+        Reconstructor(chosen, CPU)._learn(piece, data, Objective(chosen, weight_quantizers(piece)))
+        assert (([float(a.offset) for a in shifted]) != before) is wanted
+
+
+def test_rows_of_images_that_hold_several_rows():
+    tensor = torch.arange(24).reshape(12, 2)
+    picked = rows_of(tensor, torch.tensor([2, 0]), 4)
+    assert picked[:, 0].tolist() == [12, 14, 16, 0, 2, 4]
+
+
+def test_a_layer_slicing_reconstructs_windows(images):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 56, "depths": (2,), "num_heads": (2,), "embed_dim": 32, "num_classes": 5}
+    network = capture(
+        create_model(ModelSpec(name="swin_tiny_patch4_window7_224", kwargs=kwargs)), (3, 56, 56)
+    )
+    x = torch.randn(8, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    graph = insert_quantizers(network, Bits(4, 4))
+    observe(graph, x, batch_size=8, seed=0)
+    slices = slicing_of(network.graph, "layer")
+    chosen = settings("iterations=2", "batch_size=4")
+    steps = list(walk(graph, slices, x, Reconstructor(chosen, CPU), 0))
+    assert len(steps) == len(slices) and all(s.metrics.error_after <= s.metrics.error_before for s in steps)
+    graph.set_mode(Mode.QUANTIZE)
+    tensors = (x,)
+    with torch.no_grad():
+        for piece in slices:
+            tensors = run_slice(extract(graph.module, piece), tensors, 8)
+        assert torch.equal(tensors[0], graph.module(x))
