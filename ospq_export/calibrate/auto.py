@@ -107,8 +107,7 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     full = image_steps(recipe.reconstruction, images)
     budget = recipe.pilot.budget * full
     batch = max(1, recipe.reconstruction.batch_size // 4)
-    fixed = image_steps(_pilot_settings(recipe.reconstruction, 0, batch), _PILOT_IMAGES)
-    fixed += _PILOT_REFINEMENT * REFINEMENT_TRIALS / 3
+    fixed = image_steps(_pilot_settings(recipe.reconstruction, 1, batch), _PILOT_IMAGES) - batch
     for count in range(len(candidates), 0, -1):
         second = max(1, (count + 1) // 2)
         left = budget - fixed * (count + second)

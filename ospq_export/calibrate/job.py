@@ -101,12 +101,8 @@ class Job:
             return
         pilot = self.out / artifact.CHECKPOINTS / "pilot.safetensors"
         activations = list(self.network.activations.values())
-        if pilot.is_file():
-            tensors, header = artifact.read_tensors(pilot)
-            record = _parsed(SlicingRecord, header, pilot)
-            self.load(activations, tensors, pilot)
-        else:
-            _, record = choose_slicing(
+        if not pilot.is_file():
+            _, found = choose_slicing(
                 self.network,
                 captured.graph,
                 recipe,
@@ -115,15 +111,17 @@ class Job:
                 self.seed,
                 lambda steps: stepper(self.progress, "choose slicing", steps),
             )
-            artifact.write_tensors(
-                pilot, quantizer_tensors(activations), {"record": record.model_dump_json()}
-            )
+            artifact.write_tensors(pilot, quantizer_tensors(activations), {"record": found.model_dump_json()})
+        # Read back even when just written: a resumed run then starts from the very same state.
+        tensors, header = artifact.read_tensors(pilot)
+        record = _parsed(SlicingRecord, header, pilot)
         slices = (
             outlier_aware_slicing(captured.graph, record.dominance)
             if record.choice == OUTLIER_AWARE
             else slicing_of(captured.graph, record.choice)
         )
         self._take(slices, captured, record)
+        self.load(activations, tensors, pilot)
 
     def _take(
         self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None

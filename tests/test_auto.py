@@ -1,0 +1,162 @@
+"""slicing = "auto": bounded, deterministic, recorded, resumed; and what is refused beforehand."""
+
+import json
+
+import pytest
+import torch
+from conftest import calibrated_demo
+
+from ospq_export import artifact
+from ospq_export.calibrate.auto import choose_slicing, image_steps, plan
+from ospq_export.calibrate.observe import observe
+from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.graph.capture import capture
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.quantizers import Bits, insert_quantizers
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.run import Run
+
+CPU = torch.device("cpu")
+VALUES = ["slicing=auto", "pilot.held_out=16", "pilot.budget=0.5"]
+SHORT = [
+    *VALUES,
+    *("reconstruction.iterations=200", "reconstruction.batch_size=16", "reconstruction.refinement_images=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 3, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
+    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def observed(network, images):
+    graph = insert_quantizers(network, Bits(3, 3))
+    observe(graph, images, batch_size=16, seed=0)
+    return graph
+
+
+def test_trials_stay_within_their_budget():
+    recipe = load_recipe("w4a4", ["slicing=auto"])
+    for iterations, batch, budget in ((100, 32, 0.3), (500, 32, 0.3), (20_000, 64, 0.3), (500, 32, 0.1)):
+        settings = recipe.reconstruction.model_copy(update={"iterations": iterations, "batch_size": batch})
+        chosen = recipe.model_copy(
+            update={
+                "reconstruction": settings,
+                "pilot": recipe.pilot.model_copy(update={"budget": budget}),
+            }
+        )
+        found = plan(chosen, 1024, [object()] * 8)
+        assert found.share <= budget
+        if len(found.candidates) > 1:
+            assert min(found.iterations) >= 20
+            assert found.share > 0.5 * budget, "what is allowed is used"
+    assert len(found.candidates) >= 1
+    assert image_steps(recipe.reconstruction, 1024) > 500 * 32
+
+
+def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, images):
+    recipe = load_recipe("w4a4", SHORT)
+    results = []
+    for _ in range(2):
+        graph = observed(network, images)
+        before = [s.clone() for s in graph.state()]
+        steps = []
+
+        def advance_of(total, steps=steps):
+            return lambda: steps.append(total)
+
+        slices, record = choose_slicing(graph, network.graph, recipe, images, CPU, 0, advance_of)
+        results.append(
+            (slices, record.model_dump_json(), [float(a.scale) for a in graph.activations.values()])
+        )
+        codes = [w.codes for w in graph.weights.values()]
+        old = dict(zip(map(id, [t for t, _ in graph._live()]), before, strict=True))
+        assert all(torch.equal(c, old[id(c)]) for c in codes), "weights start from nearest codes again"
+        assert 0 < len(steps) <= steps[0]
+    assert results[0] == results[1]
+    assert record.choice in {c.name for c in record.candidates} and len(record.candidates) >= 3
+    finalists = [c for c in record.candidates if len(c.divergence) == 2]
+    assert min(finalists, key=lambda c: c.divergence[1]).name == record.choice
+    assert all(d > 0 for c in record.candidates for d in c.divergence)
+    assert 0 < record.share <= 0.5 and record.held_out == 16
+    assert len({tuple(c.ends) for c in record.candidates}) == len(record.candidates)
+
+
+def test_too_few_images_to_hold_any_out(network, images):
+    recipe = load_recipe("w4a4", ["slicing=auto", "pilot.held_out=46"])
+    with pytest.raises(InputError, match="hold 46 out"):
+        choose_slicing(observed(network, images), network.graph, recipe, images, CPU, 0)
+
+
+@pytest.mark.slow
+def test_a_run_records_its_slicing_and_resumes_after_the_trials(tmp_path):
+    overrides = [
+        "calibration_images=48",
+        "reconstruction.batch_size=16",
+        "reconstruction.iterations=60",
+        *VALUES,
+    ]
+    overrides += ["reconstruction.refinement_images=0"]
+    whole = calibrated_demo("swin", "w4a4", tmp_path / "whole", *overrides)
+    assert whole.manifest.slicing.candidates and whole.manifest.slicing.dominance
+    chosen = next(c for c in whole.manifest.slicing.candidates if c.name == whole.manifest.slicing.choice)
+    assert [s.end for s in whole.manifest.slices] == chosen.ends
+
+    class Killed(Exception):
+        pass
+
+    from ospq_export.calibrate import job
+
+    with pytest.MonkeyPatch.context() as patch:
+        save = job.Job._save
+
+        def dying(self, step):
+            if step.index == 3:
+                raise Killed
+            save(self, step)
+
+        patch.setattr(job.Job, "_save", dying)
+        with pytest.raises(Killed):
+            calibrated_demo("swin", "w4a4", tmp_path / "killed", *overrides)
+        patch.undo()
+        patch.setattr(job, "choose_slicing", None)  # the trials are not repeated
+        resumed = calibrated_demo("swin", "w4a4", tmp_path / "killed", *overrides)
+    for name in (artifact.FLOAT_TENSORS, artifact.QUANTIZED_TENSORS):
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert resumed.manifest.slicing == whole.manifest.slicing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+def test_any_granularity_reaches_the_file(tmp_path, granularity):
+    overrides = [f"slicing={granularity}", "reconstruction.iterations=1", "reconstruction.batch_size=8"]
+    overrides += ["calibration_images=8", "observation_images=8", "reconstruction.refinement_images=0"]
+    run = calibrated_demo("swin", "w8a8", tmp_path / "run", *overrides, "equalization=none")
+    assert run.manifest.slicing.choice == granularity
+    expected = slicing_of(run.captured().graph, granularity)
+    assert Run.open(run.path).slices() == expected
+    export(run.path)
+    described = json.loads((run.path / "scales.json").read_text())
+    assert [s["name"] for s in described["slices"]] == [s.name for s in expected]
+    assert sum(len(s["quantizers"]) for s in described["slices"]) == len(run.manifest.quantizers)
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    with pytest.raises(InputError, match="8 calibration images are fewer than a batch of 32"):
+        calibrated_demo("swin", "w8a8", tmp_path / "run", "calibration_images=8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_point_that_does_not_exist(tmp_path):
+    with pytest.raises(InputError, match="no cut point 'nowhere'"):
+        calibrated_demo("swin", "w8a8", tmp_path / "run", 'slicing=["nowhere"]')
+    assert not (tmp_path / "run").exists()
