@@ -146,7 +146,8 @@ def open_session(
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=[wanted])
+            model if isinstance(model, bytes) else str(model), options, providers=[wanted]
+        )
     except Exception as error:
         # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

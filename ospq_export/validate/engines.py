@@ -53,7 +53,9 @@ class EngineBackend:
             "device": torch.cuda.get_device_name(),
             "file": path.name,
             "bytes": str(path.stat().st_size),
-            **{f"sidecar.{key}": str(value) for key, value in sidecar.items() if isinstance(value, str | int)},
+            **{
+                f"sidecar.{key}": str(value) for key, value in sidecar.items() if isinstance(value, str | int)
+            },
         }
 
     def __call__(self, images: FloatArray) -> FloatArray:
@@ -94,7 +96,9 @@ def _package(name: str) -> Any:
 def _check_gpu(name: str) -> None:
     if not torch.cuda.is_available():
         raise InputError(
-            "no CUDA device is usable", where=f"execution {name!r}", mend="run on a machine with an NVIDIA GPU"
+            "no CUDA device is usable",
+            where=f"execution {name!r}",
+            mend="run on a machine with an NVIDIA GPU",
         )
 
 

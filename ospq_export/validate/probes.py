@@ -27,6 +27,7 @@ class Probed:
     Attributes:
         run: images (B, C, H, W) float32 -> tensors by name; the logits are called `logits`.
         names: the inner tensors, "<quantizer>.codes" and "<slice>.output".
+        batch_size: fixed, or None.
         half: whether the file computes in FP16 between its integer operators.
     """
 
@@ -34,6 +35,7 @@ class Probed:
     names: frozenset[str]
     logits: str
     half: bool
+    batch_size: int | None = None
 
 
 def read_proto(path: Path) -> Any:
@@ -91,4 +93,5 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
     def run(images: FloatArray) -> Tensors:
         return dict(zip(outputs, session.run(outputs, {feed: images}), strict=True))
 
-    return Probed(run, frozenset(present), logits, half)
+    size = session.get_inputs()[0].shape[0]
+    return Probed(run, frozenset(present), logits, half, size if isinstance(size, int) else None)
