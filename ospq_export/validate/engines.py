@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines: one runtime interface, two packages with the same API; tensors live in torch's CUDA memory."""
+"""TensorRT and TensorRT-RTX engines: two packages with the same API; tensors live in torch's CUDA memory."""
 
 from __future__ import annotations
 

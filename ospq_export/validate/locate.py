@@ -1,8 +1,8 @@
 """Where two executions part: integer codes at each quantizer, and signal-to-quantization-noise ratios slice by slice.
 
-Each quantizer is compared twice. *Free-running*: both networks compute from the images, and differences accumulate. *Equal inputs*:
-the reference computes in float64, and after each comparison goes on from what the deployed network computed there, so a difference
-belongs to the stretch of graph right before it. That one decides: a code may differ only at a rounding edge.
+Each quantizer is compared twice. *Free-running*: both networks compute from the images, and differences accumulate.
+*Equal inputs*: the reference computes in float64, and after each comparison goes on from what the deployed network has there,
+so a difference belongs to the stretch of graph right before it. That one decides: codes may differ at rounding edges only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.validate.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
 
-# Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB in
-# float32 (docs/validation.md); a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB. Those of
-# FP16 follow from its 13 bits less.
+# Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
+# in float32 (docs/validation.md); a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
+# Those of FP16 follow from its 13 bits less.
 MAX_EXCESS = {False: 0.01, True: 1.5}
 MIN_SQNR = {False: 90.0, True: 30.0}
 _NO_NOISE = 200.0
@@ -40,8 +40,8 @@ class QuantizerComparison(_Record):
         free_max_step: largest difference there, in codes.
         share: percent that differ with equal inputs.
         max_step: largest difference there, in codes.
-        excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding takes,
-            at most, in steps; about 0 is a rounding edge.
+        excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
+            takes, at most, in steps; about 0 is a rounding edge.
         sqnr: of quantizing this tensor in the fake-quantized network, dB.
         histogram: how often each of the codes -128 .. 127 was deployed.
     """

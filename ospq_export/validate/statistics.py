@@ -103,8 +103,8 @@ def expected_calibration_error(logits: FloatArray, labels: IntArray, bins: int =
         labels: (N,).
         bins: 1 or more.
     """
-    finite = np.isfinite(logits).all(axis=1)
-    safe = np.where(finite[:, None], logits, 0.0).astype(np.float64)
+    finite: BoolArray = np.isfinite(logits).all(axis=1)
+    safe = np.where(finite.reshape(-1, 1), logits, 0.0).astype(np.float64)
     confidence = np.where(finite, special.softmax(safe, axis=1).max(axis=1), 0.0)
     correct = (safe.argmax(axis=1) == labels) & finite
     # A bin is open below and closed above, as in the paper; confidence 0 joins the first.

@@ -1,15 +1,15 @@
 """The verdict: what counts as parity, and which criterion decided.
 
-Two executions of one quantized network differ where a float sum, in another order, lands on the other side of a rounding edge. On
-some networks that alone flips more predictions than a fixed threshold allows, so a deployed file has to meet the thresholds *or* be
-indistinguishable from the noise floor: the fake-quantized network's disagreement with itself. The rule is ours:
+Two executions of one quantized network differ where a float sum, in another order, lands on the other side of a rounding edge.
+On some networks that alone flips more predictions than a fixed threshold allows, so a deployed file has to meet the thresholds
+*or* be indistinguishable from the noise floor: the fake-quantized network's disagreement with itself. The rule is ours:
 
-1. agreement: at least `min_agreement`; or, only where the floor itself lies below that, no more flips than the floor has (Fisher's
-   exact test, one-sided, p >= significance).
+1. agreement: at least `min_agreement`; or, only where the floor itself lies below that, no more flips than the floor has
+   (Fisher's exact test, one-sided, p >= significance).
 2. Top-1: within `max_top1_difference`; or the flips are no more than the floor has, and McNemar's exact test cannot tell the
    difference from chance (p >= significance).
-3. codes: with equal inputs, every code of the deployed file is that of the fake-quantized network, but at rounding edges. This one
-   does not depend on how chaotic the network is, and catches what 1 and 2 have no power to see.
+3. codes: with equal inputs, every code of the deployed file is that of the fake-quantized network, but at rounding edges. This
+   one does not depend on how chaotic the network is, and catches what 1 and 2 have no power to see.
 """
 
 from __future__ import annotations
