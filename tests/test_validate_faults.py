@@ -62,7 +62,8 @@ def scale_off_by_two_percent(model):
 
 
 def weight_scale_off(model):
-    name = f"{SLICE}.mlp.fc2.weight.scale"
+    codes = f"{SLICE}.mlp.fc2.weight.codes"
+    name = next(n for n in model.graph.node if codes in n.input).input[1]
     store(model, name, numpy_helper.to_array(constants(model)[name]) * np.float32(1.02))
 
 
@@ -94,6 +95,7 @@ def plant(folder, fault):
     artifact.record_files(folder, artifact.read_manifest(folder), "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_located(run_copy, fault):
     plant(run_copy, fault)
@@ -117,6 +119,7 @@ def test_missing_clip_at_four_bits(finished_runs, tmp_path):
     assert not report.verdict and report.locations[0].first_diverging == SLICE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 def test_unfaulted_run_has_no_fault(finished_runs, tmp_path, recipe):
     report = report_of(shutil.copytree(finished_runs[recipe], tmp_path / "run"))

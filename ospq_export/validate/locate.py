@@ -21,7 +21,7 @@ from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.validate.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
-# in float32 (docs/validation.md); a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
+# in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
 # Those of FP16 follow from its 13 bits less.
 MAX_EXCESS = {False: 0.01, True: 1.5}
 MIN_SQNR = {False: 90.0, True: 30.0}

@@ -103,7 +103,7 @@ def expected_calibration_error(logits: FloatArray, labels: IntArray, bins: int =
         labels: (N,).
         bins: 1 or more.
     """
-    finite: BoolArray = np.isfinite(logits).all(axis=1)
+    finite: BoolArray = np.asarray(np.isfinite(logits).all(axis=1), dtype=np.bool_)
     safe = np.where(finite.reshape(-1, 1), logits, 0.0).astype(np.float64)
     confidence = np.where(finite, special.softmax(safe, axis=1).max(axis=1), 0.0)
     correct = (safe.argmax(axis=1) == labels) & finite
