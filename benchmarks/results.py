@@ -34,10 +34,10 @@ from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Recipe, load_recipe
 from ospq_export.run import Run
-from ospq_export.validate import DEFAULT_BACKENDS, validate
+from ospq_export.validate import validate
 from ospq_export.validate.parity import topk_accuracy
 from ospq_export.validate.report import machine_name
-from ospq_export.validate.stage import FLOAT
+from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -119,7 +119,8 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
     with stage_progress() as progress:
         run = export(folder, progress=progress)
         known = _float_top1(network.name, run.manifest.files[FLOAT_TENSORS], args.limit)
-        backends = DEFAULT_BACKENDS if known is None else [b for b in DEFAULT_BACKENDS if b != FLOAT]
+        wanted = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED)
+        backends = wanted if known is None else wanted[1:]
         report = validate(run, network.validation, backends=backends, limit=args.limit, progress=progress)
     top1 = {b.name: b.top1 for b in report.backends}
     if known is not None:
