@@ -1,7 +1,7 @@
 """FP16 around the quantized operators: the form that TensorRT fuses.
 
-TensorRT's networks are strongly typed, so the file itself says what runs in which precision. Everything moves to FP16 but what needs
-FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit the
+TensorRT's networks are strongly typed, so the file itself says what runs in which precision. Everything moves to FP16 but what
+needs FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit the
 calibrated ones: in FP16 a scale would change by up to 2**-11, and codes with it. The casts fuse into the neighbouring kernels.
 """
 

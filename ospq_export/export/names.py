@@ -1,9 +1,9 @@
 """Readable names in an exported file: nodes, tensors and constants are called by the model's module paths.
 
-    blocks.0.mlp.fc1/MatMul             a node: module path and operator, numbered where a module has several
-    blocks.0.mlp.fc1/MatMul.out         its output, unless it is a probe, the input or the logits
-    blocks.0.mlp.fc1.input.codes        what a quantizer gives; its constants are blocks.0.mlp.fc1.input.scale and .zero_point
-    blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale
+blocks.0.mlp.fc1/MatMul             a node: module path and operator, numbered where a module has several
+blocks.0.mlp.fc1/MatMul.out         its output, unless it is a probe, the input or the logits
+blocks.0.mlp.fc1.input.codes        what a quantizer gives; its constants are blocks.0.mlp.fc1.input.scale and .zero_point
+blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale
 """
 
 from __future__ import annotations

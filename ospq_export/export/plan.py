@@ -1,7 +1,7 @@
 """What a builder compiled: the layers of an engine with the datatype of every tensor, from its log or from the inspector.
 
-TensorRT and TensorRT-RTX write the compiled plan into a verbose log, in a message that starts with "Layers:", also where no GPU is
-at hand; the engine inspector gives the same as JSON where there is one. Both are read into the same records.
+TensorRT and TensorRT-RTX write the compiled plan into a verbose log, in a message that starts with "Layers:", also where no GPU
+is at hand; the engine inspector gives the same as JSON where there is one. Both are read into the same records.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
-_DATATYPE = re.compile(r"(?:Datatype|DataType): ([A-Za-z0-9]+)")
+_DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-# Bookkeeping of the runtime, without work on tensors.
-_NO_WORK = ("shape_call", "Signal", "Wait", "signal", "wait")
+_PRODUCTS = ("gemm", "correlation", "convolution", "conv", "matrix_multiply", "fc")
 
 
 class PlanLayer(BaseModel):
@@ -42,21 +41,23 @@ class PlanLayer(BaseModel):
     @property
     def is_attention(self) -> bool:
         """Whether this is one fused attention kernel: both products and the softmax."""
-        return "_mha" in self.name or "fmha" in self.name.lower()
+        return "mha" in self.name.lower()
 
     @property
     def multiplies(self) -> bool:
         """Whether this layer holds a matrix product or a convolution."""
-        return self.is_attention or self.kind in ("gemm", "correlation", "convolution", "conv", "Convolution")
+        return self.is_attention or self.kind.lower() in _PRODUCTS
 
     @property
     def is_int8(self) -> bool:
-        """Whether what it multiplies is Int8: every tensor input, and the first constant where there is one input only."""
-        return bool(self.inputs) and all(kind == "Int8" for kind in self._operands())
+        """Whether everything it multiplies is Int8."""
+        operands = self._operands()
+        return bool(operands) and all(kind == "Int8" for kind in operands)
 
     def _operands(self) -> Sequence[str]:
         if self.is_attention:
             return self.inputs[:3]
+        # A product with a constant has its weight first among the constants; scales and biases come after it.
         return self.inputs[:2] if len(self.inputs) > 1 else (*self.inputs[:1], *self.constants[:1])
 
 
@@ -70,22 +71,49 @@ def layers_from_log(messages: Iterable[str]) -> list[PlanLayer]:
         The layers in execution order; empty where no message lists any.
     """
     listing = next((m for m in reversed(list(messages)) if m.startswith("Layers:")), "")
-    return [_from_text(match) for match in _LAYER.finditer(listing.split("\n\nI/O Tensors", 1)[0])]
+    return [_from_text(match) for match in _LAYER.finditer(listing)]
 
 
 def _from_text(match: re.Match[str]) -> PlanLayer:
-    rest, _, tail = match["rest"].partition(", TacticName:")
-    inputs, _, others = rest.partition("Constants: [")
-    if not others:
-        inputs, _, outputs = rest.partition("Outputs: [")
-        constants = ""
-    else:
-        constants, _, outputs = others.partition("Outputs: [")
+    tensors, _, tail = match["rest"].partition(", TacticName:")
+    before, _, outputs = tensors.partition("Outputs: [")
+    inputs, _, constants = before.partition("Constants: [")
     return PlanLayer(
         name=match["name"],
         kind=match["kind"],
         inputs=tuple(_DATATYPE.findall(inputs)),
         constants=tuple(_DATATYPE.findall(constants)),
         outputs=tuple(_DATATYPE.findall(outputs)),
-        onnx=tuple(dict.fromkeys(_ONNX_LAYER.findall(tail))),
+        onnx=_onnx_names(tail),
     )
+
+
+def layers_from_inspector(text: str) -> list[PlanLayer]:
+    """The compiled layers, from the engine inspector's JSON (`get_engine_information`); it needs a GPU.
+
+    Args:
+        text: the JSON; layers are under "Layers", each an object where the engine was built with detailed verbosity.
+    """
+    layers = json.loads(text).get("Layers", [])
+    return [_from_json(layer) for layer in layers if isinstance(layer, dict)]
+
+
+def _from_json(layer: dict[str, Any]) -> PlanLayer:
+    def datatypes(key: str) -> tuple[str, ...]:
+        # The inspector writes "Datatype": "Int8" or, in older versions, only "Format/Datatype": "Int8 NC/32HW32".
+        tensors = [tensor for tensor in layer.get(key, []) if isinstance(tensor, dict)]
+        names = [str(t.get("Datatype") or t.get("Format/Datatype") or "?").split() for t in tensors]
+        return tuple(words[0] for words in names)
+
+    return PlanLayer(
+        name=str(layer.get("Name", "")),
+        kind=str(layer.get("LayerType", "")),
+        inputs=datatypes("Inputs"),
+        constants=datatypes("Constants"),
+        outputs=datatypes("Outputs"),
+        onnx=_onnx_names(str(layer.get("Metadata", ""))),
+    )
+
+
+def _onnx_names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_ONNX_LAYER.findall(text)))

@@ -114,7 +114,9 @@ def _jobs(
     if extras.uint8_input:
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
         jobs.append(
-            _Job(UINT8_ONNX, batch_size, passes=(partial(take_uint8, data=run.manifest.data),), metadata=layout)
+            _Job(
+                UINT8_ONNX, batch_size, passes=(partial(take_uint8, data=run.manifest.data),), metadata=layout
+            )
         )
     return jobs
 
@@ -127,7 +129,9 @@ def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job
             where="--int4",
             mend="calibrate with weight_bits=4, or leave --int4 out",
         )
-    return _Job(INT4_ONNX, batch_size, passes=(partial(store_int4, weights=narrow),), metadata=(("storage", "int4"),))
+    return _Job(
+        INT4_ONNX, batch_size, passes=(partial(store_int4, weights=narrow),), metadata=(("storage", "int4"),)
+    )
 
 
 class _Writer:

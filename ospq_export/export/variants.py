@@ -1,4 +1,4 @@
-"""Other forms of the exported file, each a pass over the finished model: INT4 weight storage, and preprocessing inside the graph."""
+"""Other forms of the exported file, passes over the finished model: INT4 weight storage, preprocessing in the graph."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def take_uint8(model: Any, data: DataConfig) -> None:
     raw = ir.Value(
         name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([batch, height, width, channels])
     )
-    mean = _channels(graph, "preprocessing.mean", _WHITE * np.float64(data.mean))
-    std = _channels(graph, "preprocessing.std", _WHITE * np.float64(data.std))
+    mean = _channels(graph, "preprocessing.mean", _WHITE * np.array(data.mean))
+    std = _channels(graph, "preprocessing.std", _WHITE * np.array(data.std))
     steps: list[tuple[str, list[Any], dict[str, Any]]] = [
         ("Cast", [], {"to": int(ir.DataType.FLOAT)}),
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
@@ -97,7 +97,10 @@ def _channels(graph: Any, name: str, values: Any) -> Any:
 
     tensor = ir.tensor(np.asarray(values, np.float32).reshape(1, -1, 1, 1), name=name)
     value = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(tensor.shape)
+        name=name,
+        const_value=tensor,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(tensor.shape.numpy()),
     )
     graph.register_initializer(value)
     return value

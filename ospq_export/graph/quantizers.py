@@ -244,7 +244,7 @@ def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None
 
 
 def _comes_from_matmul(tensor: fx.Node) -> bool:
-    """Whether a tensor is a product moved about: an offset's Sub between attention and its Q would keep TensorRT from fusing it."""
+    """Whether a tensor is a product moved about: an offset's Sub behind attention would keep TensorRT from fusing it."""
     while tensor.target in _MOVES:
         tensor = tensor.all_input_nodes[0]
     return tensor.target is aten.matmul.default
