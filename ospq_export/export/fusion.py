@@ -7,11 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.export.onnx_graph import PRODUCTS, OnnxGraph
 from ospq_export.export.plan import PlanLayer
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
-# What lies between an operand and its DequantizeLinear without changing values.
-_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten", "Slice", "Expand")
 # What the fused Int8 attention kernel was seen to take.
 MAX_SEQUENCE, HEAD_SIZES = 512, (16, 32, 64)
 
@@ -45,17 +43,17 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
         model: an `onnx.ModelProto`, its node names unique.
         layers: of the plan.
     """
-    graph = _Graph(model)
+    graph = OnnxGraph(model)
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     ran = {name: layer for layer in layers if layer.multiplies for name in layer.onnx}
     not_int8 = {
-        node.name: graph.why_float(node, ran.get(node.name))
+        node.name: _why_float(graph, node, ran.get(node.name))
         for node in products
         if node.name not in ran or not ran[node.name].is_int8
     }
     attentions = [node for node in products if graph.reads_softmax(node)]
     fused = {name for layer in layers if layer.is_attention and layer.is_int8 for name in layer.onnx}
-    not_fused = {n.name: graph.why_not_fused(n) for n in attentions if n.name not in fused}
+    not_fused = {n.name: _why_not_fused(graph, n) for n in attentions if n.name not in fused}
     return Fusion(
         gemms=len(products),
         int8_gemms=len(products) - len(not_int8),
@@ -66,58 +64,32 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
     )
 
 
-class _Graph:
-    def __init__(self, model: Any) -> None:
-        from onnx import shape_inference
+def _why_float(graph: OnnxGraph, node: Any, layer: PlanLayer | None) -> str:
+    bare = [
+        f"operand {index} is not quantized"
+        for index, name in enumerate(node.input[:2])
+        if (source := graph.source(name)) is None or source.op_type != "DequantizeLinear"
+    ]
+    if bare:
+        return ", ".join(bare)
+    shape = graph.shapes.get(node.input[0], [])
+    if node.op_type == "Conv" and len(shape) > 1 and shape[1] % 4:
+        return f"a convolution over {shape[1]} channels: the builder takes multiples of 4"
+    ran = "no layer of its own" if layer is None else f"{layer.kind} on {', '.join(layer.inputs[:2])}"
+    return f"the builder chose {ran}"
 
-        self.producer = {name: node for node in model.graph.node for name in node.output}
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        inferred = shape_inference.infer_shapes(model).graph
-        self.shapes = {
-            value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
-            for value in (*inferred.value_info, *inferred.input)
-        }
 
-    def source(self, name: str) -> Any:
-        """The node that computes a tensor, past what only moves it; None for an input or a constant."""
-        node = self.producer.get(name)
-        while node is not None and node.op_type in _MOVES:
-            node = self.producer.get(node.input[0])
-        return node
-
-    def reads_softmax(self, node: Any) -> bool:
-        if node.op_type != "MatMul":
-            return False
-        source = self.source(node.input[0])
-        while source is not None and source.op_type in ("DequantizeLinear", "QuantizeLinear", "Clip", "Sub"):
-            source = self.source(source.input[0])
-        return source is not None and source.op_type == "Softmax"
-
-    def why_float(self, node: Any, layer: PlanLayer | None) -> str:
-        bare = [
-            f"operand {index} is not quantized"
-            for index, name in enumerate(node.input[:2])
-            if (source := self.source(name)) is None or source.op_type != "DequantizeLinear"
-        ]
-        if bare:
-            return ", ".join(bare)
-        shape = self.shapes.get(node.input[0], [])
-        if node.op_type == "Conv" and len(shape) > 1 and shape[1] % 4:
-            return f"a convolution over {shape[1]} channels: the builder takes multiples of 4"
-        ran = "no layer of its own" if layer is None else f"{layer.kind} on {', '.join(layer.inputs[:2])}"
-        return f"the builder chose {ran}"
-
-    def why_not_fused(self, node: Any) -> str:
-        value = self.shapes.get(node.input[1], [])
-        if len(value) >= 2 and value[-1] not in (0, *HEAD_SIZES):
-            return f"head size {value[-1]}: the kernel takes {', '.join(map(str, HEAD_SIZES))}"
-        if len(value) >= 2 and value[-2] > MAX_SEQUENCE:
-            return f"{value[-2]} keys: the kernel takes up to {MAX_SEQUENCE}"
-        probabilities = self.source(node.input[0])
-        if probabilities is None or probabilities.op_type != "DequantizeLinear":
-            return "the softmax's output is not quantized"
-        quantizer = self.source(probabilities.input[0])
-        before = None if quantizer is None else self.source(quantizer.input[0])
-        if before is not None and before.op_type in ("Clip", "Sub"):
-            return f"{before.op_type} between the softmax and its quantizer (fewer than 8 bits)"
-        return "the builder chose separate kernels"
+def _why_not_fused(graph: OnnxGraph, node: Any) -> str:
+    value = graph.shapes.get(node.input[1], [])
+    if len(value) >= 2 and value[-1] not in (0, *HEAD_SIZES):
+        return f"head size {value[-1]}: the kernel takes {', '.join(map(str, HEAD_SIZES))}"
+    if len(value) >= 2 and value[-2] > MAX_SEQUENCE:
+        return f"{value[-2]} keys: the kernel takes up to {MAX_SEQUENCE}"
+    probabilities = graph.source(node.input[0])
+    if probabilities is None or probabilities.op_type != "DequantizeLinear":
+        return "the softmax's output is not quantized"
+    quantizer = graph.source(probabilities.input[0])
+    before = None if quantizer is None else graph.source(quantizer.input[0])
+    if before is not None and before.op_type in ("Clip", "Sub"):
+        return f"{before.op_type} between the softmax and its quantizer (fewer than 8 bits)"
+    return "the builder chose separate kernels"

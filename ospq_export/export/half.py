@@ -1,8 +1,8 @@
 """FP16 around the quantized operators: the form that TensorRT fuses.
 
 TensorRT's networks are strongly typed, so the file itself says what runs in which precision. Everything moves to FP16 but what
-needs FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit the
-calibrated ones: in FP16 a scale would change by up to 2**-11, and codes with it. The casts fuse into the neighbouring kernels.
+needs FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit
+the calibrated ones: in FP16 a scale would change by up to 2**-11, and codes with it. The casts fuse into other kernels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Half:
             node.attributes["to"] = self.ir.AttrInt64("to", int(self.half))
             node.outputs[0].dtype = self.half
             return
-        wanted = self.float if node.op_type in KEEPS_FLOAT32 or target is not None else self.half
+        wanted = self.float if self._keeps_float(node) or target is not None else self.half
         for index, value in enumerate(node.inputs):
             if self._is_real(value):
                 node.replace_input_with(index, self._as(value, wanted, node))
@@ -70,6 +70,13 @@ class _Half:
             if value.dtype == self.float:
                 value.dtype = wanted
         self._constant(node, wanted)
+
+    def _keeps_float(self, node: Any) -> bool:
+        # A quantizer's own clip and offset are part of its scale.
+        part_of_quantizer = node.op_type in ("Clip", "Sub") and any(
+            user.op_type == "QuantizeLinear" for user in node.outputs[0].consumers()
+        )
+        return node.op_type in KEEPS_FLOAT32 or part_of_quantizer
 
     def _constant(self, node: Any, wanted: Any) -> None:
         attribute = node.attributes.get("value")
