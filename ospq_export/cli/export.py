@@ -62,7 +62,9 @@ def export(
         typer.Option(help="Target such as SM89; repeat for several. Default: this machine's GPU."),
     ] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, MiB.")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="File of timings to use and to extend.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="TensorRT: file of timings to use and to extend.")
+    ] = None,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Let later versions of TensorRT run the engine.")
     ] = False,

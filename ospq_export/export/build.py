@@ -30,7 +30,7 @@ class BuildSettings:
         version_compatible: whether later versions of the product may run it (TensorRT).
         hardware_compatibility: "ampere_plus" or "same_compute_capability" (TensorRT), or None.
         workspace_mib: the most scratch memory a layer may use, in MiB; None leaves the product's default.
-        timing_cache: file that measurements are read from and added to.
+        timing_cache: file that measurements are read from and added to (TensorRT).
     """
 
     product: Product
@@ -63,7 +63,7 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     config = _config(trt, builder, network, settings)
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
-    cache = _timing_cache(config, settings.timing_cache)
+    cache = _timing_cache(config, settings.product, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise InputError(
@@ -186,9 +186,15 @@ def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSetting
     config.add_optimization_profile(profile)
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
+def _timing_cache(config: Any, product: Product, path: Path | None) -> Any:
     if path is None:
         return None
+    if product is Product.TENSORRT_RTX:
+        raise InputError(
+            "TensorRT-RTX measures nothing while it builds: it has no timing cache",
+            where="--timing-cache",
+            mend="leave it out",
+        )
     try:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     except OSError as error:

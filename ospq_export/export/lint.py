@@ -219,7 +219,7 @@ def weight_axes(graph: OnnxGraph) -> Iterator[Finding]:
 
 
 def int4_weights(graph: OnnxGraph) -> Iterator[Finding]:
-    """4-bit weights: in blocks beside a quantized activation the build fails, per channel the product runs in float."""
+    """4-bit weights beside a quantized activation: blocks break the build or the result, channels cost a kernel of their own."""
     from onnx import TensorProto
 
     for node in graph.nodes:
@@ -236,14 +236,14 @@ def int4_weights(graph: OnnxGraph) -> Iterator[Finding]:
             yield _error(
                 "int4-blocks",
                 weight,
-                "4-bit blocks beside a quantized activation: the build fails",
+                "4-bit blocks beside a quantized activation: the build fails, or applies the scales after the sum",
                 "leave the activation float, or store the codes as int8 per channel",
             )
         else:
             yield _warning(
                 "int4-beside-int8",
                 weight,
-                "4-bit weight beside an int8 activation: dequantized apart, the product runs in float",
+                "4-bit weight beside an int8 activation: unpacked in a kernel of its own, the product may run in float",
                 "store the codes as int8",
             )
 
