@@ -2,8 +2,8 @@
 
     python benchmarks/models.py [FAMILY ...]
 
-Each: capture, round to nearest at W8A8 and W4A4, export, ONNX Runtime against the fake-quantized network, TensorRT-RTX parse and build
-of the FP16 file (W8A8). Weights are random.
+Each: capture, round to nearest at W8A8 and W4A4, export, ONNX Runtime against the fake-quantized network, TensorRT-RTX parse and
+build of the FP16 file (W8A8). Weights are random.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ConViT": ("convit_tiny", {"num_classes": 10, "depth": 2}, 224),
     "TNT": ("tnt_s_patch16_224", {"num_classes": 10, "depth": 2}, 224),
     "CrossViT": ("crossvit_9_240", {"num_classes": 10}, 240),
-    "MLP-Mixer": ("mixer_s32_224", {"num_classes": 10, "num_blocks": 2}, 224),
+    "MLP-Mixer": ("mixer_s32_224", {"num_classes": 10}, 224),
     "ConvNeXt": ("convnext_atto", {"num_classes": 10}, 64),
     "ConvNeXt v2": ("convnextv2_atto", {"num_classes": 10}, 64),
 }
@@ -156,9 +156,9 @@ def _row(label: str, result: Result) -> list[str]:
 _INTRO = """# Models
 
 timm families at reduced size (fewer blocks, small images, random weights), each captured, quantized to nearest, exported, run in
-ONNX Runtime and built by TensorRT-RTX for {target} without a GPU. "Against fake-quant" is the mean squared difference of ONNX Runtime's
-logits from the fake-quantized network's, over the error of quantization itself: well below 1 means that the file computes what was
-calibrated. Written by `benchmarks/models.py` on {machine}.
+ONNX Runtime and built by TensorRT-RTX for {target} without a GPU. "Against fake-quant" is the mean squared difference of
+ONNX Runtime's logits from the fake-quantized network's, over the error of quantization itself: well below 1 means that the file
+computes what was calibrated. Written by `benchmarks/models.py` on {machine}.
 """
 
 
