@@ -123,7 +123,8 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the engine's sidecar cannot be read: {error}", where=beside, mend="build the engine again"
         ) from error
-    claims = {"engine_sha256": path, "onnx_sha256": path.parent / "model.onnx"}
+    source = Path(str(values.get("onnx", "model.onnx"))).name if isinstance(values, dict) else ""
+    claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}
     for key, file in claims.items():
         if key in values and (not file.is_file() or sha256(file) != values[key]):
             raise InputError(
