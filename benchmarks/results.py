@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,15 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
-from ospq_export.graph.capture import capture
 from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
 from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
-from ospq_export.recipes import Recipe, load_recipe
+from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
-from ospq_export.validate import DEFAULT_BACKENDS, validate
+from ospq_export.validate import validate
 from ospq_export.validate.parity import topk_accuracy
 from ospq_export.validate.report import machine_name
-from ospq_export.validate.stage import FLOAT
+from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -87,12 +85,12 @@ def own_network(args: argparse.Namespace) -> Network:
     return Network(args.name, spec, model, config, calibration, validation)
 
 
-def round_to_nearest(network: Network, recipe: Recipe, limit: int | None) -> float:
+def round_to_nearest(network: Network, run: Run, limit: int | None) -> float:
     """Top-1 (percent) with the very ranges that the search found for the run, and nearest rounding."""
-    graph = insert_quantizers(
-        capture(network.model, network.config.input_size),
-        Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits),
-    )
+    recipe = run.manifest.recipe
+    # The run's own float network: equalized, where the recipe says so.
+    bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+    graph = insert_quantizers(run.captured(), bits)
     images = network.calibration.sample(recipe.calibration_images, seed=0).images
     observe(graph, images[: recipe.observation_images], batch_size=64, seed=0)
     graph.set_mode(Mode.QUANTIZE)
@@ -110,16 +108,15 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
     base, overrides = RECIPES[bits]
     recipe = load_recipe(base, [*overrides, *args.set])
     folder = Path(args.runs) / f"{network.name}-{bits}"
-    started = time.monotonic()
     if not _finished(folder):
         images = network.calibration.sample(recipe.calibration_images, seed=0)
         with stage_progress() as progress:
             calibrate(network.model, network.spec, images, network.config, recipe, folder, progress=progress)
-    seconds = time.monotonic() - started
     with stage_progress() as progress:
         run = export(folder, progress=progress)
         known = _float_top1(network.name, run.manifest.files[FLOAT_TENSORS], args.limit)
-        backends = DEFAULT_BACKENDS if known is None else [b for b in DEFAULT_BACKENDS if b != FLOAT]
+        wanted = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED)
+        backends = wanted if known is None else wanted[1:]
         report = validate(run, network.validation, backends=backends, limit=args.limit, progress=progress)
     top1 = {b.name: b.top1 for b in report.backends}
     if known is not None:
@@ -129,17 +126,19 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "bits": bits,
         "images": report.images,
         "calibration_images": run.manifest.calibration.images,
+        "slicing": run.manifest.slicing.choice if run.manifest.slicing else "block",
+        "equalization": recipe.equalization,
         "iterations": recipe.reconstruction.iterations,
         "batch_size": recipe.reconstruction.batch_size,
         "limit": args.limit,
         "float_sha256": run.manifest.files[FLOAT_TENSORS],
         "top1": top1,
-        "round_to_nearest": round_to_nearest(network, recipe, args.rtn_limit or args.limit),
+        "round_to_nearest": round_to_nearest(network, run, args.rtn_limit or args.limit),
         "round_to_nearest_images": min(args.rtn_limit or report.images, report.images),
         "agreement": {c.deployed: c.agreement for c in report.comparisons},
         "noise_floor": noise_floor(run, network),
         "parity": bool(report.verdict),
-        "calibration_seconds": round(seconds),
+        "reconstruction_seconds": round(sum(s.seconds for s in run.manifest.slices)),
         "slices": [
             {"name": s.name, "before": s.error_before, "after": s.error_after} for s in run.manifest.slices
         ],
@@ -190,13 +189,13 @@ def table() -> str:
         "Top-1 in percent. *RTN*: round to nearest with the very ranges that the search found. *ORT*: the",
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
         "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
-        "agrees with itself when it computes in float64 instead of float32. Slicing `block`, seed 0.",
+        "agrees with itself when it computes in float64 instead of float32. Slicing `block`, seed 0; *eq.*: equalization.",
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | images | steps | float | RTN | fake-quantized | minus float "
+        "| network | bits | eq. | images | steps | float | RTN | fake-quantized | minus float "
         "| ORT off / on | agreement off / on | noise floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(r) for r in rows]
     machines = sorted(
@@ -220,6 +219,7 @@ def _row(r: dict[str, Any]) -> str:
     cells = [
         r["network"],
         r["bits"].upper(),
+        r.get("equalization", "none"),
         f"{r['images']:,}",
         str(r["iterations"]),
         f"{top1['float']:.2f}",

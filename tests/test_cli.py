@@ -205,7 +205,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     status, stdout, _ = run(capsys, *options)
     assert status == 0 and "parity: the deployed files predict" in stdout and "fake_quant" in stdout
     report = json.loads((copy / "report.json").read_text())
-    assert report["verdict"] == {"parity": True, "reasons": []} and report["images"] == 24
+    assert report["verdict"]["parity"] and not report["verdict"]["reasons"] and report["images"] == 24
     assert {b["name"] for b in report["backends"]} == {
         "float",
         "fake_quant",

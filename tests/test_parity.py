@@ -8,16 +8,14 @@ from hypothesis.extra import numpy as hnp
 
 from ospq_export.validate.parity import (
     Collector,
-    Thresholds,
     agreement,
     compare,
-    default_thresholds,
     flipped,
-    judge,
     margins,
     predictions,
     topk_accuracy,
 )
+from ospq_export.validate.verdict import Thresholds, default_thresholds, judge
 
 # Few distinct values, so that ties happen.
 values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])

@@ -9,8 +9,10 @@ import typer
 
 from ospq_export.cli.calibrate import calibrate
 from ospq_export.cli.demo import demo
+from ospq_export.cli.doctor import doctor
 from ospq_export.cli.export import export
 from ospq_export.cli.inspect import inspect
+from ospq_export.cli.lint import lint
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize a timm vision transformer after training, export it as QDQ ONNX, and prove that the file predicts the same.",
 )
-for command in (calibrate, export, validate, inspect, demo):
+for command in (calibrate, export, validate, inspect, lint, doctor, demo):
     app.command()(command)
 
 

@@ -2,32 +2,159 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ospq_export.cli.options import QuietOption, RunArgument, console
+from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.export.build import BuildSettings
+    from ospq_export.export.engine import EngineRecord
+    from ospq_export.export.stage import Extras
+
+
+class EngineProduct(StrEnum):
+    """What builds an engine."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 def export(
     run: RunArgument,
     batch_size: Annotated[
-        int | None, typer.Option(help="Fixed batch size of the file; default: dynamic.")
+        int | None,
+        typer.Option(
+            help="Fixed batch size. Default: dynamic in model.onnx, 1 in the FP16 files and the engine."
+        ),
     ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Also model_qdq_fp16.onnx and its float baseline model_fp16.onnx.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Also model_debug.onnx: every quantizer's codes and slice's output."),
+    ] = False,
+    int4: Annotated[
+        bool,
+        typer.Option(
+            "--int4", help="Also model_int4.onnx: 4-bit weights stored as INT4; not for int8 engines."
+        ),
+    ] = False,
+    uint8_input: Annotated[
+        bool,
+        typer.Option(
+            "--uint8-input", help="Also model_uint8.onnx: takes uint8 (B, H, W, C), normalises itself."
+        ),
+    ] = False,
+    engine: Annotated[
+        EngineProduct | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Engine with a dynamic batch: smallest, likeliest, largest, '1,8,32'.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="Target such as SM89; repeat for several. Default: this machine's GPU."),
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, MiB.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="TensorRT: file of timings to use and to extend.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later versions of TensorRT run the engine.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str | None, typer.Option(help="TensorRT: ampere_plus or same_compute_capability.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model.engine.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory."""
-    run_export(run, batch_size, quiet)
+    """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
+    from ospq_export.export.stage import Extras
+
+    extras = Extras(fp16=fp16 or engine is not None, debug=debug, int4=int4, uint8_input=uint8_input)
+    batches = None if profile is None else _batches(profile)
+    if engine is None:
+        if batches is not None or compute_capability:
+            raise InputError(
+                "only an engine has these", where="--profile, --compute-capability", mend="give --engine"
+            )
+        run_export(run, batch_size, quiet, extras=extras)
+        return
+    from ospq_export.export.build import BuildSettings
+    from ospq_export.export.engine import ENGINE, check_target
+    from ospq_export.export.products import Product
+
+    settings = BuildSettings(
+        product=Product(engine.value),
+        profile=batches,
+        compute_capabilities=tuple(compute_capability or ()),
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
+        workspace_mib=workspace,
+        timing_cache=timing_cache,
+    )
+    check_target(run / ENGINE, settings, overwrite=overwrite)
+    deploy = None if batches is not None else batch_size or 1
+    run_export(run, batch_size, quiet, extras=extras, deploy_batch_size=deploy)
+    run_build(run, settings, overwrite, quiet)
 
 
-def run_export(run: Path, batch_size: int | None, quiet: bool) -> None:
+def _batches(text: str) -> tuple[int, int, int]:
+    parts = text.replace(",", " ").split()
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise InputError(f"{text!r} is not three batch sizes", where="--profile", mend="write it like 1,8,32")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def run_export(
+    run: Path,
+    batch_size: int | None,
+    quiet: bool,
+    *,
+    extras: Extras | None = None,
+    deploy_batch_size: int | None = 1,
+) -> None:
     """Export with a progress bar and a line at the end."""
     from ospq_export.export import export
     from ospq_export.progress import stage_progress
 
     with stage_progress(disable=quiet) as progress:
-        done = export(run, batch_size=batch_size, progress=progress)
+        done = export(
+            run, batch_size=batch_size, extras=extras, deploy_batch_size=deploy_batch_size, progress=progress
+        )
     console().print(
         f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"
     )
+
+
+def run_build(run: Path, settings: BuildSettings, overwrite: bool, quiet: bool) -> EngineRecord:
+    """Build model.engine of an exported run with the builder's progress, and say what it compiled to."""
+    from ospq_export import artifact
+    from ospq_export.export.engine import ENGINE, SIDECAR, build_engine
+    from ospq_export.export.stage import DEPLOY_ONNX
+    from ospq_export.progress import stage_progress
+
+    with stage_progress(disable=quiet) as progress:
+        record = build_engine(
+            run / DEPLOY_ONNX,
+            run / ENGINE,
+            settings,
+            overwrite=overwrite,
+            progress=None if quiet else progress,
+        )
+    artifact.record_files(run, artifact.read_manifest(run), ENGINE, SIDECAR)
+    fusion = record.fusion
+    console().print(
+        f"built {run / ENGINE} with {record.product} {record.version} for {', '.join(record.compute_capabilities)}: "
+        f"{fusion.int8_gemms} of {fusion.gemms} products on Int8, "
+        f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
+    )
+    for name, reason in {**fusion.not_int8, **fusion.not_fused}.items():
+        console().print(f"  {name}: {reason}")
+    return record

@@ -19,7 +19,7 @@ def validate(
     backends: Annotated[
         list[str] | None,
         typer.Option(
-            "--backend", help="Execution to run; repeat for several. Default: all but onnxruntime-fp32."
+            "--backend", help="Execution to run; repeat for several. Default: all that this machine has."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
@@ -31,6 +31,19 @@ def validate(
             min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits."
         ),
     ] = None,
+    floor_images: Annotated[
+        int, typer.Option(min=0, help="Images the noise floor is measured on; 0 leaves it out.")
+    ] = 1000,
+    code_images: Annotated[
+        int, typer.Option(min=0, help="Images the codes are compared on; 0 leaves it out.")
+    ] = 32,
+    latency_batches: Annotated[
+        list[int] | None,
+        typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Compare with FP16 float parts, as an FP16 file is deployed.")
+    ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
@@ -50,6 +63,10 @@ def validate(
         backends=backends or None,
         batch_size=batch_size,
         limit=limit,
+        floor_images=floor_images,
+        code_images=code_images,
+        latency_batches=latency_batches,
+        float_type="fp16" if fp16 else "fp32",
         device=device,
         workers=workers,
     )

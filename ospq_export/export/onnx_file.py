@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import fx
 
 from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
+from ospq_export.export.names import name_everything
 
 # From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
 # its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
@@ -36,6 +37,7 @@ def write_onnx(
     metadata: Mapping[str, str],
     probes: Sequence[str] = (),
     expose_probes: bool = False,
+    passes: Sequence[Callable[[Any], None]] = (),
 ) -> None:
     """Translate a graph to ONNX and write it atomically.
 
@@ -47,6 +49,7 @@ def write_onnx(
         metadata: key-value pairs for the model's metadata.
         probes: names of what the graph returns beside the logits; tensors inside the file are called so.
         expose_probes: whether they are outputs of the file too, for debugging.
+        passes: changes of the finished onnx_ir model, in order: other precisions, storage or inputs.
 
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
@@ -57,7 +60,9 @@ def write_onnx(
     model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
     if not expose_probes:
         del model.graph.outputs[1:]
-    _tidy(model, metadata)
+    _tidy(model, metadata, {INPUT, OUTPUT, *probes})
+    for change in passes:
+        change(model)
     with replacing(path) as temporary:
         proto = onnx_ir.serde.serialize_model(model)
         temporary.write_bytes(proto.SerializeToString())
@@ -113,16 +118,10 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def _tidy(model: Any, metadata: Mapping[str, str]) -> None:
-    """Name nodes by module path, and drop the exporter's debugging metadata: it holds stack traces with local file names."""
-    seen: dict[str, int] = {}
+def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> None:
+    """Give readable names, and drop the exporter's debugging metadata: it holds stack traces with local file names."""
+    name_everything(model, keep)
     for node in model.graph:
-        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        # torch labels nodes that belong to no module with a name of its own that starts with an underscore.
-        parts = [part for part in _literal_list(scope)[:-1] if part and not part.startswith("_")]
-        base = f"{parts[-1] if parts else 'network'}/{node.op_type}"
-        seen[base] = seen.get(base, 0) + 1
-        node.name = base if seen[base] == 1 else f"{base}_{seen[base] - 1}"
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -134,18 +133,8 @@ def _tidy(model: Any, metadata: Mapping[str, str]) -> None:
     model.graph.name = "network"
 
 
-def _literal_list(text: str) -> list[str]:
-    import ast
-
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else []
-
-
 def check_deployable(proto: Any, where: Path) -> None:
-    """Hold a file to what TensorRT and ONNX Runtime need: standard domains, int8 codes, zero points written out and 0.
+    """Hold a file to what TensorRT and ONNX Runtime need: standard domains, signed codes, zero points written out and 0.
 
     Raises:
         InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
@@ -162,7 +151,7 @@ def check_deployable(proto: Any, where: Path) -> None:
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
         if (
             zero_point is None
-            or zero_point.data_type != TensorProto.INT8
+            or zero_point.data_type not in (TensorProto.INT8, TensorProto.INT4)
             or numpy_helper.to_array(zero_point).any()
         ):
             problem = f"{node.name} without an int8 zero_point of 0"

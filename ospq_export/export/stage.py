@@ -1,28 +1,68 @@
-"""The export stage: writes model.onnx, model_fp32.onnx and scales.json into a run directory."""
+"""The export stage: writes the ONNX files and scales.json into a run directory."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from ospq_export import artifact
 from ospq_export.errors import InputError
+from ospq_export.export.half import to_half
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
+from ospq_export.export.variants import store_int4, take_uint8
+from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.progress import stepper
 from ospq_export.run import Run
 
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
+DEPLOY_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
+DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
+Pass = Callable[[Any], None]
 
 
-def export(path: Path, *, batch_size: int | None = None, progress: Progress | None = None) -> Run:
+@dataclass(frozen=True)
+class Extras:
+    """Files beside model.onnx, model_fp32.onnx and scales.json.
+
+    Attributes:
+        fp16: model_qdq_fp16.onnx, the quantized network with FP16 around the quantized operators, which is what engines are built
+            from, and model_fp16.onnx, its float baseline.
+        debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
+        int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
+        uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
+    """
+
+    fp16: bool = False
+    debug: bool = False
+    int4: bool = False
+    uint8_input: bool = False
+
+
+def export(
+    path: Path,
+    *,
+    batch_size: int | None = None,
+    extras: Extras | None = None,
+    deploy_batch_size: int | None = 1,
+    progress: Progress | None = None,
+) -> Run:
     """Write the deployable files of a calibrated run; existing ones are replaced.
 
     Args:
         path: the run directory.
-        batch_size: a fixed batch size, or None for a dynamic batch.
+        batch_size: a fixed batch size, or None for a dynamic batch: these files are what `validate` and ONNX Runtime run at any
+            batch size.
+        extras: further files.
+        deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
+            asked otherwise, because a static shape is what fuses and tunes best.
         progress: where to show a progress bar.
 
     Returns:
@@ -31,41 +71,120 @@ def export(path: Path, *, batch_size: int | None = None, progress: Progress | No
     Raises:
         InputError: the run directory is damaged, or the network cannot be written as ONNX.
     """
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"a batch of {batch_size} images", where="--batch-size", mend="give 1 or more")
-    run = Run.open(path)
-    advance = stepper(progress, "export", 3)
-    size, metadata = run.manifest.data.input_size, _metadata(run)
+    for size in (batch_size, deploy_batch_size):
+        if size is not None and size < 1:
+            raise InputError(f"a batch of {size} images", where="--batch-size", mend="give 1 or more")
+    run, chosen = Run.open(path), extras or Extras()
     network = run.quantized_graph()
-    probes = probe_names(network, run.slices())
-    write_onnx(
-        lower(network, probes),
-        path / QUANTIZED_ONNX,
-        input_size=size,
-        batch_size=batch_size,
-        metadata=metadata,
-        probes=list(probes.values()),
-    )
-    advance()
-    baseline = {**metadata, "weight_bits": "32", "activation_bits": "32"}
-    write_onnx(run.captured(), path / FLOAT_ONNX, input_size=size, batch_size=batch_size, metadata=baseline)
-    advance()
+    writer = _Writer(run, network)
+    jobs = _jobs(run, network, chosen, batch_size, deploy_batch_size)
+    advance = stepper(progress, "export", len(jobs) + 1)
+    for job in jobs:
+        writer.write(job)
+        advance()
     artifact.write_json(path / SCALES, describe_scales(run.manifest, network))
-    run.manifest = artifact.record_files(path, run.manifest, QUANTIZED_ONNX, FLOAT_ONNX, SCALES)
+    run.manifest = artifact.record_files(path, run.manifest, *(job.file for job in jobs), SCALES)
     advance()
     return run
 
 
+@dataclass(frozen=True)
+class _Job:
+    file: str
+    batch_size: int | None
+    quantized: bool = True
+    expose_probes: bool = False
+    passes: tuple[Pass, ...] = ()
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+def _jobs(
+    run: Run, network: QuantizedGraph, extras: Extras, batch_size: int | None, deploy_batch_size: int | None
+) -> list[_Job]:
+    half = (("precision", "float16"),)
+    jobs = [_Job(QUANTIZED_ONNX, batch_size), _Job(FLOAT_ONNX, batch_size, quantized=False)]
+    if extras.fp16:
+        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
+        jobs.append(_Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
+    if extras.debug:
+        jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))
+    if extras.int4:
+        jobs.append(_int4_job(run, network, batch_size))
+    if extras.uint8_input:
+        layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
+        jobs.append(
+            _Job(
+                UINT8_ONNX, batch_size, passes=(partial(take_uint8, data=run.manifest.data),), metadata=layout
+            )
+        )
+    return jobs
+
+
+def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job:
+    narrow = frozenset(f"{w.name}.codes" for w in network.weights.values() if w.bits <= 4)
+    if not narrow:
+        raise InputError(
+            f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",
+            where="--int4",
+            mend="calibrate with weight_bits=4, or leave --int4 out",
+        )
+    return _Job(
+        INT4_ONNX, batch_size, passes=(partial(store_int4, weights=narrow),), metadata=(("storage", "int4"),)
+    )
+
+
+class _Writer:
+    """Writes files of one run: lowers each network once, when it is first needed."""
+
+    def __init__(self, run: Run, network: QuantizedGraph) -> None:
+        self.run, self.network = run, network
+        self.probes = probe_names(network, run.slices())
+        self.modules: dict[bool, Any] = {}
+
+    def write(self, job: _Job) -> None:
+        if job.quantized not in self.modules:
+            # One network at a time: a large model need not be in memory twice.
+            made = lower(self.network, self.probes) if job.quantized else self.run.captured()
+            self.modules = {job.quantized: made}
+        metadata = _metadata(self.run) if job.quantized else _float_metadata(self.run)
+        write_onnx(
+            self.modules[job.quantized],
+            self.run.path / job.file,
+            input_size=self.run.manifest.data.input_size,
+            batch_size=job.batch_size,
+            metadata={**metadata, **dict(job.metadata)},
+            probes=list(self.probes.values()) if job.quantized else (),
+            expose_probes=job.expose_probes,
+            passes=job.passes,
+        )
+
+
 def _metadata(run: Run) -> dict[str, str]:
-    manifest, data = run.manifest, run.manifest.data
+    manifest = run.manifest
+    bits = {record.name: record.bits for record in manifest.quantizers}
+    return {
+        **_common_metadata(run),
+        "weight_bits": str(manifest.recipe.weight_bits),
+        "activation_bits": str(manifest.recipe.activation_bits),
+        "first_last_bits": str(manifest.recipe.first_last_bits),
+        "bits": json.dumps(bits),
+        "slicing": json.dumps([s.name for s in manifest.slices]),
+        "quantized_sha256": manifest.files[artifact.QUANTIZED_TENSORS],
+    }
+
+
+def _float_metadata(run: Run) -> dict[str, str]:
+    return {**_common_metadata(run), "weight_bits": "32", "activation_bits": "32"}
+
+
+def _common_metadata(run: Run) -> dict[str, str]:
+    manifest = run.manifest
+    classes: Sequence[str] = sorted(manifest.class_to_idx, key=manifest.class_to_idx.__getitem__)
     return {
         "producer": f"ospq-export {manifest.versions['ospq-export']}",
         "model": manifest.model.name,
         "recipe": manifest.recipe.name,
-        "weight_bits": str(manifest.recipe.weight_bits),
-        "activation_bits": str(manifest.recipe.activation_bits),
-        "first_last_bits": str(manifest.recipe.first_last_bits),
         "graph_fingerprint": manifest.graph_fingerprint,
-        "quantized_sha256": manifest.files[artifact.QUANTIZED_TENSORS],
-        "preprocessing": data.model_dump_json(),
+        "preprocessing": manifest.data.model_dump_json(),
+        **({"classes": json.dumps(classes)} if classes else {}),
     }

@@ -288,6 +288,13 @@ def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None
     return tensor, reader
 
 
+def _comes_from_matmul(tensor: fx.Node) -> bool:
+    """Whether a tensor is a product moved about: an offset's Sub behind attention would keep TensorRT from fusing it."""
+    while tensor.target in _MOVES:
+        tensor = tensor.all_input_nodes[0]
+    return tensor.target is aten.matmul.default
+
+
 def _is_unpadded(node: fx.Node) -> bool:
     if node.target is aten.linear.default:
         return True
@@ -322,7 +329,9 @@ def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
                 continue
             tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
             wanted = bits.first_last if node in ends else bits.activation
-            site = sites.setdefault(tensor, _Site(f"{name}.{label}", wanted, True, []))
+            site = sites.setdefault(
+                tensor, _Site(f"{name}.{label}", wanted, not _comes_from_matmul(tensor), [])
+            )
             site.bits = max(site.bits, wanted)
             site.may_shift = site.may_shift and _is_unpadded(node)
             site.readers.append(reader or node)

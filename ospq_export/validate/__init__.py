@@ -3,8 +3,8 @@
 Imports neither `calibrate` nor `export`.
 """
 
-from ospq_export.validate.parity import Thresholds, default_thresholds
 from ospq_export.validate.report import Report, render
 from ospq_export.validate.stage import DEFAULT_BACKENDS, validate
+from ospq_export.validate.verdict import Thresholds, default_thresholds
 
 __all__ = ["DEFAULT_BACKENDS", "Report", "Thresholds", "default_thresholds", "render", "validate"]

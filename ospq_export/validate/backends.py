@@ -74,7 +74,7 @@ class OnnxRuntimeBackend:
             InputError: the file cannot be loaded, or the provider is not there or fell back.
         """
         self.name, self.path = name, path
-        self.session = _session(path, optimize, provider, threads)
+        self.session = open_session(path, path, optimize=optimize, provider=provider, threads=threads)
         self.input = self.session.get_inputs()[0]
         batch = self.input.shape[0]
         self.batch_size = batch if isinstance(batch, int) else None
@@ -116,7 +116,21 @@ class OnnxRuntimeBackend:
         return result
 
 
-def _session(path: Path, optimize: bool, provider: str, threads: int | None) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a file, or a model in memory, on the provider that is asked for and on no other.
+
+    Args:
+        model: the file, or its content.
+        where: what errors name.
+        optimize: all of ONNX Runtime's graph optimisations, or none.
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: intra-op threads; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        InputError: the file cannot be loaded, or the provider is not there or fell back.
+    """
     wanted = _PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
         raise InputError(
@@ -131,12 +145,14 @@ def _session(path: Path, optimize: bool, provider: str, threads: int | None) -> 
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=[wanted]
+        )
     except Exception as error:
         # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"ONNX Runtime cannot load the file: {reason}", where=path, mend="export the run again"
+            f"ONNX Runtime cannot load the file: {reason}", where=where, mend="export the run again"
         ) from error
     # A provider whose libraries are missing falls back to the CPU without an error.
     if session.get_providers()[0] != wanted:

@@ -1,4 +1,4 @@
-"""Parity statistics: pure functions on logits, a streaming comparison, and the verdict."""
+"""Parity of two executions: pure functions on logits, and the collector of a streaming comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
+
+from ospq_export.validate.statistics import ClassChange, McNemar, Rate, class_changes, mcnemar, wilson
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -14,23 +16,6 @@ IntArray = NDArray[np.int64]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Thresholds(_Record):
-    """What counts as parity.
-
-    Attributes:
-        max_top1_difference: between the deployed and the fake-quantized Top-1, percentage points.
-        min_agreement: share of images with equal predictions, percent.
-    """
-
-    max_top1_difference: float = Field(default=0.1, ge=0)
-    min_agreement: float = Field(default=99.5, ge=0, le=100)
-
-
-def default_thresholds(activation_bits: int, weight_bits: int) -> Thresholds:
-    """99.5 % agreement, or 99 % where both weights and activations have 4 bits or fewer: one code is a larger step there."""
-    return Thresholds(min_agreement=99.0 if max(activation_bits, weight_bits) <= 4 else 99.5)
 
 
 class Flip(_Record):
@@ -51,19 +36,12 @@ class Comparison(_Record):
     deployed: str
     top1_difference: float
     agreement: float
+    agreement_interval: Rate
+    mcnemar: McNemar
     max_logit_difference: float
     mean_logit_difference: float
     flips: list[Flip]
-
-
-class Verdict(_Record):
-    """Whether parity holds, and if not, why."""
-
-    parity: bool
-    reasons: list[str]
-
-    def __bool__(self) -> bool:
-        return self.parity
+    classes: list[ClassChange]
 
 
 def predictions(logits: FloatArray) -> IntArray:
@@ -127,41 +105,19 @@ def compare(
     """All statistics of one pair; logits (N, K) under their names."""
     (reference_name, ours), (deployed_name, theirs) = reference, deployed
     difference = np.abs(ours.astype(np.float64) - theirs)
+    correct = predictions(ours) == labels, predictions(theirs) == labels
     return Comparison(
         reference=reference_name,
         deployed=deployed_name,
         top1_difference=topk_accuracy(theirs, labels, 1) - topk_accuracy(ours, labels, 1),
         agreement=agreement(ours, theirs),
+        agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
+        mcnemar=mcnemar(*correct),
         max_logit_difference=float(difference.max()),
         mean_logit_difference=float(difference.mean()),
         flips=flipped(ours, theirs, labels, ids),
+        classes=class_changes(*correct, labels),
     )
-
-
-def judge(comparisons: Sequence[Comparison], not_finite: Sequence[str], thresholds: Thresholds) -> Verdict:
-    """Parity holds when every deployed execution is within the thresholds and everything is finite.
-
-    Args:
-        comparisons: of each deployed execution with the fake-quantized one.
-        not_finite: names of executions that gave NaN or infinity.
-        thresholds: what counts as parity.
-    """
-    reasons = [f"{name} gives logits that are not finite" for name in not_finite]
-    # The smallest difference of two percentages is 100 / N; 1e-9 keeps rounding of their subtraction out of the verdict.
-    for c in comparisons:
-        if not abs(c.top1_difference) <= thresholds.max_top1_difference + 1e-9:
-            reasons.append(
-                f"{c.deployed}: Top-1 differs by {c.top1_difference:+.2f} points from {c.reference} "
-                f"(allowed {thresholds.max_top1_difference})"
-            )
-        if not c.agreement >= thresholds.min_agreement - 1e-9:
-            reasons.append(
-                f"{c.deployed}: agrees with {c.reference} on {c.agreement:.2f} % of the images "
-                f"(needed {thresholds.min_agreement})"
-            )
-    if not comparisons:
-        reasons.append("nothing deployed was compared")
-    return Verdict(parity=not reasons, reasons=reasons)
 
 
 class Collector:

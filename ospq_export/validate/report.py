@@ -10,7 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ospq_export.validate.parity import Comparison, Thresholds, Verdict
+from ospq_export.validate.latency import Latency
+from ospq_export.validate.locate import Location
+from ospq_export.validate.parity import Comparison
+from ospq_export.validate.statistics import Rate
+from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict
 
 _SHOWN_FLIPS = 5
 
@@ -25,7 +29,10 @@ class BackendResult(_Record):
     name: str
     detail: dict[str, str]
     top1: float
+    top1_interval: Rate
     top5: float
+    top5_interval: Rate
+    calibration_error: float
     seconds: float
     images_per_second: float
 
@@ -46,14 +53,18 @@ class Provenance(_Record):
 class Report(_Record):
     """The outcome of a validation; `report.json` is its JSON form, `Report.model_json_schema()` its schema."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     verdict: Verdict
     thresholds: Thresholds
     images: int
     skipped: list[str]
+    executions_skipped: dict[str, str] = {}
     backends: list[BackendResult]
     comparisons: list[Comparison]
     quantization: Comparison | None
+    floor: NoiseFloor | None = None
+    locations: list[Location] = []
+    latencies: list[Latency] = []
     provenance: Provenance
 
 
@@ -94,7 +105,9 @@ def render(report: Report) -> Group:
             *numbers,
             f"{result.images_per_second:.0f}",
         )
-    return Group(table, *_flip_lines(report), *_skipped_lines(report), _verdict_line(report))
+    return Group(
+        table, *_flip_lines(report), *_skipped_lines(report), *_criterion_lines(report), _verdict_line(report)
+    )
 
 
 def _flip_lines(report: Report) -> list[Text]:
@@ -121,6 +134,12 @@ def _skipped_lines(report: Report) -> list[Text]:
             style="yellow",
         )
     ]
+
+
+def _criterion_lines(report: Report) -> list[Text]:
+    notes = [Text(f"  {name} skipped: {why}", style="dim") for name, why in report.executions_skipped.items()]
+    criteria = [Text(f"  {c.deployed}, by {c.by}: {c.text}") for c in report.verdict.criteria if c.passed]
+    return [*notes, *criteria]
 
 
 def _verdict_line(report: Report) -> Text:

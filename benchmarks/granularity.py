@@ -1,0 +1,204 @@
+"""Does the reconstruction granularity matter, and does `auto` find it? Fake-quantized Top-1 of every slicing beside its peers.
+
+    python benchmarks/granularity.py demo                    # both packaged networks and their outlier-injected twins
+    python benchmarks/granularity.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
+        --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
+    python benchmarks/granularity.py table                   # docs/granularity.md from the rows at hand
+
+A row per network, bits, method and seed in benchmarks/granularity/*.json; finished rows are not measured again, and interrupted
+calibrations resume. Two processes may share the work: --part 1/2 and --part 2/2. All methods share one code and one recipe:
+
+    rtn       nearest rounding with the ranges that all start from
+    adaround  every operator alone, no drop        brecq  block, Fisher-weighted, no drop        qdrop  block, drop 0.5
+    layer .. model   the granularity, with the recipe's own loss and drop 0.5
+    auto      the granularity chosen by trials, whose cost comes on top
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import HERE, Network, demo_network, own_network
+from safetensors.torch import save_file
+
+from ospq_export.artifact import write_json
+from ospq_export.calibrate import calibrate
+from ospq_export.graph.outliers import twin_state_dict
+from ospq_export.models import create_model
+from ospq_export.progress import stage_progress
+from ospq_export.recipes import load_recipe
+from ospq_export.run import Run
+from ospq_export.validate.parity import topk_accuracy
+from ospq_export.validate.report import machine_name
+
+ROWS = HERE / "granularity"
+DOCUMENT = HERE.parent / "docs" / "granularity.md"
+BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6)}
+# The peers do without what is ours: no equalization.
+PLAIN = ["equalization=none"]
+METHODS: dict[str, list[str]] = {
+    "rtn": ["slicing=block", "reconstruction.iterations=0", *PLAIN],
+    "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PLAIN],
+    "brecq": ["slicing=block", "reconstruction.drop_probability=0.0", "reconstruction.loss=fisher", *PLAIN],
+    "qdrop": ["slicing=block", *PLAIN],
+    **{
+        name: [f"slicing={name}"]
+        for name in ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model", "auto")
+    },
+}
+
+
+def twin(network: Network, folder: Path) -> Network:
+    """The network with injected outlier channels: the same float function from another checkpoint."""
+    state = twin_state_dict(network.model, network.config.input_size)
+    path = folder / f"{network.name}-twin.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    spec = network.spec.model_copy(update={"checkpoint": str(path)})
+    return Network(
+        f"{network.name}-twin",
+        spec,
+        create_model(spec),
+        network.config,
+        network.calibration,
+        network.validation,
+    )
+
+
+def top1(run: Run, network: Network) -> float:
+    """Top-1 (percent) of the fake-quantized network on all validation images."""
+    module = run.fake_quant_network()
+    logits, labels = [], []
+    with torch.inference_mode():
+        for batch in network.validation.batches(100):
+            logits.append(module(batch.images))
+            labels.append(batch.labels)
+    return topk_accuracy(torch.cat(logits).numpy(), torch.cat(labels).numpy(), 1)
+
+
+def measure(network: Network, bits: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    weight, activation = BITS[bits]
+    overrides = [f"name={bits}", f"weight_bits={weight}", f"activation_bits={activation}"]
+    recipe = load_recipe("w4a4", [*overrides, *METHODS[method], *args.set])
+    folder = Path(args.runs) / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}"
+    images = network.calibration.sample(recipe.calibration_images, seed=seed)
+    try:
+        run = Run.open(folder)
+    except Exception:
+        with stage_progress() as progress:
+            run = calibrate(
+                network.model,
+                network.spec,
+                images,
+                network.config,
+                recipe,
+                folder,
+                seed=seed,
+                progress=progress,
+            )
+    slicing = run.manifest.slicing
+    return {
+        "network": network.name,
+        "bits": bits,
+        "method": method,
+        "seed": seed,
+        "top1": top1(run, network),
+        "images": len(network.validation),
+        "slices": len(run.manifest.slices),
+        "seconds": round(sum(s.seconds for s in run.manifest.slices)),
+        "recipe": recipe.model_dump(mode="json"),
+        "slicing": None if slicing is None else slicing.model_dump(mode="json"),
+        "machine": machine_name(),
+    }
+
+
+def table() -> str:
+    """The document, from the rows at hand."""
+    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
+    groups: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["network"], row["bits"]][row["method"]].append(row["top1"])
+    lines = [
+        "# Granularity",
+        "",
+        "Fake-quantized Top-1 in percent, mean and (where there are several seeds) largest minus smallest. Written by",
+        "`benchmarks/granularity.py`, whose docstring says what the columns are; raw rows in `benchmarks/granularity/`.",
+        "",
+        "| network | bits | " + " | ".join(METHODS) + " |",
+        "|---" * (len(METHODS) + 2) + "|",
+    ]
+    for (network, bits), found in sorted(groups.items()):
+        cells = [_cell(found.get(method, [])) for method in METHODS]
+        lines.append(f"| {network} | {bits.upper()} | " + " | ".join(cells) + " |")
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    return "\n".join([*lines, "", f"Machine: {machines}.", ""])
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ±{max(values) - min(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("demo", "own", "table"))
+    parser.add_argument("--only", nargs="*", default=["vit", "swin"], help="packaged networks")
+    parser.add_argument("--bits", nargs="*", choices=list(BITS))
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="at the lowest bits of the packaged networks; else one"
+    )
+    parser.add_argument("--part", default="1/1", help="measure every n-th row: k/n")
+    parser.add_argument("--runs", default="runs/granularity", help="where the run directories go")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides for all methods")
+    parser.add_argument("--threads", type=int, default=1)
+    for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):
+        parser.add_argument(name)
+    parser.add_argument("--model-kwargs", default="")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what != "table":
+        with tempfile.TemporaryDirectory() as folder:
+            _measure_all(args, Path(folder))
+    if any(ROWS.glob("*.json")):
+        DOCUMENT.write_text(table())
+
+
+def _measure_all(args: argparse.Namespace, folder: Path) -> None:
+    if args.what == "demo":
+        plain = [demo_network(name) for name in args.only]
+        networks = [n for network in plain for n in (network, twin(network, folder))]
+        default = ["w3a3", "w4a4"]
+    else:
+        networks, default = [own_network(args)], ["w4a4", "w4a8", "w6a6"]
+    part, parts = (int(text) for text in args.part.split("/"))
+    work = [
+        (network, bits, method, seed)
+        for bits in args.bits or default
+        for seed in range(args.seeds if bits == "w3a3" else 1)
+        for network in networks
+        for method in args.methods
+    ]
+    for network, bits, method, seed in work[part - 1 :: parts]:
+        path = ROWS / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}.json"
+        if not path.is_file():
+            write_json(path, measure(network, bits, method, seed, args))
+        row = json.loads(path.read_text())
+        print(f"{row['network']} {row['bits']} {row['method']} {row['seed']}: {row['top1']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

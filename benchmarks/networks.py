@@ -1,0 +1,79 @@
+"""What the benchmarks of engines and of model coverage share: a network quantized to nearest, and its exported files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.observe import observe
+from ospq_export.export.half import to_half
+from ospq_export.export.lower import lower
+from ospq_export.export.onnx_file import write_onnx
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
+from ospq_export.models import ModelSpec, create_model
+
+_VALUES_PER_TENSOR = 1 << 14
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A network in float and fake-quantized, round to nearest.
+
+    Attributes:
+        captured: the float graph.
+        network: with quantizers, in Mode.QUANTIZE.
+        input_size: (channels, height, width) in pixels.
+    """
+
+    captured: fx.GraphModule
+    network: QuantizedGraph
+    input_size: tuple[int, int, int]
+
+    def write(self, path: Path, *, half: bool, batch_size: int | None = 1) -> None:
+        """The deployable file: FP32 or FP16 around the quantized operators."""
+        write_onnx(
+            lower(self.network),
+            path,
+            input_size=self.input_size,
+            batch_size=batch_size,
+            metadata={},
+            passes=(to_half,) if half else (),
+        )
+
+
+def quantize(spec: ModelSpec, input_size: tuple[int, int, int], bits: Bits, images: Tensor) -> Quantized:
+    """Capture a network and set every range from a few images; weights to nearest.
+
+    Args:
+        spec: without a checkpoint the weights are random, from seed 0.
+        input_size: (channels, height, width) in pixels.
+        bits: of weights and activations.
+        images: float32 (N, C, H, W).
+    """
+    torch.manual_seed(0)
+    captured = capture(create_model(spec), input_size)
+    network = insert_quantizers(captured, bits)
+    observe(network, images, batch_size=len(images), seed=0, values_per_tensor=_VALUES_PER_TENSOR)
+    network.set_mode(Mode.QUANTIZE)
+    return Quantized(captured, network, input_size)
+
+
+def random_images(count: int, input_size: tuple[int, int, int]) -> Tensor:
+    """Normally distributed pixels, float32 (N, C, H, W), from seed 0."""
+    return torch.randn(count, *input_size, generator=torch.Generator().manual_seed(0))
+
+
+def percent(part: int, whole: int) -> str:
+    """Such as "31 of 32", or "-" where there is nothing to count."""
+    return f"{part} of {whole}" if whole else "-"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"

@@ -1,0 +1,128 @@
+"""FP16 around the quantized operators: the form that TensorRT fuses.
+
+TensorRT's networks are strongly typed, so the file itself says what runs in which precision. Everything moves to FP16 but what
+needs FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit
+the calibrated ones: in FP16 a scale would change by up to 2**-11, and codes with it. The casts fuse into other kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FP16_MAX = 65504.0
+# Sums over many values, exponentials, and squares of outliers: what overflows or loses its small terms in FP16. Resize and the
+# pools are here because their FP16 form is missing in some runtimes.
+KEEPS_FLOAT32 = frozenset(
+    {
+        *("LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"),
+        *("RMSNormalization", "LpNormalization", "Softmax", "LogSoftmax", "CumSum", "Resize"),
+        *("ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalAveragePool", "AveragePool"),
+        *("Pow", "Sqrt", "Exp", "Log", "Reciprocal", "QuantizeLinear", "DequantizeLinear"),
+    }
+)
+
+
+def to_half(model: Any) -> None:
+    """Move a model to FP16 in place; its input and its outputs stay float32.
+
+    Args:
+        model: an onnx_ir model in float32, with a type on every value.
+    """
+    _Half(model).run()
+
+
+class _Half:
+    def __init__(self, model: Any) -> None:
+        import onnx_ir as ir
+
+        self.ir, self.graph = ir, model.graph
+        self.float, self.half = ir.DataType.FLOAT, ir.DataType.FLOAT16
+        self.converted: dict[tuple[str, Any], Any] = {}
+
+    def run(self) -> None:
+        outputs = list(self.graph.outputs)
+        for node in list(self.graph):
+            self._node(node)
+        for index, value in enumerate(outputs):
+            if value.dtype == self.half:
+                self.graph.outputs[index] = self._restored(value)
+        read = {value.name for node in self.graph for value in node.inputs if value is not None}
+        for name in [name for name in self.graph.initializers if name not in read]:
+            del self.graph.initializers[name]
+
+    def _is_real(self, value: Any) -> bool:
+        return value is not None and value.dtype in (self.float, self.half)
+
+    def _node(self, node: Any) -> None:
+        target = node.attributes["to"].as_int() if node.op_type == "Cast" else None
+        if target == int(self.float) and not self._is_real(node.inputs[0]):
+            # Integers or truth values become real numbers here: they may as well become FP16.
+            node.attributes["to"] = self.ir.AttrInt64("to", int(self.half))
+            node.outputs[0].dtype = self.half
+            return
+        wanted = self.float if self._keeps_float(node) or target is not None else self.half
+        for index, value in enumerate(node.inputs):
+            if self._is_real(value):
+                node.replace_input_with(index, self._as(value, wanted, node))
+        for value in node.outputs:
+            if value.dtype == self.float:
+                value.dtype = wanted
+        self._constant(node, wanted)
+
+    def _keeps_float(self, node: Any) -> bool:
+        # A quantizer's own clip and offset are part of its scale.
+        part_of_quantizer = node.op_type in ("Clip", "Sub") and any(
+            user.op_type == "QuantizeLinear" for user in node.outputs[0].consumers()
+        )
+        return node.op_type in KEEPS_FLOAT32 or part_of_quantizer
+
+    def _constant(self, node: Any, wanted: Any) -> None:
+        attribute = node.attributes.get("value")
+        is_tensor = attribute is not None and attribute.type == self.ir.AttributeType.TENSOR
+        if is_tensor and wanted == self.half and attribute.value.dtype == self.float:
+            node.attributes["value"] = self.ir.AttrTensor(
+                "value", self.ir.tensor(_to_fp16(attribute.value.numpy()))
+            )
+
+    def _as(self, value: Any, dtype: Any, reader: Any) -> Any:
+        if value.dtype == dtype:
+            return value
+        key = (value.name, dtype)
+        if key not in self.converted:
+            self.converted[key] = self._convert(value, dtype, reader)
+        return self.converted[key]
+
+    def _convert(self, value: Any, dtype: Any, reader: Any) -> Any:
+        name = f"{value.name}.{'fp16' if dtype == self.half else 'fp32'}"
+        if value.is_initializer():
+            tensor = self.ir.tensor(_to_fp16(value.const_value.numpy()), name=name)
+            kind = self.ir.TensorType(dtype)
+            copy = self.ir.Value(name=name, const_value=tensor, type=kind, shape=value.shape)
+            self.graph.register_initializer(copy)
+            return copy
+        node = self._cast(value, dtype, name)
+        producer = value.producer()
+        if producer is None:
+            self.graph.insert_before(reader, node)
+        else:
+            self.graph.insert_after(producer, node)
+        return node.outputs[0]
+
+    def _cast(self, value: Any, dtype: Any, name: str) -> Any:
+        node = self.ir.node("Cast", [value], {"to": int(dtype)}, name=f"{name}/Cast")
+        result = node.outputs[0]
+        result.name, result.dtype, result.shape = name, dtype, value.shape
+        return node
+
+    def _restored(self, value: Any) -> Any:
+        name = value.name
+        value.name = f"{name}.fp16"
+        node = self._cast(value, self.float, name)
+        self.graph.insert_after(value.producer(), node)
+        return node.outputs[0]
+
+
+def _to_fp16(array: Any) -> Any:
+    return np.clip(array, -FP16_MAX, FP16_MAX).astype(np.float16)

@@ -1,0 +1,76 @@
+"""Readable names in an exported file: nodes, tensors and constants are called by the model's module paths.
+
+blocks.0.mlp.fc1/MatMul             a node: module path and operator, numbered where a module has several
+blocks.0.mlp.fc1/MatMul.out         its output, unless it is a probe, the input or the logits
+blocks.0.mlp.fc1.input.codes        what a quantizer gives; its constants are blocks.0.mlp.fc1.input.scale and .zero_point
+blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from typing import Any
+
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_CODES = ".codes"
+
+
+def name_everything(model: Any, keep: Collection[str]) -> None:
+    """Rename the nodes, tensors and constants of an onnx_ir model in place.
+
+    Args:
+        model: what torch's exporter made, with its provenance metadata.
+        keep: names of tensors that stay: inputs, outputs, probes.
+    """
+    _name_nodes(model.graph)
+    _name_quantizer_constants(model.graph)
+    _name_constants(model.graph)
+    for node in model.graph:
+        for index, value in enumerate(node.outputs):
+            if value.name not in keep:
+                value.name = f"{node.name}.out" + (f"_{index}" if index else "")
+
+
+def _name_nodes(graph: Any) -> None:
+    seen: dict[str, int] = {}
+    for node in graph:
+        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        # torch labels nodes that belong to no module with a name of its own that starts with an underscore.
+        parts = [part for part in _literal_list(scope)[:-1] if part and not part.startswith("_")]
+        base = f"{parts[-1] if parts else 'network'}/{node.op_type}"
+        seen[base] = seen.get(base, 0) + 1
+        node.name = base if seen[base] == 1 else f"{base}_{seen[base] - 1}"
+
+
+def _name_quantizer_constants(graph: Any) -> None:
+    """Scales after their quantizer. The exporter merges equal constants: a shared one keeps the name of its first reader."""
+    for node in graph:
+        if node.op_type not in _QUANTIZERS:
+            continue
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        if codes.name.endswith(_CODES):
+            owner = codes.name.removesuffix(_CODES)
+            _rename(graph, node.inputs[1], f"{owner}.scale")
+            _rename(graph, node.inputs[2], f"{owner}.zero_point")
+
+
+def _name_constants(graph: Any) -> None:
+    """Constants that the exporter numbered, after the first node that reads them."""
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.is_initializer():
+                _rename(graph, value, f"{node.name}.constant_{index}")
+
+
+def _rename(graph: Any, value: Any, name: str) -> None:
+    if value is not None and value.name.startswith("val_") and name not in graph.initializers:
+        value.name = name
+
+
+def _literal_list(text: str) -> list[str]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else []

@@ -1,0 +1,119 @@
+"""What a builder compiled: the layers of an engine with the datatype of every tensor, from its log or from the inspector.
+
+TensorRT and TensorRT-RTX write the compiled plan into a verbose log, in a message that starts with "Layers:", also where no GPU
+is at hand; the engine inspector gives the same as JSON where there is one. Both are read into the same records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
+_DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_PRODUCTS = ("gemm", "correlation", "convolution", "conv", "matrix_multiply", "fc")
+
+
+class PlanLayer(BaseModel):
+    """One compiled layer.
+
+    Attributes:
+        name: the builder's name.
+        kind: its type: "gemm", "correlation" (a convolution), "kgen" (a generated kernel), ...
+        inputs, constants, outputs: datatypes ("Int8", "Half", "Float", ...), in order.
+        onnx: names of the ONNX nodes that the builder says it came from.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx: tuple[str, ...]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether this is one fused attention kernel: both products and the softmax."""
+        return "mha" in self.name.lower()
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether this layer holds a matrix product or a convolution."""
+        return self.is_attention or self.kind.lower() in _PRODUCTS
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether everything it multiplies is Int8."""
+        operands = self._operands()
+        return bool(operands) and all(kind == "Int8" for kind in operands)
+
+    def _operands(self) -> Sequence[str]:
+        if self.is_attention:
+            return self.inputs[:3]
+        # A product with a constant has its weight first among the constants; scales and biases come after it.
+        return self.inputs[:2] if len(self.inputs) > 1 else (*self.inputs[:1], *self.constants[:1])
+
+
+def layers_from_log(messages: Iterable[str]) -> list[PlanLayer]:
+    """The compiled layers, from a builder's verbose log.
+
+    Args:
+        messages: the log, one entry per message.
+
+    Returns:
+        The layers in execution order; empty where no message lists any.
+    """
+    listing = next((m for m in reversed(list(messages)) if m.startswith("Layers:")), "")
+    return [_from_text(match) for match in _LAYER.finditer(listing)]
+
+
+def _from_text(match: re.Match[str]) -> PlanLayer:
+    tensors, _, tail = match["rest"].partition(", TacticName:")
+    before, _, outputs = tensors.partition("Outputs: [")
+    inputs, _, constants = before.partition("Constants: [")
+    return PlanLayer(
+        name=match["name"],
+        kind=match["kind"],
+        inputs=tuple(_DATATYPE.findall(inputs)),
+        constants=tuple(_DATATYPE.findall(constants)),
+        outputs=tuple(_DATATYPE.findall(outputs)),
+        onnx=_onnx_names(tail),
+    )
+
+
+def layers_from_inspector(text: str) -> list[PlanLayer]:
+    """The compiled layers, from the engine inspector's JSON (`get_engine_information`); it needs a GPU.
+
+    Args:
+        text: the JSON; layers are under "Layers", each an object where the engine was built with detailed verbosity.
+    """
+    layers = json.loads(text).get("Layers", [])
+    return [_from_json(layer) for layer in layers if isinstance(layer, dict)]
+
+
+def _from_json(layer: dict[str, Any]) -> PlanLayer:
+    def datatypes(key: str) -> tuple[str, ...]:
+        # The inspector writes "Datatype": "Int8" or, in older versions, only "Format/Datatype": "Int8 NC/32HW32".
+        tensors = [tensor for tensor in layer.get(key, []) if isinstance(tensor, dict)]
+        names = [str(t.get("Datatype") or t.get("Format/Datatype") or "?").split() for t in tensors]
+        return tuple(words[0] for words in names)
+
+    return PlanLayer(
+        name=str(layer.get("Name", "")),
+        kind=str(layer.get("LayerType", "")),
+        inputs=datatypes("Inputs"),
+        constants=datatypes("Constants"),
+        outputs=datatypes("Outputs"),
+        onnx=_onnx_names(str(layer.get("Metadata", ""))),
+    )
+
+
+def _onnx_names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_ONNX_LAYER.findall(text)))

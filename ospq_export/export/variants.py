@@ -1,0 +1,106 @@
+"""Other forms of the exported file, passes over the finished model: INT4 weight storage, preprocessing in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import numpy as np
+
+from ospq_export.data.config import DataConfig
+
+# 4-bit types of Q/DQ exist from here on.
+INT4_OPSET = 21
+_WHITE = 255.0
+
+
+def store_int4(model: Any, weights: Set[str]) -> None:
+    """Keep the codes of some weights in INT4, two per byte, in place.
+
+    The values are the same; the file is smaller. TensorRT then dequantizes in a kernel of its own and multiplies in float: this
+    form is for storage and for runtimes with 4-bit kernels, not for int8 engines.
+
+    Args:
+        model: an onnx_ir model.
+        weights: names of the initializers that hold codes within [-8, 7].
+    """
+    import ml_dtypes
+    import onnx_ir as ir
+
+    zero_points: dict[str, Any] = {}
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or node.inputs[0].name not in weights:
+            continue
+        codes, zero_point = node.inputs[0], node.inputs[2]
+        codes.const_value = ir.tensor(codes.const_value.numpy().astype(ml_dtypes.int4), name=codes.name)
+        codes.dtype = ir.DataType.INT4
+        node.replace_input_with(2, _int4_zeros(model.graph, zero_point, zero_points))
+    read = {value.name for node in model.graph for value in node.inputs if value is not None}
+    for name in [name for name in model.graph.initializers if name not in read]:
+        del model.graph.initializers[name]
+    model.graph.opset_imports[""] = INT4_OPSET
+
+
+def _int4_zeros(graph: Any, zero_point: Any, made: dict[str, Any]) -> Any:
+    import ml_dtypes
+    import onnx_ir as ir
+
+    name = f"{zero_point.name}.int4"
+    if name not in made:
+        tensor = ir.tensor(np.zeros(zero_point.const_value.shape.numpy(), ml_dtypes.int4), name=name)
+        kind = ir.TensorType(ir.DataType.INT4)
+        made[name] = ir.Value(name=name, const_value=tensor, type=kind, shape=zero_point.shape)
+        graph.register_initializer(made[name])
+    return made[name]
+
+
+def take_uint8(model: Any, data: DataConfig) -> None:
+    """Let a model take decoded, resized images, uint8 (B, H, W, C), and normalise them itself; in place.
+
+    What it computes first is (pixel / 255 - mean) / std per channel, as timm's transform does after resizing and cropping.
+
+    Args:
+        model: an onnx_ir model whose first input is float32 (B, C, H, W).
+        data: the preprocessing.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    images = graph.inputs[0]
+    batch, channels, height, width = images.shape
+    name = images.name
+    images.name = f"{name}.normalised"
+    raw = ir.Value(
+        name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([batch, height, width, channels])
+    )
+    mean = _channels(graph, "preprocessing.mean", _WHITE * np.array(data.mean))
+    std = _channels(graph, "preprocessing.std", _WHITE * np.array(data.std))
+    steps: list[tuple[str, list[Any], dict[str, Any]]] = [
+        ("Cast", [], {"to": int(ir.DataType.FLOAT)}),
+        ("Transpose", [], {"perm": [0, 3, 1, 2]}),
+        ("Sub", [mean], {}),
+        ("Div", [std], {}),
+    ]
+    value, first = raw, graph[0]
+    for operator, constants, attributes in steps:
+        node = ir.node(operator, [value, *constants], attributes, name=f"preprocessing/{operator}")
+        graph.insert_before(first, node)
+        value = node.outputs[0]
+        value.name, value.dtype = f"preprocessing.{operator.lower()}", ir.DataType.FLOAT
+    value.shape = images.shape
+    images.replace_all_uses_with(value)
+    graph.inputs[0] = raw
+
+
+def _channels(graph: Any, name: str, values: Any) -> Any:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.asarray(values, np.float32).reshape(1, -1, 1, 1), name=name)
+    value = ir.Value(
+        name=name,
+        const_value=tensor,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(tensor.shape.numpy()),
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,148 @@
+"""Which executions a validation runs: by name, or all that this machine has; what it lacks is listed with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ospq_export.artifact import QUANTIZED_TENSORS
+from ospq_export.errors import InputError
+from ospq_export.validate.backends import Backend, OnnxRuntimeBackend, TorchBackend
+from ospq_export.validate.engines import PACKAGES, EngineBackend, engine_file
+from ospq_export.validate.half import HalfNetwork
+from ospq_export.validate.probes import read_proto
+
+if TYPE_CHECKING:
+    from ospq_export.data import DataConfig
+    from ospq_export.run import Run
+
+FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "float", "fake_quant", "fake_quant-fp16"
+OPTIMIZED, UNOPTIMIZED, FP32 = "onnxruntime", "onnxruntime-unoptimised", "onnxruntime-fp32"
+CUDA, TENSORRT_PROVIDER = "onnxruntime-cuda", "onnxruntime-tensorrt"
+ENGINES = tuple(PACKAGES)
+DEFAULT_BACKENDS = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
+ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, FP32)
+DEPLOYED = (UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
+QUANTIZED_ONNX, FLOAT_ONNX = "model.onnx", "model_fp32.onnx"
+
+
+@dataclass
+class Executions:
+    """What runs, and what does not.
+
+    Attributes:
+        backends: in the order asked for.
+        skipped: name -> reason, of executions that nobody asked for by name.
+    """
+
+    backends: list[Backend] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of what runs."""
+        return [b.name for b in self.backends]
+
+    def reference(self, float_type: str) -> str | None:
+        """What the deployed executions are compared with.
+
+        The fake-quantized network; without torch's side, ONNX Runtime without optimisations where something else is deployed.
+        """
+        wanted = FAKE_QUANT_FP16 if float_type == "fp16" else FAKE_QUANT
+        if wanted in self.names:
+            return wanted
+        others = [n for n in self.names if n in DEPLOYED and n != UNOPTIMIZED]
+        return UNOPTIMIZED if UNOPTIMIZED in self.names and others else None
+
+
+def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
+    """Open the named executions, or every default one that is available.
+
+    Args:
+        run: exported.
+        names: out of `ALL_BACKENDS`; None takes the defaults.
+        device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
+        float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts.
+
+    Raises:
+        InputError: an unknown name, a named execution that is not available, or a file of another run.
+    """
+    wanted = list(DEFAULT_BACKENDS if names is None else dict.fromkeys(names))
+    unknown = [name for name in wanted if name not in ALL_BACKENDS]
+    if unknown:
+        raise InputError(
+            f"there is no execution {unknown[0]!r}", mend=f"use some of {', '.join(ALL_BACKENDS)}"
+        )
+    if float_type == "fp16" and FAKE_QUANT_FP16 not in wanted:
+        wanted.append(FAKE_QUANT_FP16)
+    if any(name in DEPLOYED for name in wanted):
+        check_origin(run)
+    result = Executions()
+    for name in wanted:
+        try:
+            result.backends.append(open_execution(run, name, device))
+        except InputError as error:
+            if names is not None or name in (UNOPTIMIZED, OPTIMIZED):
+                raise
+            result.skipped[name] = str(error)
+    return result
+
+
+def open_execution(run: Run, name: str, device: str) -> Backend:
+    """Open one execution by name.
+
+    Raises:
+        InputError: it is not available.
+    """
+    makers: dict[str, Callable[[], Backend]] = {
+        FLOAT: lambda: TorchBackend(name, run.float_network(), device),
+        FAKE_QUANT: lambda: TorchBackend(name, run.fake_quant_network(), device),
+        FAKE_QUANT_FP16: lambda: TorchBackend(name, HalfNetwork(run.quantized_graph().module), device),
+    }
+    if name in makers:
+        return makers[name]()
+    if name in ENGINES:
+        return EngineBackend(name, engine_file(run.path))
+    provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(
+        name, "cuda" if device.startswith("cuda") else "cpu"
+    )
+    file = run.file(FLOAT_ONNX if name == FP32 else QUANTIZED_ONNX)
+    return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
+
+
+def check_origin(run: Run) -> None:
+    """Hold model.onnx to the run it lies in: the same integers, the same preprocessing.
+
+    Raises:
+        InputError: it was exported from another run, or the run's preprocessing was changed since.
+    """
+    path: Path = run.file(QUANTIZED_ONNX)
+    metadata = {p.key: p.value for p in read_proto(path).metadata_props}
+    if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
+        raise InputError("the file was exported from another run", where=path, mend="export this run again")
+    if json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
+        raise InputError(
+            "the file was exported for another preprocessing than the manifest's",
+            where=path,
+            mend="export this run again",
+        )
+
+
+def check_preprocessing(run: Run, config: DataConfig) -> None:
+    """Hold the images to the run's preprocessing.
+
+    Raises:
+        InputError: they are prepared differently.
+    """
+    ours, theirs = run.manifest.data.model_dump(), config.model_dump()
+    changed = [key for key in ours if ours[key] != theirs[key]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"the images are prepared with another {key} ({theirs[key]}) than the run was calibrated with ({ours[key]})",
+            where="--data",
+            mend="use the preprocessing in the manifest",
+        )

@@ -1,0 +1,98 @@
+"""The noise floor: the fake-quantized network executed in other, equally legitimate ways, on a part of every batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from ospq_export.validate.backends import FloatArray
+from ospq_export.validate.parity import predictions
+from ospq_export.validate.verdict import FloorVariation, NoiseFloor
+
+Execution = Callable[[FloatArray], FloatArray]
+_SPLIT = 7
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class FloorMeter:
+    """Counts the images on which each variation predicts another class than the reference execution did."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        """Prepare the variations.
+
+        Args:
+            module: the fake-quantized network, float32, on `device`.
+            device: torch device.
+        """
+        self.module, self.device = module, torch.device(device)
+        self.double = copy.deepcopy(module).double()
+        self.variations: dict[str, Execution] = {"batch split": self._split, "float64": self._double}
+        self.skipped: dict[str, str] = {}
+        if self.device.type == "cpu":
+            self.variations["thread count"] = self._other_threads
+        else:
+            self.skipped["thread count"] = "the network runs on a GPU"
+        self.images = dict.fromkeys(self.variations, 0)
+        self.flips = dict.fromkeys(self.variations, 0)
+        self.difference = dict.fromkeys(self.variations, 0.0)
+
+    def add(self, images: FloatArray, reference: FloatArray) -> None:
+        """Run the variations on images (B, C, H, W) whose logits (B, K) the reference execution gave."""
+        for name, execute in list(self.variations.items()):
+            try:
+                logits = execute(images)
+            except RuntimeError as error:
+                # A network may insist on float32 inside; the other variations still count.
+                self.skipped[name] = str(error).splitlines()[0]
+                del self.variations[name]
+                continue
+            self.images[name] += len(images)
+            self.flips[name] += int((predictions(logits) != predictions(reference)).sum())
+            self.difference[name] += float(np.abs(logits.astype(np.float64) - reference).mean()) * len(images)
+
+    def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
+        with torch.inference_mode():
+            result: FloatArray = module(x.to(self.device)).float().cpu().numpy()
+        return result
+
+    def _split(self, images: FloatArray) -> FloatArray:
+        parts = torch.from_numpy(images).split(_SPLIT)
+        return np.concatenate([self._run(self.module, part) for part in parts])
+
+    def _double(self, images: FloatArray) -> FloatArray:
+        return self._run(self.double, torch.from_numpy(images).double())
+
+    def _other_threads(self, images: FloatArray) -> FloatArray:
+        with _threads(2 if torch.get_num_threads() == 1 else 1):
+            return self._run(self.module, torch.from_numpy(images))
+
+    def result(self) -> NoiseFloor:
+        """What was counted so far."""
+        counted = [
+            FloorVariation(
+                name=name,
+                images=self.images[name],
+                flips=self.flips[name],
+                mean_logit_difference=self.difference[name] / max(self.images[name], 1),
+            )
+            for name in self.variations
+        ]
+        skipped = [
+            FloorVariation(name=name, images=0, flips=0, mean_logit_difference=0.0, skipped=reason)
+            for name, reason in self.skipped.items()
+        ]
+        return NoiseFloor(variations=[*counted, *skipped])

@@ -1,0 +1,59 @@
+"""Latency and throughput of executions: warm-up, then medians."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ospq_export.validate.backends import Backend, FloatArray
+
+_WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
+
+
+class Latency(BaseModel):
+    """One execution at one batch size.
+
+    Attributes:
+        median_ms: of one call, host to host, milliseconds.
+        p90_ms: 90th percentile.
+        images_per_second: batch size over the median.
+        calls: how many were timed, after the warm-up.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    batch_size: int
+    median_ms: float
+    p90_ms: float
+    images_per_second: float
+    calls: int
+
+
+def measure(execution: Backend, images: FloatArray, batch_size: int) -> Latency:
+    """Time one execution: two calls to warm up, then at least 3 calls, at most 50, for about a second.
+
+    Args:
+        execution: what to time.
+        images: float32 (N, C, H, W), N >= 1; repeated to fill the batch.
+        batch_size: 1 or more.
+    """
+    batch = np.ascontiguousarray(images[np.arange(batch_size) % len(images)])
+    for _ in range(_WARM_UP):
+        execution(batch)
+    seconds: list[float] = []
+    while len(seconds) < _FEWEST or (len(seconds) < _MOST and sum(seconds) < _SECONDS):
+        started = time.perf_counter()
+        execution(batch)
+        seconds.append(time.perf_counter() - started)
+    median = float(np.median(seconds))
+    return Latency(
+        name=execution.name,
+        batch_size=batch_size,
+        median_ms=median * 1e3,
+        p90_ms=float(np.percentile(seconds, 90)) * 1e3,
+        images_per_second=batch_size / median,
+        calls=len(seconds),
+    )

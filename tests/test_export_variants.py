@@ -1,0 +1,207 @@
+"""The other exported files: FP16 around the quantized operators, debug outputs, INT4 storage, uint8 input; and the example."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+from ospq_export import artifact
+from ospq_export.data import ImageSet
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.export.stage import Extras
+from ospq_export.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(finished_runs, tmp_path_factory):
+    """The W4A4 Swin with every extra file."""
+    folder = Path(shutil.copytree(finished_runs["w4a4"], tmp_path_factory.mktemp("extras") / "run"))
+    return export(
+        folder, extras=Extras(fp16=True, debug=True, int4=True, uint8_input=True), deploy_batch_size=None
+    )
+
+
+@pytest.fixture(scope="module")
+def images(run):
+    return next(demo_images("test", run.manifest.data).batches(32)).images.numpy()
+
+
+def execute(path, images, names=None):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(names, {"images": images})
+
+
+def constants(path):
+    return {t.name: t for t in onnx.load(str(path)).graph.initializer}
+
+
+def test_fp16_keeps_codes_scales_and_predictions(run, images):
+    exact, half = constants(run.file("model.onnx")), constants(run.file("model_qdq_fp16.onnx"))
+    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    weights = [r.name for r in run.manifest.quantizers if r.kind == "weight"]
+    for name in weights:
+        codes = tensors[f"{name}.codes"].numpy()
+        np.testing.assert_array_equal(
+            codes if codes.ndim == 4 else codes.T, numpy_helper.to_array(half[f"{name}.codes"])
+        )
+        scale = numpy_helper.to_array(half[f"{name}.scale"])
+        assert scale.dtype == np.float32
+        np.testing.assert_array_equal(scale, tensors[f"{name}.scale"].numpy())
+    model = onnx.load(str(run.file("model_qdq_fp16.onnx")))
+    types = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info
+    kinds = {v.name: v.type.tensor_type.elem_type for v in types}
+    for node in model.graph.node:
+        expected = TensorProto.FLOAT if node.op_type in ("LayerNormalization", "Softmax") else None
+        expected = TensorProto.FLOAT16 if node.op_type == "MatMul" else expected
+        assert expected is None or kinds.get(node.output[0], expected) == expected, node.name
+    assert exact.keys() >= {f"{name}.scale" for name in weights}
+    reference = execute(run.file("model.onnx"), images)[0]
+    deployed = execute(run.file("model_qdq_fp16.onnx"), images)[0]
+    with torch.inference_mode():
+        original = run.float_network()(torch.from_numpy(images)).numpy()
+    assert deployed.dtype == np.float32
+    # Half precision moves many values across rounding edges, so the bound is the quantization's own error, and the predictions.
+    assert np.square(deployed - reference).mean() < np.square(original - reference).mean()
+    assert (deployed.argmax(1) == reference.argmax(1)).mean() >= 0.95
+    np.testing.assert_allclose(
+        execute(run.file("model_fp16.onnx"), images)[0], original, atol=0.02 * np.abs(original).max()
+    )
+
+
+def test_debug_codes_are_the_fake_quantizers(run, images):
+    path = run.file("model_debug.onnx")
+    names = [o.name for o in onnx.load(str(path)).graph.output]
+    network = run.quantized_graph()
+    codes = [f"{name}.codes" for name in network.activations]
+    assert names[0] == "logits" and set(codes) < set(names)
+    assert len([n for n in names if n.endswith(".output")]) == len(run.manifest.slices) - 1
+    got = dict(zip(names, execute(path, images), strict=True))
+    seen = {}
+
+    def record(name):
+        def hook(module, args, _output):
+            seen[f"{name}.codes"] = module.codes(args[0]).numpy()
+
+        return hook
+
+    for name, quantizer in network.activations.items():
+        quantizer.register_forward_hook(record(name))
+    with torch.inference_mode():
+        network.module(torch.from_numpy(images))
+    differing = {name: (got[name] != seen[name]).mean() for name in codes}
+    first = codes[0]
+    assert differing[first] == 0, "equal inputs give equal codes"
+    # Differences grow with depth where float sums land on the other side of a rounding edge; they stay rare.
+    assert np.mean(list(differing.values())) < 0.02
+    one_step = [np.abs(got[n].astype(int) - seen[n].astype(int)) <= 1 for n in codes[:5]]
+    assert all(step.all() for step in one_step)
+
+
+def test_int4_storage_has_the_same_values(run, images):
+    small, full = run.file("model_int4.onnx"), run.file("model.onnx")
+    packed, plain = constants(small), constants(full)
+    narrow = [n for n, t in packed.items() if t.data_type == TensorProto.INT4 and n.endswith(".codes")]
+    assert len(narrow) == sum(r.kind == "weight" and r.bits <= 4 for r in run.manifest.quantizers) > 20
+    for name in narrow:
+        np.testing.assert_array_equal(
+            numpy_helper.to_array(packed[name]).astype(np.int8), numpy_helper.to_array(plain[name])
+        )
+    assert small.stat().st_size < full.stat().st_size
+    np.testing.assert_allclose(execute(small, images)[0], execute(full, images)[0], rtol=0, atol=1e-4)
+
+
+def test_int4_needs_four_bit_weights(run_copy):
+    before = {p.name for p in run_copy.iterdir()}
+    with pytest.raises(InputError, match="no weight of this run has 4 bits"):
+        export(run_copy, extras=Extras(int4=True))
+    assert {p.name for p in run_copy.iterdir()} == before
+
+
+def test_uint8_input_is_normalised_inside(run):
+    data, pixels = run.manifest.data, np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
+    outside = (pixels / 255 - np.array(data.mean)) / np.array(data.std)
+    expected = execute(run.file("model.onnx"), outside.transpose(0, 3, 1, 2).astype(np.float32))[0]
+    inside = execute(run.file("model_uint8.onnx"), pixels)[0]
+    assert (inside.argmax(1) == expected.argmax(1)).all()
+    assert np.abs(inside - expected).max() < 0.5 * np.abs(expected).max()
+
+
+def test_metadata(run):
+    properties = {p.key: p.value for p in onnx.load(str(run.file("model_qdq_fp16.onnx"))).metadata_props}
+    bits = json.loads(properties["bits"])
+    assert bits == {r.name: r.bits for r in run.manifest.quantizers} and set(bits.values()) == {4, 8}
+    assert json.loads(properties["slicing"]) == [s.name for s in run.manifest.slices]
+    assert json.loads(properties["classes"])[9] == "Ankle boot" and properties["precision"] == "float16"
+
+
+def test_every_tensor_has_a_readable_name(run):
+    model = onnx.load(str(run.file("model.onnx")))
+    names = [o for n in model.graph.node for o in n.output] + list(constants(run.file("model.onnx")))
+    assert not [n for n in names if n.startswith("val_")] and len(set(names)) == len(names)
+    assert (
+        "layers.0.blocks.0.mlp.fc1/MatMul.out" in names and "layers.0.blocks.0.mlp.fc1.input.scale" in names
+    )
+
+
+def test_example_agrees_with_the_package(run, tmp_path):
+    pixels = next(demo_images("test", run.manifest.data).batches(1)).images
+    data = run.manifest.data
+    array = (pixels[0, 0].numpy() * data.std[0] + data.mean[0]) * 255
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    path = tmp_path / "images" / "a" / "x.png"
+    Image.fromarray(np.rint(array).astype(np.uint8)).save(path)
+    example = Path(__file__).parents[1] / "examples" / "onnx_runtime.py"
+    done = subprocess.run(
+        [sys.executable, str(example), str(run.file("model.onnx")), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tensor = ImageSet.from_folder(tmp_path / "images", data).sample(1, seed=0).images.numpy()
+    logits = execute(run.file("model.onnx"), tensor)[0][0]
+    classes = sorted(run.manifest.class_to_idx, key=run.manifest.class_to_idx.__getitem__)
+    expected = [classes[i] for i in logits.argsort()[::-1][:5]]
+    assert [line.split("%")[1].strip() for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize(("crop", "mode"), [(0.9, "center"), (1.0, "center"), (0.875, "squash")])
+def test_examples_preprocessing_is_timms(tmp_path, crop, mode):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from ospq_export.data import DataConfig
+
+    spec = spec_from_file_location("example", Path(__file__).parents[1] / "examples" / "onnx_runtime.py")
+    example = module_from_spec(spec)
+    spec.loader.exec_module(example)
+    config = DataConfig(
+        input_size=(3, 64, 64),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+        interpolation="bicubic",
+        crop_pct=crop,
+        crop_mode=mode,
+    )
+    noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    got = example.preprocess(str(tmp_path / "x.png"), json.loads(config.model_dump_json()))
+    expected = config.transform()(Image.open(tmp_path / "x.png"))[None].numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_run_reopens(run):
+    assert Run.open(run.path)

@@ -1,0 +1,205 @@
+"""Engines built ahead of time by TensorRT-RTX, without a GPU; the compiled plan is read back."""
+
+import importlib.util
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ospq_export import artifact
+from ospq_export.calibrate.observe import observe
+from ospq_export.cli.app import app
+from ospq_export.errors import InputError
+from ospq_export.export import products
+from ospq_export.export.build import BuildSettings, build, target_members
+from ospq_export.export.doctor import examine, tiny_model
+from ospq_export.export.engine import EngineRecord, build_engine
+from ospq_export.export.half import to_half
+from ospq_export.export.lower import lower
+from ospq_export.export.onnx_file import write_onnx
+from ospq_export.export.plan import layers_from_inspector, layers_from_log
+from ospq_export.export.products import Product
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.models import ModelSpec, create_model
+
+RTX = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT-RTX is not installed",
+)
+SETTINGS = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM89",))
+NETWORKS = {
+    "vit": ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
+    "deit": ("deit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": (2,), "num_heads": (3,), "num_classes": 10},
+        2,
+    ),
+}
+
+
+def quantized_file(path, name, kwargs, bits=8, batch_size=1):
+    size = (3, 224, 224)
+    torch.manual_seed(0)
+    network = insert_quantizers(
+        capture(create_model(ModelSpec(name=name, kwargs=kwargs)), size), Bits(bits, bits)
+    )
+    observe(network, torch.randn(1, *size), batch_size=1, seed=0, values_per_tensor=4096)
+    network.set_mode(Mode.QUANTIZE)
+    write_onnx(lower(network), path, input_size=size, batch_size=batch_size, metadata={}, passes=(to_half,))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    path.write_bytes(tiny_model())
+    return path
+
+
+@RTX
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_products_are_int8_and_all_attentions_one_kernel(tmp_path, name):
+    model, kwargs, attentions = NETWORKS[name]
+    file = quantized_file(tmp_path / "m.onnx", model, kwargs)
+    record = build_engine(file, tmp_path / "m.engine", SETTINGS)
+    products = [n for n in onnx.load(str(file)).graph.node if n.op_type in ("MatMul", "Gemm", "Conv")]
+    assert record.fusion.gemms == len(products) > 5
+    assert set(record.fusion.not_int8) <= {"patch_embed.proj/Conv"}
+    assert record.fusion.attentions == record.fusion.fused_attentions == attentions, record.fusion.not_fused
+
+
+@RTX
+def test_below_8_bits_products_stay_int8_and_the_reason_is_named(tmp_path):
+    model, kwargs, _ = NETWORKS["vit"]
+    file = quantized_file(tmp_path / "m.onnx", model, kwargs, bits=4)
+    fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
+    assert set(fusion.not_int8) <= {"patch_embed.proj/Conv"}
+    assert set(fusion.not_fused) == {"blocks.0.attn/MatMul_1"}
+    assert "Clip between the softmax and its quantizer" in fusion.not_fused["blocks.0.attn/MatMul_1"]
+
+
+@RTX
+def test_float_products_are_named(tmp_path):
+    file = quantized_file(tmp_path / "m.onnx", *NETWORKS["vit"][:2])
+    model = onnx.load(str(file))
+    # The first MLP product reads its float input: what a quantizer forgotten there looks like.
+    product = next(n for n in model.graph.node if n.name == "blocks.0.mlp.fc1/MatMul")
+    cast = next(n for n in model.graph.node if product.input[0] in n.output)
+    dequantize = next(n for n in model.graph.node if cast.input[0] in n.output)
+    quantize = next(n for n in model.graph.node if dequantize.input[0] in n.output)
+    cast.input[0] = quantize.input[0]
+    onnx.save(model, str(file))
+    fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
+    assert fusion.not_int8["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
+
+
+@RTX
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+def test_command_on_the_demo(finished_runs, tmp_path, recipe):
+    import shutil
+
+    run = shutil.copytree(finished_runs[recipe], tmp_path / "run")
+    options = ["export", str(run), "--engine", "tensorrt-rtx", "--compute-capability", "SM86"]
+    result = CliRunner().invoke(
+        app,
+        [*options, "--profile", "1,2,4", "--workspace", "256"],
+    )
+    assert result.exit_code == 0, result.output
+    record = EngineRecord.model_validate_json((run / "model.engine.json").read_text())
+    assert record.engine_sha256 == artifact.sha256(run / "model.engine")
+    assert record.onnx_sha256 == artifact.sha256(run / "model_qdq_fp16.onnx")
+    assert record.profile == (1, 2, 4) and record.input["shape"] == [-1, 1, 28, 28]
+    assert record.compute_capabilities == ("SM86",) and record.preprocessing["mean"] == [0.286]
+    assert record.fusion.gemms == record.fusion.int8_gemms == 52 and record.layers
+    assert len(record.classes) == 10
+    assert "Layers:" in (run / "model.engine.log").read_text()
+    assert {"model.engine", "model.engine.json"} <= artifact.read_manifest(run).files.keys()
+    before = (run / "model.engine").read_bytes()
+    with pytest.raises(InputError, match=r"the engine exists.*--overwrite"):
+        CliRunner().invoke(app, options, catch_exceptions=False)
+    assert (run / "model.engine").read_bytes() == before
+
+
+@RTX
+def test_the_builders_reason_is_shown_and_nothing_is_left(tmp_path):
+    bad = onnx.load_from_string(tiny_model())
+    zero = next(t for t in bad.graph.initializer if t.name == "zero")
+    zero.CopyFrom(onnx.numpy_helper.from_array(np.int8(3), "zero"))
+    file = tmp_path / "bad.onnx"
+    onnx.save(bad, str(file))
+    with pytest.raises(InputError, match="zero"):
+        build_engine(file, tmp_path / "out" / "model.engine", SETTINGS)
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="parser refuses"):
+        build(file, SETTINGS)
+    with pytest.raises(InputError, match="cannot be read"):
+        build(tmp_path / "missing.onnx", SETTINGS)
+
+
+@RTX
+def test_no_space_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(InputError, match="No space left"):
+        build_engine(tiny, tmp_path / "model.engine", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@RTX
+def test_settings_that_do_not_fit(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"SM90.*SM89"):
+        target_members(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM90",)))
+    with pytest.raises(InputError, match="static batch of 1"):
+        build(tiny, BuildSettings(Product.TENSORRT_RTX, (1, 2, 4), ("SM89",)))
+    with pytest.raises(InputError, match="measures nothing"):
+        build(tiny, BuildSettings(Product.TENSORRT_RTX, None, ("SM89",), timing_cache=tmp_path / "timings"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no GPU here"):
+            target_members(BuildSettings(Product.TENSORRT_RTX))
+
+
+def test_a_missing_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "load", products.load.__wrapped__)
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(InputError, match=r"pip install 'ospq-export\[tensorrt\]'"):
+        products.load(Product.TENSORRT)
+
+
+def test_doctor_really_asks():
+    seen = {d.name: d for d in examine()}
+    assert seen["onnxruntime CPUExecutionProvider"].works
+    assert all(d.works or d.mend for d in seen.values())
+    if not torch.cuda.is_available():
+        assert not seen["onnxruntime CUDAExecutionProvider"].works and not seen["torch on CUDA"].works
+        assert not seen["tensorrt-rtx runs"].works
+
+
+LAYER = (
+    "Layers:\nName: a/MatMul_myl0_1, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [8,64], Datatype: Int8, Format: f }], "
+    "Constants: [ { Name: w, Datatype: Int8 }, { Name: s, Datatype: Float }], Outputs: [ { Name: y, Datatype: Half }], "
+    "TacticName: t, StreamId: 0, Metadata: [ONNX Layer: a/MatMul][ONNX Layer: a/DQ]\n\nI/O Tensors:\n Name: x, DataType: Float\n"
+)
+
+
+def test_log_and_inspector_agree():
+    (layer,) = layers_from_log(["something else", LAYER])
+    assert layer.is_int8 and layer.multiplies and not layer.is_attention
+    assert (layer.inputs, layer.constants, layer.outputs) == (("Int8",), ("Int8", "Float"), ("Half",))
+    assert layer.onnx == ("a/MatMul", "a/DQ") and layers_from_log(["no plan"]) == []
+    entry = {
+        "Name": "a/MatMul_myl0_1",
+        "LayerType": "gemm",
+        "Inputs": [{"Name": "x", "Datatype": "Int8"}],
+        "Constants": [{"Name": "w", "Datatype": "Int8"}, {"Name": "s", "Datatype": "Float"}],
+        "Outputs": [{"Name": "y", "Format/Datatype": "Half row-major"}],
+        "Metadata": "[ONNX Layer: a/MatMul]\u001e[ONNX Layer: a/DQ]",
+    }
+    assert layers_from_inspector(json.dumps({"Layers": [entry, "name only"]})) == [layer]

@@ -1,0 +1,151 @@
+"""Planted faults in an exported file: each is caught, and the report points at the slice."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from ospq_export import artifact
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.run import Run
+from ospq_export.validate import validate
+from ospq_export.validate.executions import FAKE_QUANT, UNOPTIMIZED
+
+SLICE = "layers.1.blocks.2"
+
+
+def report_of(folder):
+    run = Run.open(folder)
+    images = demo_images("test", run.manifest.data)
+    return validate(
+        run, images, backends=[FAKE_QUANT, UNOPTIMIZED], limit=100, floor_images=100, code_images=4
+    )
+
+
+def constants(model):
+    return {t.name: t for t in model.graph.initializer}
+
+
+def store(model, name, value):
+    tensor = constants(model)[name]
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+
+
+def quantize_node(model, quantizer):
+    return next(n for n in model.graph.node if f"{quantizer}.codes" in n.output)
+
+
+def scale_of(model, quantizer):
+    return quantize_node(model, quantizer).input[1]
+
+
+def own_scale(model, quantizer, value):
+    """Give one quantizer's Q and DQ a scale of their own: the exporter shares equal constants."""
+    name = f"{quantizer}.planted"
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+    quantize_node(model, quantizer).input[1] = name
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] == f"{quantizer}.codes":
+            node.input[1] = name
+
+
+def read_scale(model, quantizer):
+    return numpy_helper.to_array(constants(model)[scale_of(model, quantizer)])
+
+
+def scale_off_by_two_percent(model):
+    name = f"{SLICE}.mlp.fc1.input"
+    own_scale(model, name, read_scale(model, name) * 1.02)
+
+
+def weight_scale_off(model):
+    codes = f"{SLICE}.mlp.fc2.weight.codes"
+    name = next(n for n in model.graph.node if codes in n.input).input[1]
+    store(model, name, numpy_helper.to_array(constants(model)[name]) * np.float32(1.02))
+
+
+def weight_off_by_one(model):
+    name = f"{SLICE}.mlp.fc1.weight.codes"
+    codes = numpy_helper.to_array(constants(model)[name]).astype(int)
+    store(model, name, np.clip(codes + 1, -128, 127).astype(np.int8))
+
+
+def weight_transposed(model):
+    name = f"{SLICE}.attn.proj.weight.codes"
+    store(model, name, numpy_helper.to_array(constants(model)[name]).T)
+
+
+def scales_swapped(model):
+    first, second = f"{SLICE}.attn.qkv.input", "layers.2.blocks.0.attn.qkv.input"
+    ours, theirs = read_scale(model, first), read_scale(model, second)
+    own_scale(model, first, theirs)
+    own_scale(model, second, ours)
+
+
+FAULTS = [scale_off_by_two_percent, weight_scale_off, weight_off_by_one, weight_transposed, scales_swapped]
+
+
+def plant(folder, fault):
+    model = onnx.load(str(folder / "model.onnx"))
+    fault(model)
+    onnx.save(model, str(folder / "model.onnx"))
+    artifact.record_files(folder, artifact.read_manifest(folder), "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_located(run_copy, fault):
+    plant(run_copy, fault)
+    report = report_of(run_copy)
+    assert not report.verdict
+    assert report.locations[0].first_diverging == SLICE, report.locations[0].faults
+    assert any(SLICE in reason for reason in report.verdict.reasons)
+
+
+def test_missing_clip_at_four_bits(finished_runs, tmp_path):
+    folder = shutil.copytree(finished_runs["w4a4"], tmp_path / "run")
+
+    def drop_clip(model):
+        node = quantize_node(model, f"{SLICE}.mlp.fc1.input")
+        clip = next(n for n in model.graph.node if node.input[0] in n.output)
+        assert clip.op_type == "Clip"
+        node.input[0] = clip.input[0]
+
+    plant(folder, drop_clip)
+    report = report_of(folder)
+    assert not report.verdict and report.locations[0].first_diverging == SLICE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+def test_unfaulted_run_has_no_fault(finished_runs, tmp_path, recipe):
+    report = report_of(shutil.copytree(finished_runs[recipe], tmp_path / "run"))
+    assert report.locations[0].faults == [] and report.locations[0].unknown == []
+    assert max(q.excess for q in report.locations[0].quantizers) < 1e-3
+    assert report.verdict, report.verdict.reasons
+
+
+def test_file_of_another_run(run_copy, finished_runs):
+    shutil.copy(finished_runs["w4a4"] / "model.onnx", run_copy / "model.onnx")
+    artifact.record_files(run_copy, artifact.read_manifest(run_copy), "model.onnx")
+    with pytest.raises(InputError, match="another run"):
+        report_of(run_copy)
+
+
+@pytest.mark.parametrize("change", [{"mean": (0.5,)}, {"interpolation": "nearest"}])
+def test_wrong_preprocessing(run_copy, change):
+    run = Run.open(run_copy)
+    images = demo_images("test", run.manifest.data.model_copy(update=change))
+    with pytest.raises(InputError, match=next(iter(change))):
+        validate(run, images, limit=10)
+
+
+def test_truncated_file(run_copy):
+    path = run_copy / "model.onnx"
+    path.write_bytes(path.read_bytes()[:5000])
+    artifact.record_files(run_copy, artifact.read_manifest(run_copy), "model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx"):
+        report_of(run_copy)
