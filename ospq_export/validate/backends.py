@@ -138,6 +138,13 @@ def open_session(
             where=f"provider {provider!r}",
             mend="install onnxruntime-gpu, or use the CPU",
         )
+    if provider != "cpu" and not torch.cuda.is_available():
+        # ONNX Runtime would try, write its own lines all over the terminal, and fall back.
+        raise InputError(
+            "there is no NVIDIA GPU that can be used",
+            where=f"provider {provider!r}",
+            mend="check the driver, or use the CPU",
+        )
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
