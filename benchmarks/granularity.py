@@ -130,7 +130,7 @@ def table() -> str:
         "# Granularity",
         "",
         "Fake-quantized Top-1 in percent, mean and (where there are several seeds) largest minus smallest. Written by",
-        "`benchmarks/granularity.py`, whose docstring says what the columns are; raw rows in `benchmarks/granularity/`. An empty cell is",
+        "`benchmarks/granularity.py`, whose docstring says what the columns are; raw rows beside it. An empty cell is",
         "not measured yet.",
         "",
         "| network | bits | " + " | ".join(METHODS) + " |",
