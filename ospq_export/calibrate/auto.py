@@ -65,14 +65,14 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimisation steps of all trials together, at most."""
-        first, second = _fields(self.candidates)
-        longest = max(len(c.slices) for c in self.candidates)
-        return sum(len(c.slices) for c in first) * self.iterations[0] + second * longest * self.iterations[1]
+        sizes = [len(c.slices) for c in self.candidates]
+        first, second = self.iterations
+        return sum(sizes) * first + _finalists(len(sizes)) * max(sizes) * second
 
 
-def _fields(candidates: list[Candidate]) -> tuple[list[Candidate], int]:
-    """Who takes part in the first trial, and how many in the second."""
-    return candidates, max(1, (len(candidates) + 1) // 2)
+def _finalists(candidates: int) -> int:
+    """How many candidates go into the second trial."""
+    return max(1, (candidates + 1) // 2)
 
 
 def image_steps(settings: Reconstruction, images: int) -> float:
@@ -109,7 +109,7 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     batch = max(1, recipe.reconstruction.batch_size // 4)
     fixed = image_steps(_pilot_settings(recipe.reconstruction, 1, batch), _PILOT_IMAGES) - batch
     for count in range(len(candidates), 0, -1):
-        second = max(1, (count + 1) // 2)
+        second = _finalists(count)
         left = budget - fixed * (count + second)
         if count == 1:
             return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
@@ -226,19 +226,18 @@ def choose_slicing(
 
 
 def _two_rungs(trials: _Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
-    first, size = _fields(plan.candidates)
     scores: dict[str, list[float]] = {}
-    for candidate in first:
+    for candidate in plan.candidates:
         scores[candidate.name] = [trials.run(candidate, plan.iterations[0], plan.batch_size)[0]]
-    second = sorted(first, key=lambda c: scores[c.name][0])[:size]
+    ranked = sorted(plan.candidates, key=lambda c: scores[c.name][0])
     best: tuple[float, Candidate, list[Tensor]] | None = None
-    for candidate in second:
+    for candidate in ranked[: _finalists(len(ranked))]:
         divergence, state = trials.run(candidate, plan.iterations[1], plan.batch_size)
         scores[candidate.name].append(divergence)
         if best is None or divergence < best[0]:
             best = divergence, candidate, state
     assert best is not None
-    return best[1], [_record(c, scores[c.name]) for c in first], best[2]
+    return best[1], [_record(c, scores[c.name]) for c in plan.candidates], best[2]
 
 
 def _record(candidate: Candidate, scores: list[float]) -> CandidateRecord:

@@ -94,6 +94,7 @@ def calibrate(
         versions=artifact.installed_versions(),
         files={},
     )
+    # The network shares the captured constants, but its quantizers are its own.
     network.module.to(target)
     _observe(network, images.images[: recipe.observation_images], seed, progress)
     job = Job(out, manifest, network, target, progress)
