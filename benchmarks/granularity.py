@@ -45,7 +45,7 @@ BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6)}
 # The peers do without what is ours: no equalization.
 PLAIN = ["equalization=none"]
 METHODS: dict[str, list[str]] = {
-    "rtn": ["slicing=block", "reconstruction.iterations=0", *PLAIN],
+    "rtn": ["slicing=block", "reconstruction.iterations=0", "reconstruction.refinement_images=0", *PLAIN],
     "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PLAIN],
     "brecq": ["slicing=block", "reconstruction.drop_probability=0.0", "reconstruction.loss=fisher", *PLAIN],
     "qdrop": ["slicing=block", *PLAIN],
@@ -87,7 +87,7 @@ def measure(network: Network, bits: str, method: str, seed: int, args: argparse.
     """One row."""
     weight, activation = BITS[bits]
     overrides = [f"name={bits}", f"weight_bits={weight}", f"activation_bits={activation}"]
-    recipe = load_recipe("w4a4", [*overrides, *METHODS[method], *args.set])
+    recipe = load_recipe("w4a4", [*overrides, *args.set, *METHODS[method]])
     folder = Path(args.runs) / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}"
     images = network.calibration.sample(recipe.calibration_images, seed=seed)
     try:

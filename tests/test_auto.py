@@ -9,6 +9,8 @@ from conftest import calibrated_demo
 from ospq_export import artifact
 from ospq_export.calibrate.auto import choose_slicing, image_steps, plan
 from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.outlier_slicing import cut_dominance
+from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.capture import capture
@@ -38,6 +40,11 @@ def images():
     return torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def dominances(network, images):
+    return cut_dominance(outlier_profile(network, images))
+
+
 def observed(network, images):
     graph = insert_quantizers(network, Bits(3, 3))
     observe(graph, images, batch_size=16, seed=0)
@@ -63,7 +70,7 @@ def test_trials_stay_within_their_budget():
     assert image_steps(recipe.reconstruction, 1024) > 500 * 32
 
 
-def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, images):
+def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, images, dominances):
     recipe = load_recipe("w4a4", SHORT)
     results = []
     for _ in range(2):
@@ -74,7 +81,7 @@ def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, imag
         def advance_of(total, steps=steps):
             return lambda: steps.append(total)
 
-        slices, record = choose_slicing(graph, network.graph, recipe, images, CPU, 0, advance_of)
+        slices, record = choose_slicing(graph, network.graph, recipe, images, dominances, CPU, 0, advance_of)
         results.append(
             (slices, record.model_dump_json(), [float(a.scale) for a in graph.activations.values()])
         )
@@ -91,10 +98,10 @@ def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, imag
     assert len({tuple(c.ends) for c in record.candidates}) == len(record.candidates)
 
 
-def test_too_few_images_to_hold_any_out(network, images):
+def test_too_few_images_to_hold_any_out(network, images, dominances):
     recipe = load_recipe("w4a4", ["slicing=auto", "pilot.held_out=46"])
     with pytest.raises(InputError, match="hold 46 out"):
-        choose_slicing(observed(network, images), network.graph, recipe, images, CPU, 0)
+        choose_slicing(observed(network, images), network.graph, recipe, images, dominances, CPU, 0)
 
 
 @pytest.mark.slow

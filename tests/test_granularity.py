@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from ospq_export.calibrate.outlier_slicing import dominance, outlier_aware_slicing
+from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
@@ -176,11 +177,14 @@ def test_outlier_aware_slicing_avoids_outliers(networks):
     assert not ends & bad and ends
 
 
-def test_dominance():
-    flat = torch.ones(10_000)
-    assert dominance(flat) == pytest.approx(1e-3, rel=1e-3)
-    flat[:5] = 1000.0
-    assert dominance(flat) > 0.99
+@pytest.mark.parametrize("name", [VIT, SWIN])
+def test_the_profile_knows_every_atoms_end(networks, name):
+    captured, size = (
+        networks[name][0],
+        networks[name][0].graph.find_nodes(op="placeholder")[0].meta["val"].shape,
+    )
+    dominances = cut_dominance(outlier_profile(captured, torch.randn(2, *size[1:])))
+    assert {p.end for p in atoms(captured.graph)} <= set(dominances)
 
 
 def test_unknown_start(networks):

@@ -40,6 +40,13 @@ def test_statistics_are_those_of_numpy_and_scipy(network):
     assert {r.kind for r in records.values()} == {"cut", "quantizer"}
 
 
+def test_the_largest_share_counts_the_largest_elements(network):
+    squares = np.sort(np.square(IMAGES.numpy().ravel()))[::-1]
+    images = {r.name: r for r in outlier_profile(network, IMAGES)}["patch_embed.proj.input"]
+    expected = squares[: round(0.001 * squares.size)].sum() / squares.sum()
+    assert images.largest_share == pytest.approx(expected, rel=1e-4)
+
+
 def test_injected_outliers_show(network):
     plain = {r.name: r for r in outlier_profile(network, IMAGES)}
     twin = capture(create_model(demo_spec("swin")), (1, 28, 28))

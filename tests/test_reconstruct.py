@@ -116,7 +116,7 @@ def test_a_result_worse_than_nearest_is_not_kept(network, quantized, images):
 def test_zero_iterations_is_round_to_nearest(network, quantized, images):
     piece, data = block(network, quantized, images)
     before = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
-    metrics = Reconstructor(settings("iterations=0"), CPU).run(piece, data, seed=0)
+    metrics = Reconstructor(settings("iterations=0", "refinement_images=0"), CPU).run(piece, data, seed=0)
     assert metrics.error_after == metrics.error_before and metrics.losses == []
     assert all(torch.equal(before[k], v) for k, v in quantizer_tensors(list(quantizers_of(piece))).items())
 

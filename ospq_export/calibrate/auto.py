@@ -1,15 +1,16 @@
 """`slicing = "auto"`: the granularity is chosen by trial reconstructions (our reading of the paper's Algorithm 1).
 
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
-is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts; each is reconstructed
-briefly on a part of the calibration images and judged by the KL divergence of the network's logits on another part. The better
-half goes into a second, longer trial, and the best of that is taken, together with the activation scales that it learned.
+is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
+are refined once, block by block; from there each candidate is reconstructed briefly on a part of the calibration images and
+judged by the KL divergence of the network's logits on another part. The better half goes into a second, longer trial, and the best
+of that is taken, together with the activation scales that it learned.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ospq_export.artifact import CandidateRecord, SlicingRecord
 from ospq_export.calibrate.losses import kl_divergence
 from ospq_export.calibrate.objective import objectives
-from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
 from ospq_export.calibrate.walk import walk
 from ospq_export.errors import InputError
@@ -34,8 +35,9 @@ OUTLIER_AWARE = "outlier-aware"
 _PREFERENCE = ("block", "atom", OUTLIER_AWARE, "blocks:2", "layer", "stage", "blocks:4", "model")
 _MIN_ITERATIONS = 20
 _FIRST_RUNG = 0.4
-_PILOT_IMAGES = 64
-_PILOT_REFINEMENT = 8
+_PILOT_IMAGES = 128
+_PILOT_ERROR_IMAGES = 32
+_PILOT_REFINEMENT = 16
 
 
 @dataclass(frozen=True)
@@ -75,71 +77,81 @@ def _finalists(candidates: int) -> int:
     return max(1, (candidates + 1) // 2)
 
 
-def image_steps(settings: Reconstruction, images: int) -> float:
+def image_steps(settings: Reconstruction, images: int, error_images: int | None = None) -> float:
     """Cost of a reconstruction of the whole network; a forward pass counts a third of a step.
 
     Two passes over the images per slice, three for the errors, and the refinement of the scales come on top of the steps.
+
+    Args:
+        settings: the recipe's.
+        images: calibration images.
+        error_images: on which errors are measured; None means all.
     """
-    refinement = settings.refinement_images * REFINEMENT_TRIALS / 3 if settings.iterations else 0
-    return settings.iterations * settings.batch_size + 5 * images / 3 + refinement
+    judged = images if error_images is None else error_images
+    passes = 2 * images + 3 * judged + settings.refinement_images * REFINEMENT_TRIALS
+    return settings.iterations * settings.batch_size + passes / 3
 
 
-def candidates_of(
-    network: QuantizedGraph, graph: fx.Graph, images: Tensor, device: torch.device
-) -> tuple[list[Candidate], dict[str, float]]:
-    """All different candidates in order of preference, and the outlier dominance at the cut points."""
-    dominances = cut_dominance(network, graph, images, device)
+def candidates_of(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Candidate]:
+    """All different candidates in order of preference.
+
+    Args:
+        graph: captured, without quantizers.
+        dominances: of outliers at the cut points, by name.
+    """
     found: dict[tuple[str, ...], Candidate] = {}
     for name in _PREFERENCE:
         slices = (
             outlier_aware_slicing(graph, dominances) if name == OUTLIER_AWARE else slicing_of(graph, name)
         )
         found.setdefault(tuple(s.end for s in slices), Candidate(name, slices))
-    return list(found.values()), dominances
+    return list(found.values())
 
 
 def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
-    """As many candidates, and as long trials, as the budget carries.
-
-    Raises:
-        InputError: it carries not even one; or the trials leave no images.
-    """
+    """As many candidates, and as long trials, as the budget carries; where it carries no two, the first one untried."""
     full = image_steps(recipe.reconstruction, images)
-    budget = recipe.pilot.budget * full
     batch = max(1, recipe.reconstruction.batch_size // 4)
-    fixed = image_steps(_pilot_settings(recipe.reconstruction, 1, batch), _PILOT_IMAGES) - batch
-    for count in range(len(candidates), 0, -1):
+    once = image_steps(_refinement(recipe.reconstruction), _PILOT_IMAGES, _PILOT_ERROR_IMAGES)
+    fixed = image_steps(_trial(recipe.reconstruction, 0, batch), _PILOT_IMAGES, _PILOT_ERROR_IMAGES)
+    for count in range(len(candidates), 1, -1):
         second = _finalists(count)
-        left = budget - fixed * (count + second)
-        if count == 1:
-            return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
+        left = recipe.pilot.budget * full - once - fixed * (count + second)
         iterations = (
             int(_FIRST_RUNG * left / (count * batch)),
             int((1 - _FIRST_RUNG) * left / (second * batch)),
         )
         if min(iterations) >= _MIN_ITERATIONS:
-            spent = batch * (count * iterations[0] + second * iterations[1]) + fixed * (count + second)
+            steps = batch * (count * iterations[0] + second * iterations[1])
+            spent = once + fixed * (count + second) + steps
             return Plan(list(candidates[:count]), iterations, batch, spent / full)
-    raise AssertionError("there is always a candidate")
+    return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
 
 
-def _pilot_settings(settings: Reconstruction, iterations: int, batch_size: int) -> Reconstruction:
-    few = min(settings.refinement_images, _PILOT_REFINEMENT)
+def _refinement(settings: Reconstruction) -> Reconstruction:
+    images = min(settings.refinement_images, _PILOT_REFINEMENT)
+    return settings.model_copy(
+        update={"iterations": 0, "refinement_images": images, "bias_correction": False}
+    )
+
+
+def _trial(settings: Reconstruction, iterations: int, batch_size: int) -> Reconstruction:
     changes = {
         "iterations": iterations,
         "batch_size": batch_size,
-        "refinement_images": few,
+        "refinement_images": 0,
         "bias_images": 32,
     }
     return settings.model_copy(update=changes)
 
 
 class _Trials:
-    """Runs trials; every one starts from the observed network."""
+    """Runs trials; every one starts from the observed network with its activation scales refined block by block."""
 
     def __init__(
         self,
         network: QuantizedGraph,
+        graph: fx.Graph,
         recipe: Recipe,
         images: Tensor,
         device: torch.device,
@@ -155,9 +167,11 @@ class _Trials:
         )
         held = recipe.pilot.held_out
         self.train, self.judge = images[: min(_PILOT_IMAGES, len(images) - held)], images[-held:]
-        self.initial = network.state()
         network.set_mode(Mode.FLOAT)
         self.reference = self._logits()
+        blocks = Candidate("block", slicing_of(graph, "block"))
+        self._walk(blocks, _refinement(recipe.reconstruction))
+        self.initial = network.state()
 
     def _logits(self) -> Tensor:
         with torch.no_grad():
@@ -165,18 +179,19 @@ class _Trials:
 
     def run(self, candidate: Candidate, iterations: int, batch_size: int) -> tuple[float, list[Tensor]]:
         """KL divergence of the logits (nats), and the state that was learned."""
-        settings = _pilot_settings(self.recipe.reconstruction, iterations, batch_size)
-        reconstructor = Reconstructor(settings, self.device, self.advance)
-        make = objectives(self.network, candidate.slices, self.train, settings, self.device, self.seed)
-        for _ in walk(
-            self.network, candidate.slices, self.train, reconstructor, self.seed, make_objective=make
-        ):
-            continue
+        self._walk(candidate, _trial(self.recipe.reconstruction, iterations, batch_size))
         self.network.set_mode(Mode.QUANTIZE)
         divergence = float(kl_divergence(self._logits(), self.reference))
         learned = self.network.state()
         self.network.load_state(self.initial)
         return divergence, learned
+
+    def _walk(self, candidate: Candidate, settings: Reconstruction) -> None:
+        slices, train = candidate.slices, self.train
+        reconstructor = Reconstructor(settings, self.device, self.advance, _PILOT_ERROR_IMAGES)
+        make = objectives(self.network, slices, train, settings, self.device, self.seed)
+        for _ in walk(self.network, slices, train, reconstructor, self.seed, make_objective=make):
+            continue
 
 
 def choose_slicing(
@@ -184,6 +199,7 @@ def choose_slicing(
     graph: fx.Graph,
     recipe: Recipe,
     images: Tensor,
+    dominances: Mapping[str, float],
     device: torch.device,
     seed: int,
     advance_of: Callable[[int], Callable[[], None]] = lambda _steps: lambda: None,
@@ -195,6 +211,7 @@ def choose_slicing(
         graph: captured, without quantizers.
         recipe: its pilot settings bound the cost.
         images: float32 (N, C, H, W), normalised.
+        dominances: of outliers at the cut points, by name; from the profile.
         device: where the network lies.
         seed: of every trial.
         advance_of: given the number of steps, returns what advances a progress bar by one.
@@ -209,18 +226,18 @@ def choose_slicing(
             where="pilot.held_out",
             mend="give more images, lower pilot.held_out, or name a granularity: --set slicing=block",
         )
-    candidates, dominances = candidates_of(network, graph, images[:_PILOT_IMAGES], device)
+    candidates = candidates_of(graph, dominances)
     chosen = plan(recipe, len(images), candidates)
     names = ", ".join(c.name for c in chosen.candidates)
     log.info("trying %s: %.0f %% of the full run", names, 100 * chosen.share)
     if len(chosen.candidates) == 1:
         winner, records = chosen.candidates[0], [_record(chosen.candidates[0], [])]
     else:
-        trials = _Trials(network, recipe, images, device, seed, advance_of(chosen.steps))
+        trials = _Trials(network, graph, recipe, images, device, seed, advance_of(chosen.steps))
         winner, records, state = _two_rungs(trials, chosen)
         network.load_state(state, scales_only=True)
     record = SlicingRecord(
-        choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dominances
+        choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
     )
     return winner.slices, record
 

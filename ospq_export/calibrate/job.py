@@ -19,7 +19,7 @@ from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
 from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
 from ospq_export.calibrate.bias import corrected_biases
 from ospq_export.calibrate.objective import objectives
-from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
+from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import Step, walk
 from ospq_export.errors import InputError
@@ -107,6 +107,7 @@ class Job:
                 captured.graph,
                 recipe,
                 images,
+                cut_dominance(self.manifest.profile),
                 self.device,
                 self.seed,
                 lambda steps: stepper(self.progress, "choose slicing", steps),

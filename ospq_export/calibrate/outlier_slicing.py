@@ -5,43 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ospq_export.calibrate.activations import forward
+from ospq_export.artifact import OutlierRecord
 from ospq_export.graph.granularity import block_slicing, join
-from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.graph.slicing import Slice, atoms, extract
+from ospq_export.graph.slicing import Slice, atoms
 
 _WEIGHT = 0.25
 _MOST_EXCESS = 8.0
-_LARGEST = 1e-3
 
 
-def dominance(tensor: Tensor) -> float:
-    """Share of the squared norm that the largest 0.1 % of the elements hold, in [0, 1]; a Gaussian has about 0.013."""
-    squared = tensor.detach().float().square().flatten()
-    count = max(1, round(_LARGEST * squared.numel()))
-    return float(squared.topk(count).values.sum() / squared.sum().clamp_min(1e-30))
+def cut_dominance(profile: Sequence[OutlierRecord]) -> dict[str, float]:
+    """Dominance of outliers at every cut point: the share of the squared norm that the largest 0.1 % of the elements hold.
 
-
-def cut_dominance(
-    network: QuantizedGraph, graph: fx.Graph, images: Tensor, device: torch.device
-) -> dict[str, float]:
-    """Dominance of outliers in the float activation at the end of every atom, by the name of its cut point.
-
-    Args:
-        network: any mode.
-        graph: captured, without quantizers.
-        images: float32 (N, C, H, W).
-        device: where the network lies.
+    In [0, 1], by the cut point's name; a Gaussian has about 0.013.
     """
-    tensors: tuple[Tensor, ...] = (images,)
-    found = {}
-    for atom in atoms(graph):
-        tensors = forward(extract(network.module, atom), tensors, Mode.FLOAT, device, len(images))
-        found[atom.end] = dominance(tensors[0])
-    return found
+    return {record.name: record.largest_share for record in profile if record.kind == "cut"}
 
 
 def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Slice]:

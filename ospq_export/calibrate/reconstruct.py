@@ -51,11 +51,13 @@ class Reconstructor:
         settings: from the recipe.
         device: where the slices run; the data may lie elsewhere.
         advance: called after each step, for a progress bar.
+        error_images: measure errors on the first so many images; None takes all.
     """
 
     settings: Reconstruction
     device: torch.device
     advance: Callable[[], None] = lambda: None
+    error_images: int | None = None
 
     def run(
         self, piece: fx.GraphModule, data: SliceData, seed: int, objective: Objective | None = None
@@ -72,7 +74,7 @@ class Reconstructor:
         objective = objective or Objective(settings, weight_quantizers(piece))
         before, loss_before = self.error(piece, data, objective)
         initial = _snapshot(piece)
-        if settings.refinement_images > 0 and settings.iterations > 0:
+        if settings.refinement_images > 0:
             head = data.select(slice(0, _refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
         losses: list[float] = []
@@ -107,6 +109,7 @@ class Reconstructor:
     ) -> tuple[float, float]:
         """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective."""
         judge = objective or Objective(self.settings, [])
+        data = data if self.error_images is None else data.select(slice(0, self.error_images))
         total, loss, count = 0.0, 0.0, 0
         set_mode(piece, Mode.QUANTIZE)
         with torch.no_grad():

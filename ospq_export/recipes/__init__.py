@@ -24,7 +24,9 @@ class Reconstruction(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    iterations: int = Field(ge=0, description="optimisation steps per slice; 0 is round to nearest")
+    iterations: int = Field(
+        ge=0, description="optimisation steps per slice; 0, and no refinement, is round to nearest"
+    )
     batch_size: int = Field(ge=1, description="images per step")
     refinement_images: int = Field(
         ge=0,
