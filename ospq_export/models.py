@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 
@@ -201,3 +202,20 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
 
 def _written(kwargs: dict[str, Any]) -> str:
     return " ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no --model-kwargs"
+
+
+def torch_device(name: str) -> torch.device:
+    """A torch device by name, tried out.
+
+    Raises:
+        InputError: there is no such device, or it does not work on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
+        ) from error
+    return device

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, fx
 
 from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.observe import observe
 from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
-from ospq_export.models import create_model
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import Bits, QuantizedGraph, insert_quantizers
+from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
 
@@ -28,6 +32,28 @@ def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
     chosen = load_recipe(recipe, [*SHORT, *overrides])
     sample = images.sample(chosen.calibration_images, seed=0)
     return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+
+
+@pytest.fixture(scope="session")
+def small_vit() -> fx.GraphModule:
+    """A captured ViT of two blocks with random weights, for (N, 3, 32, 32); do not change it."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 2, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
+    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
+
+
+@pytest.fixture(scope="session")
+def noise() -> Tensor:
+    """Images for it: float32 (32, 3, 32, 32)."""
+    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def observed_vit(small_vit: fx.GraphModule, noise: Tensor) -> QuantizedGraph:
+    """It with observed quantizers at W3A3, which a test may change."""
+    graph = insert_quantizers(small_vit, Bits(3, 3))
+    observe(graph, noise, batch_size=16, seed=0)
+    return graph
 
 
 @pytest.fixture(scope="session")

@@ -28,3 +28,16 @@ def test_table_json_and_plot(capsys, folder, tmp_path):
     with Image.open(tmp_path / "p.png") as plot:
         assert plot.size[0] > 500
     assert_refused(run(capsys, *fixed, "--out", tmp_path / "p.pdf"), "JSON or PNG", tmp_path / "p.pdf")
+    assert_refused(run(capsys, *fixed, "--device", "cuda:77"), "cannot be used", tmp_path / "none")
+    assert_refused(run(capsys, *fixed, "--mean", "0.5,x"), "--mean", tmp_path / "none")
+
+
+def test_preprocessing_is_the_users(capsys, folder, tmp_path):
+    fixed = ["inspect", MODEL, "--data", folder, "--model-kwargs", KWARGS, "--random-weights", "--workers", 0]
+
+    def profile(name, *options):
+        assert run(capsys, *fixed, "--quiet", "--out", tmp_path / name, *options)[0] == 0
+        return json.loads((tmp_path / name).read_text())
+
+    plain, shifted = profile("a.json"), profile("b.json", "--mean", "0.9")
+    assert plain == profile("c.json") and plain != shifted

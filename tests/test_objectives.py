@@ -26,25 +26,6 @@ def settings(*overrides):
     return load_recipe("w4a4", [f"reconstruction.{o}" for o in short]).reconstruction
 
 
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    kwargs = {"img_size": 32, "depth": 2, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
-    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def quantized(network, images):
-    graph = insert_quantizers(network, Bits(3, 3))
-    observe(graph, images, batch_size=16, seed=0)
-    return graph
-
-
 def test_kl_is_torchs():
     output, target = torch.randn(6, 9), torch.randn(6, 9)
     expected = F.kl_div(
@@ -74,15 +55,15 @@ def test_channels_lie_second_only_where_a_convolution_reads_them():
     assert channel_axis(nodes[ends[0]]) == 1 and channel_axis(nodes[ends[-1]]) == -1
 
 
-def test_fisher_weights_are_squared_gradients(network, quantized, images):
+def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise):
     """Against a plain autograd computation on the network from the last cut on."""
-    slices = slicing_of(network.graph, "block")
-    weights = fisher_weights(quantized, slices, images[:8], CPU, seed=3)
+    slices = slicing_of(small_vit.graph, "block")
+    weights = fisher_weights(observed_vit, slices, noise[:8], CPU, seed=3)
     assert [w.mean() for w in weights] == pytest.approx([1.0] * len(slices), abs=0.06)
-    pieces = [extract(quantized.module, s) for s in slices]
-    quantized.set_mode(Mode.FLOAT)
+    pieces = [extract(observed_vit.module, s) for s in slices]
+    observed_vit.set_mode(Mode.FLOAT)
     with torch.no_grad():
-        x = images[:8]
+        x = noise[:8]
         for piece in pieces[:2]:
             x = piece(x, 8)
     x.requires_grad_(True)
@@ -99,12 +80,12 @@ def test_fisher_weights_are_squared_gradients(network, quantized, images):
 
 @pytest.mark.parametrize("loss", ["normalized", "channel", "fisher"])
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_every_loss_lowers_its_own_objective(network, images, loss, granularity):
-    graph = insert_quantizers(network, Bits(3, 3))
-    observe(graph, images, batch_size=16, seed=0)
-    slices = slicing_of(network.graph, granularity)
+def test_every_loss_lowers_its_own_objective(small_vit, noise, loss, granularity):
+    graph = insert_quantizers(small_vit, Bits(3, 3))
+    observe(graph, noise, batch_size=16, seed=0)
+    slices = slicing_of(small_vit.graph, granularity)
     chosen = settings(f"loss={loss}", "final_loss=kl", "bias_correction=true")
-    make = objectives(graph, slices, images, chosen, CPU, seed=0)
+    make = objectives(graph, slices, noise, chosen, CPU, seed=0)
     kinds = []
 
     def noted(index, piece, target):
@@ -112,28 +93,28 @@ def test_every_loss_lowers_its_own_objective(network, images, loss, granularity)
         kinds.append((objective.kl, objective.weight is not None))
         return objective
 
-    steps = list(walk(graph, slices, images, Reconstructor(chosen, CPU), 0, make_objective=noted))
+    steps = list(walk(graph, slices, noise, Reconstructor(chosen, CPU), 0, make_objective=noted))
     assert len(steps) == len(slices)
     assert kinds[-1] == (True, False)
     assert set(kinds[:-1]) == {(False, loss != "normalized")}
     graph.set_mode(Mode.QUANTIZE)
     with torch.no_grad():
-        ours = graph.module(images)
+        ours = graph.module(noise)
         graph.set_mode(Mode.FLOAT)
-        reference = graph.module(images)
-    nearest = insert_quantizers(network, Bits(3, 3))
-    observe(nearest, images, batch_size=16, seed=0)
+        reference = graph.module(noise)
+    nearest = insert_quantizers(small_vit, Bits(3, 3))
+    observe(nearest, noise, batch_size=16, seed=0)
     nearest.set_mode(Mode.QUANTIZE)
     with torch.no_grad():
-        plain = nearest.module(images)
+        plain = nearest.module(noise)
     assert (ours - reference).square().mean() < 0.9 * (plain - reference).square().mean()
 
 
-def test_bias_correction_gives_every_operator_the_float_mean(network, quantized, images):
-    bounds = slicing_of(network.graph, "block")[1]
-    first = extract(quantized.module, slicing_of(network.graph, "block")[0])
-    x = forward(first, (images,), Mode.FLOAT, CPU, 32)
-    piece = extract(quantized.module, bounds)
+def test_bias_correction_gives_every_operator_the_float_mean(small_vit, observed_vit, noise):
+    bounds = slicing_of(small_vit.graph, "block")[1]
+    first = extract(observed_vit.module, slicing_of(small_vit.graph, "block")[0])
+    x = forward(first, (noise,), Mode.FLOAT, CPU, 32)
+    piece = extract(observed_vit.module, bounds)
     target = forward(piece, x, Mode.FLOAT, CPU, 32)[0]
     data = SliceData(x, x, target, 32)
 
@@ -143,21 +124,21 @@ def test_bias_correction_gives_every_operator_the_float_mean(network, quantized,
 
     before = mean_error()
     float_biases = {
-        b.name: quantized.module.get_buffer(b.constant).clone() for b in quantized.biases.values()
+        b.name: observed_vit.module.get_buffer(b.constant).clone() for b in observed_vit.biases.values()
     }
     correct_biases(piece, data, CPU)
     assert mean_error() < 0.1 * before
-    changed = [n for n, b in quantized.biases.items() if not torch.equal(b.value, float_biases[n])]
-    assert sorted(changed) == sorted(n for n in quantized.biases if n.startswith("blocks.0."))
+    changed = [n for n, b in observed_vit.biases.items() if not torch.equal(b.value, float_biases[n])]
+    assert sorted(changed) == sorted(n for n in observed_vit.biases if n.startswith("blocks.0."))
     torch.testing.assert_close(forward(piece, x, Mode.FLOAT, CPU, 32)[0], target, rtol=0, atol=0)
 
 
-def test_offsets_are_learned_where_a_grid_is_shifted(network, images):
-    graph = insert_quantizers(network, Bits(8, 8))
-    observe(graph, images, batch_size=16, seed=0)
+def test_offsets_are_learned_where_a_grid_is_shifted(small_vit, noise):
+    graph = insert_quantizers(small_vit, Bits(8, 8))
+    observe(graph, noise, batch_size=16, seed=0)
     first = next(iter(graph.activations.values()))
-    piece = extract(graph.module, slicing_of(network.graph, "block")[1])
-    x = forward(extract(graph.module, slicing_of(network.graph, "block")[0]), (images,), Mode.FLOAT, CPU, 32)
+    piece = extract(graph.module, slicing_of(small_vit.graph, "block")[1])
+    x = forward(extract(graph.module, slicing_of(small_vit.graph, "block")[0]), (noise,), Mode.FLOAT, CPU, 32)
     data = SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, 32)[0], 32)
     shifted = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and m.grid == "shifted"]
     assert shifted, f"no shifted grid in {first.name}'s network: the test needs one"
@@ -175,7 +156,7 @@ def test_rows_of_images_that_hold_several_rows():
     assert picked[:, 0].tolist() == [12, 14, 16, 0, 2, 4]
 
 
-def test_a_layer_slicing_reconstructs_windows(images):
+def test_a_layer_slicing_reconstructs_windows(noise):
     torch.manual_seed(0)
     kwargs = {"img_size": 56, "depths": (2,), "num_heads": (2,), "embed_dim": 32, "num_classes": 5}
     network = capture(

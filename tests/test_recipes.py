@@ -1,6 +1,9 @@
 """Recipes: the packaged ones, the paper's settings, overrides, and what is refused."""
 
+import json
+
 import pytest
+from conftest import calibrated_demo
 
 from ospq_export.errors import InputError
 from ospq_export.recipes import load_recipe, packaged_recipes
@@ -18,19 +21,58 @@ def test_packaged_recipes_load_under_their_names():
     assert bits == {"paper-w4a4": (4, 4), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6), "w8a8": (8, 8)}
 
 
+# Setting by setting: Ma et al. 2024, appendix F; first and last layer from BRECQ, warm-up and regulariser from AdaRound.
+PAPER = {
+    "weight_bits": 4,
+    "activation_bits": 4,
+    "first_last_bits": 8,
+    "calibration_images": 16 * 64,
+    "equalization": "none",
+    "reconstruction": {
+        "iterations": 20_000,
+        "batch_size": 64,
+        "learning_rate_rounding": 1e-3,
+        "learning_rate_scale": 4e-5,
+        "scale_parametrization": "linear",
+        "rounding_weight": 0.1,
+        "beta_start": 20.0,
+        "beta_end": 2.0,
+        "warm_up": 0.2,
+        "drop_probability": 0.5,
+        "loss": "literal",
+        "final_loss": "same",
+        "refinement_images": 0,
+        "learn_offsets": False,
+        "bias_correction": False,
+    },
+}
+
+
+def assert_papers(found, changed):
+    for key, value in PAPER.items():
+        if key != "reconstruction" and key not in changed:
+            assert found[key] == value, key
+    for key, value in PAPER["reconstruction"].items():
+        if key not in changed:
+            assert found["reconstruction"][key] == value, key
+
+
 def test_the_papers_settings():
-    recipe = load_recipe("paper-w4a4")
-    r = recipe.reconstruction
-    assert recipe.calibration_images == 16 * 64 and r.batch_size == 64
-    assert (r.learning_rate_rounding, r.learning_rate_scale, r.scale_parametrization) == (
-        1e-3,
-        4e-5,
-        "linear",
-    )
-    assert (r.rounding_weight, r.iterations, r.drop_probability) == (0.1, 20_000, 0.5)
-    assert (r.beta_start, r.beta_end, r.warm_up) == (20.0, 2.0, 0.2)
-    assert (recipe.first_last_bits, r.loss, r.refinement_images) == (8, "literal", 0)
-    assert recipe.equalization == "none"
+    assert_papers(load_recipe("paper-w4a4").model_dump(), set())
+
+
+def test_a_run_with_the_papers_settings_has_them_in_its_manifest(tmp_path):
+    """All of them at work but for the number of steps and of images."""
+    changed = {"iterations": 2, "calibration_images": 64, "observation_images": 32}
+    run = calibrated_demo("swin", "paper-w4a4", tmp_path / "run", "calibration_images=64", "slicing=stage")
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert_papers(manifest["recipe"], set(changed))
+    assert manifest["recipe"]["reconstruction"]["iterations"] == 2
+    assert [s["iterations"] for s in manifest["slices"]] == [2] * len(manifest["slices"])
+    bits = {q["name"]: q["bits"] for q in manifest["quantizers"]}
+    ends = ("patch_embed.proj.weight", "patch_embed.proj.input", "head.fc.weight", "head.fc.input")
+    assert all(bits.pop(name) == 8 for name in ends) and set(bits.values()) == {4}
+    assert manifest["calibration"]["images"] == 64 and not manifest["equalized"]
 
 
 def test_overrides_are_typed():

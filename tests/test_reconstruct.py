@@ -10,7 +10,6 @@ from ospq_export.calibrate.losses import annealed_beta, literal_loss, rounding_r
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import walk
-from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -21,7 +20,6 @@ from ospq_export.graph.quantizers import (
     quantizers_of,
 )
 from ospq_export.graph.slicing import extract
-from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.run import quantizer_tensors
 
@@ -34,36 +32,17 @@ def settings(*overrides):
     ).reconstruction
 
 
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    kwargs = {"img_size": 32, "depth": 2, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
-    return capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 32, 32))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def quantized(network, images):
-    graph = insert_quantizers(network, Bits(3, 3))
-    observe(graph, images, batch_size=16, seed=0)
-    return graph
-
-
-def block(network, quantized, images, index=1):
-    slices = block_slicing(network.graph)
-    x = (images,)
+def block(small_vit, observed_vit, noise, index=1):
+    slices = block_slicing(small_vit.graph)
+    x = (noise,)
     for bounds in slices[:index]:
-        x = forward(extract(quantized.module, bounds), x, Mode.FLOAT, CPU, len(images))
-    piece = extract(quantized.module, slices[index])
-    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, len(images))[0], len(images))
+        x = forward(extract(observed_vit.module, bounds), x, Mode.FLOAT, CPU, len(noise))
+    piece = extract(observed_vit.module, slices[index])
+    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, len(noise))[0], len(noise))
 
 
-def test_learning_lowers_the_error(network, quantized, images):
-    piece, data = block(network, quantized, images)
+def test_learning_lowers_the_error(small_vit, observed_vit, noise):
+    piece, data = block(small_vit, observed_vit, noise)
     weights = [m for m in quantizers_of(piece) if isinstance(m, WeightQuantizer)]
     scales = {m.name: float(m.scale) for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer)}
     nearest = {w.name: w.codes.clone() for w in weights}
@@ -86,12 +65,12 @@ def test_learning_lowers_the_error(network, quantized, images):
     assert len(moved) == len(scales)
 
 
-def test_reproducible_for_a_seed_only(network, images):
+def test_reproducible_for_a_seed_only(small_vit, noise):
     states = []
     for seed in (5, 5, 6):
-        graph = insert_quantizers(network, Bits(3, 3))
-        observe(graph, images, batch_size=16, seed=0)
-        piece, data = block(network, graph, images)
+        graph = insert_quantizers(small_vit, Bits(3, 3))
+        observe(graph, noise, batch_size=16, seed=0)
+        piece, data = block(small_vit, graph, noise)
         torch.manual_seed(seed * 100)  # the caller's generator must not matter
         before = torch.get_rng_state()
         Reconstructor(settings(), CPU).run(piece, data, seed)
@@ -103,8 +82,8 @@ def test_reproducible_for_a_seed_only(network, images):
     assert same == [True, False]
 
 
-def test_a_result_worse_than_nearest_is_not_kept(network, quantized, images):
-    piece, data = block(network, quantized, images)
+def test_a_result_worse_than_nearest_is_not_kept(small_vit, observed_vit, noise):
+    piece, data = block(small_vit, observed_vit, noise)
     before = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
     wild = settings("learning_rate_scale=30.0", "learning_rate_rounding=50.0")
     metrics = Reconstructor(wild, CPU).run(piece, data, seed=0)
@@ -113,8 +92,8 @@ def test_a_result_worse_than_nearest_is_not_kept(network, quantized, images):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_zero_iterations_is_round_to_nearest(network, quantized, images):
-    piece, data = block(network, quantized, images)
+def test_zero_iterations_is_round_to_nearest(small_vit, observed_vit, noise):
+    piece, data = block(small_vit, observed_vit, noise)
     before = {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
     metrics = Reconstructor(settings("iterations=0", "refinement_images=0"), CPU).run(piece, data, seed=0)
     assert metrics.error_after == metrics.error_before and metrics.losses == []
@@ -128,13 +107,13 @@ def tensors_of(graph):
     }
 
 
-def test_a_resumed_walk_ends_in_the_same_bytes(network, images):
-    slices = block_slicing(network.graph)
+def test_a_resumed_walk_ends_in_the_same_bytes(small_vit, noise):
+    slices = block_slicing(small_vit.graph)
     reconstructor = Reconstructor(settings("iterations=5"), CPU)
 
     def run(restored):
-        graph = insert_quantizers(network, Bits(3, 3))
-        observe(graph, images, batch_size=16, seed=0)
+        graph = insert_quantizers(small_vit, Bits(3, 3))
+        observe(graph, noise, batch_size=16, seed=0)
 
         def restore(index, piece):
             if index not in restored:
@@ -145,7 +124,7 @@ def test_a_resumed_walk_ends_in_the_same_bytes(network, images):
             return True
 
         steps = {}
-        for step in walk(graph, slices, images, reconstructor, 0, restore):
+        for step in walk(graph, slices, noise, reconstructor, 0, restore):
             steps[step.index] = {
                 k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(step.piece))).items()
             }
@@ -189,8 +168,8 @@ def test_literal_loss_sums_dimension_one():
     assert float(literal_loss(output, target)) == pytest.approx(16.0), "channels of NCHW"
 
 
-def test_literal_recipe_runs(network, quantized, images):
-    piece, data = block(network, quantized, images)
+def test_literal_recipe_runs(small_vit, observed_vit, noise):
+    piece, data = block(small_vit, observed_vit, noise)
     literal = load_recipe(
         "paper-w4a4", ["reconstruction.iterations=5", "reconstruction.batch_size=8"]
     ).reconstruction

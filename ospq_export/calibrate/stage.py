@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
@@ -19,7 +18,7 @@ from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.quantizers import Bits, QuantizedGraph, insert_quantizers
-from ospq_export.models import ModelSpec
+from ospq_export.models import ModelSpec, torch_device
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
 from ospq_export.run import Run
@@ -64,7 +63,7 @@ def calibrate(
             run there was made from other inputs.
     """
     check_output_folder(out)
-    target = _device(device)
+    target = torch_device(device)
     _check_batch(recipe, len(images.images))
     captured = capture(model, data.input_size)
     if recipe.slicing != "auto":
@@ -138,18 +137,6 @@ def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[st
     """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
     return class_to_idx if len(class_to_idx) == output.meta["val"].shape[-1] else {}
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
-        ) from error
-    return device
 
 
 def _equalize(

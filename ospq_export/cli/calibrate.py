@@ -8,17 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli.options import (
+    CheckpointOption,
+    CropPctOption,
     DataOption,
     DeviceOption,
+    InputSizeOption,
+    InterpolationOption,
+    MeanOption,
+    ModelArgument,
+    ModelKwargsOption,
     QuietOption,
+    RandomWeightsOption,
     RecipeOption,
     SeedOption,
     SetOption,
+    StdOption,
     WorkersOption,
     console,
+    data_settings,
+    model_spec,
     read_recipe,
 )
-from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from ospq_export.data import Batch, DataConfig, ImageSet
@@ -27,54 +37,28 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")],
+    model: ModelArgument,
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Run directory to write; must be new, empty or interrupted.")],
     recipe: RecipeOption = "w8a8",
     overrides: SetOption = None,
-    model_kwargs: Annotated[
-        str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
-    ] = "",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones."),
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option(help="Use seeded random weights, to try the tools out.")
-    ] = False,
-    input_size: Annotated[str | None, typer.Option(help="Channels, height, width: '3,224,224'.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0.456,0.406'.")] = None,
-    std: Annotated[str | None, typer.Option(help="Standard deviation per channel.")] = None,
-    crop_pct: Annotated[
-        float | None, typer.Option(help="Share of the resized image that the crop keeps.")
-    ] = None,
-    interpolation: Annotated[
-        str | None, typer.Option(help="Resampling: bicubic, bilinear, nearest, ...")
-    ] = None,
+    model_kwargs: ModelKwargsOption = "",
+    checkpoint: CheckpointOption = None,
+    random_weights: RandomWeightsOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    crop_pct: CropPctOption = None,
+    interpolation: InterpolationOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
-    from ospq_export.models import ModelSpec, parse_model_kwargs
-
     chosen = read_recipe(recipe, overrides)
-    spec = ModelSpec(
-        name=model,
-        kwargs=parse_model_kwargs(model_kwargs),
-        checkpoint=None if checkpoint is None else str(checkpoint),
-        pretrained=checkpoint is None and not random_weights,
-    )
-    shape = _numbers(input_size, "--input-size", int)
-    settings = {
-        "input_size": shape,
-        "mean": _numbers(mean, "--mean", float),
-        "std": _numbers(std, "--std", float),
-        "crop_pct": crop_pct,
-        "interpolation": interpolation,
-    }
-    given = {key: value for key, value in settings.items() if value is not None}
+    spec = model_spec(model, model_kwargs, checkpoint, random_weights)
+    given = data_settings(input_size, mean, std, crop_pct, interpolation)
 
     def images(config: DataConfig) -> ImageSet:
         from ospq_export.data import ImageSet
@@ -82,17 +66,6 @@ def calibrate(
         return ImageSet.from_folder(data, config)
 
     run_calibrate(spec, given, images, chosen, out, device=device, seed=seed, workers=workers, quiet=quiet)
-
-
-def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.replace(",", " ").split())
-    except ValueError as error:
-        raise InputError(
-            f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"
-        ) from error
 
 
 def run_calibrate(

@@ -7,7 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import DataOption, QuietOption, SeedOption, WorkersOption, console
+from ospq_export.cli.options import (
+    CheckpointOption,
+    CropPctOption,
+    DataOption,
+    DeviceOption,
+    InputSizeOption,
+    InterpolationOption,
+    MeanOption,
+    ModelArgument,
+    ModelKwargsOption,
+    QuietOption,
+    RandomWeightsOption,
+    SeedOption,
+    StdOption,
+    WorkersOption,
+    console,
+    data_settings,
+    model_spec,
+)
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,18 +33,22 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")],
+    model: ModelArgument,
     data: DataOption,
     out: Annotated[
         Path | None,
         typer.Option(help="Where to write the profile: a .json file, or a .png plot across depth."),
     ] = None,
-    model_kwargs: Annotated[
-        str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
-    ] = "",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: timm's pretrained ones.")] = None,
-    random_weights: Annotated[bool, typer.Option(help="Use seeded random weights.")] = False,
+    model_kwargs: ModelKwargsOption = "",
+    checkpoint: CheckpointOption = None,
+    random_weights: RandomWeightsOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    crop_pct: CropPctOption = None,
+    interpolation: InterpolationOption = None,
     images: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 64,
+    device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
@@ -42,22 +64,19 @@ def inspect(
     from ospq_export.calibrate.profile import outlier_profile
     from ospq_export.data import ImageSet, resolve_data_config
     from ospq_export.graph.capture import capture
-    from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+    from ospq_export.models import create_model, torch_device
     from ospq_export.progress import stage_progress, stepper
 
-    spec = ModelSpec(
-        name=model,
-        kwargs=parse_model_kwargs(model_kwargs),
-        checkpoint=None if checkpoint is None else str(checkpoint),
-        pretrained=checkpoint is None and not random_weights,
-    )
+    target = torch_device(device)
+    spec = model_spec(model, model_kwargs, checkpoint, random_weights)
     torch.manual_seed(seed)
     network = create_model(spec)
-    config = resolve_data_config(network, spec, {})
+    settings = data_settings(input_size, mean, std, crop_pct, interpolation)
+    config = resolve_data_config(network, spec, settings)
     sample = ImageSet.from_folder(data, config).sample(images, seed, workers).images
     with stage_progress(disable=quiet) as progress:
         advance = stepper(progress, "profile", -(-len(sample) // 32))
-        records = outlier_profile(capture(network, config.input_size), sample, advance=advance)
+        records = outlier_profile(capture(network, config.input_size).to(target), sample, advance=advance)
     _print(records)
     if out is not None and out.suffix == ".json":
         write_json(out, [record.model_dump(mode="json") for record in records])

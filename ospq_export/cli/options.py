@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ospq_export.models import ModelSpec
     from ospq_export.recipes import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
@@ -19,6 +22,19 @@ WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+ModelArgument = Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")]
+ModelKwargsOption = Annotated[
+    str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
+]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones.")
+]
+RandomWeightsOption = Annotated[bool, typer.Option(help="Use seeded random weights, to try the tools out.")]
+InputSizeOption = Annotated[str | None, typer.Option(help="Channels, height, width: '3,224,224'.")]
+MeanOption = Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0.456,0.406'.")]
+StdOption = Annotated[str | None, typer.Option(help="Standard deviation per channel.")]
+CropPctOption = Annotated[float | None, typer.Option(help="Share of the resized image that the crop keeps.")]
+InterpolationOption = Annotated[str | None, typer.Option(help="Resampling: bicubic, bilinear, nearest, ...")]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate` wrote.")]
 RecipeOption = Annotated[
     str, typer.Option(help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, paper-w4a4) or a TOML file.")
@@ -36,6 +52,55 @@ def read_recipe(name: str, overrides: list[str] | None) -> Recipe:
     from ospq_export.recipes import load_recipe
 
     return load_recipe(name, overrides or [])
+
+
+def model_spec(name: str, kwargs: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+    """The model that the command line names.
+
+    Raises:
+        InputError: the keyword arguments cannot be read.
+    """
+    from ospq_export.models import ModelSpec, parse_model_kwargs
+
+    return ModelSpec(
+        name=name,
+        kwargs=parse_model_kwargs(kwargs),
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        pretrained=checkpoint is None and not random_weights,
+    )
+
+
+def data_settings(
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> dict[str, Any]:
+    """What the command line says of the preprocessing; what it leaves out is the model's own.
+
+    Raises:
+        InputError: a list of numbers cannot be read.
+    """
+    settings = {
+        "input_size": _numbers(input_size, "--input-size", int),
+        "mean": _numbers(mean, "--mean", float),
+        "std": _numbers(std, "--std", float),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise InputError(
+            f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"
+        ) from error
 
 
 def console() -> Console:
