@@ -12,6 +12,7 @@ calibrations resume. Two processes may share the work: --part 1/2 and --part 2/2
     adaround  every operator alone, no drop        brecq  block, Fisher-weighted, no drop        qdrop  block, drop 0.5
     layer .. model   the granularity, with the recipe's own loss and drop 0.5
     auto      the granularity chosen by trials, whose cost comes on top
+    auto-plain   the same without equalization: what the choice alone is worth beside qdrop
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ METHODS: dict[str, list[str]] = {
         name: [f"slicing={name}"]
         for name in ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model", "auto")
     },
+    "auto-plain": ["slicing=auto", *PLAIN],
 }
 
 
@@ -83,11 +85,13 @@ def top1(run: Run, network: Network) -> float:
     return topk_accuracy(torch.cat(logits).numpy(), torch.cat(labels).numpy(), 1)
 
 
-def measure(network: Network, bits: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
+def measure(
+    network: Network, bits: str, method: str, overrides: Sequence[str], seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: the network calibrated with a method, which is so many overrides of the recipe, and its Top-1."""
     weight, activation = BITS[bits]
-    overrides = [f"name={bits}", f"weight_bits={weight}", f"activation_bits={activation}"]
-    recipe = load_recipe("w4a4", [*overrides, *args.set, *METHODS[method]])
+    widths = [f"name={bits}", f"weight_bits={weight}", f"activation_bits={activation}"]
+    recipe = load_recipe("w4a4", [*widths, *args.set, *overrides])
     folder = Path(args.runs) / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}"
     images = network.calibration.sample(recipe.calibration_images, seed=seed)
     try:
@@ -120,27 +124,56 @@ def measure(network: Network, bits: str, method: str, seed: int, args: argparse.
     }
 
 
-def table() -> str:
-    """The document, from the rows at hand."""
-    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
+def table(rows_at: Path, methods: Sequence[str]) -> list[str]:
+    """Top-1 in percent by network, bits and method, and the machine, from the rows at hand."""
+    rows = [json.loads(path.read_text()) for path in sorted(rows_at.glob("*.json"))]
     groups: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["network"], row["bits"]][row["method"]].append(row["top1"])
+    lines = ["| network | bits | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    for (network, bits), found in sorted(groups.items()):
+        cells = [_cell(found.get(method, [])) for method in methods]
+        lines.append(f"| {network} | {bits.upper()} | " + " | ".join(cells) + " |")
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    steps = ", ".join(sorted({str(row["recipe"]["reconstruction"]["iterations"]) for row in rows}, key=int))
+    return [*lines, "", f"Steps per slice: {steps} (0 is RTN). Machine: {machines}."]
+
+
+def document() -> str:
+    """docs/granularity.md: the table and what is to be said of it."""
+    notes = ROWS / "notes.md"
     lines = [
         "# Granularity",
         "",
         "Fake-quantized Top-1 in percent, mean and (where there are several seeds) largest minus smallest. Written by",
-        "`benchmarks/granularity.py`, whose docstring says what the columns are; raw rows beside it. An empty cell is",
-        "not measured yet.",
+        "`benchmarks/granularity.py`, whose docstring says what the columns are; raw rows in `benchmarks/granularity/`.",
+        "An empty cell is not measured yet.",
         "",
-        "| network | bits | " + " | ".join(METHODS) + " |",
-        "|---" * (len(METHODS) + 2) + "|",
+        *table(ROWS, list(METHODS)),
+        "",
+        *choices(),
     ]
-    for (network, bits), found in sorted(groups.items()):
-        cells = [_cell(found.get(method, [])) for method in METHODS]
-        lines.append(f"| {network} | {bits.upper()} | " + " | ".join(cells) + " |")
-    machines = "; ".join(sorted({row["machine"] for row in rows}))
-    return "\n".join([*lines, "", f"Machine: {machines}.", ""])
+    return "\n".join(lines) + ("\n" + notes.read_text() if notes.is_file() else "")
+
+
+def choices() -> list[str]:
+    """What `auto` chose, and how its trials ranked the candidates."""
+    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*-auto-*.json"))]
+    if not rows:
+        return []
+    lines = [
+        "## What `auto` chose",
+        "",
+        "| network | bits | seed | choice | slices | trials (KL, nats, held-out) |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        found = row["slicing"]
+        tried = sorted(found["candidates"], key=lambda c: (-len(c["divergence"]), c["divergence"][-1:]))
+        scores = ", ".join(f"{c['name']} " + " / ".join(f"{d:.4f}" for d in c["divergence"]) for c in tried)
+        cells = [row["network"], row["bits"].upper(), row["seed"], found["choice"], row["slices"], scores]
+        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    return [*lines, ""]
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -150,20 +183,18 @@ def _cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(doc: str | None, methods: Sequence[str], runs: str) -> argparse.Namespace:
+    """The command line, which `settings.py` has too."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("demo", "own", "table"))
     parser.add_argument("--only", nargs="*", default=["vit", "swin"], help="packaged networks")
     parser.add_argument("--bits", nargs="*", choices=list(BITS))
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=list(methods), default=list(methods))
     parser.add_argument(
         "--seeds", type=int, default=3, help="at the lowest bits of the packaged networks; else one"
     )
     parser.add_argument("--part", default="1/1", help="measure every n-th row: k/n")
-    parser.add_argument("--runs", default="runs/granularity", help="where the run directories go")
+    parser.add_argument("--runs", default=runs, help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides for all methods")
     parser.add_argument("--threads", type=int, default=1)
     for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):
@@ -171,34 +202,48 @@ def main() -> None:
     parser.add_argument("--model-kwargs", default="")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = arguments(__doc__, list(METHODS), "runs/granularity")
     if args.what != "table":
-        with tempfile.TemporaryDirectory() as folder:
-            _measure_all(args, Path(folder))
+        measure_all(args, METHODS, ROWS)
     if any(ROWS.glob("*.json")):
-        DOCUMENT.write_text(table())
+        DOCUMENT.write_text(document())
 
 
-def _measure_all(args: argparse.Namespace, folder: Path) -> None:
+def measure_all(args: argparse.Namespace, methods: Mapping[str, Sequence[str]], rows: Path) -> None:
+    """Every row that is not at hand, seeds outermost, so that an interrupted table is a whole one of fewer seeds."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = _work(args, Path(folder))
+        part, parts = (int(text) for text in args.part.split("/"))
+        for network, bits, method, seed in work[part - 1 :: parts]:
+            path = rows / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}.json"
+            if not path.is_file():
+                write_json(path, measure(network, bits, method, methods[method], seed, args))
+            row = json.loads(path.read_text())
+            print(
+                f"{row['network']} {row['bits']} {row['method']} {row['seed']}: {row['top1']:.2f}", flush=True
+            )
+
+
+def _work(args: argparse.Namespace, folder: Path) -> list[tuple[Network, str, str, int]]:
     if args.what == "demo":
         plain = [demo_network(name) for name in args.only]
         networks = [n for network in plain for n in (network, twin(network, folder))]
         default = ["w3a3", "w4a4"]
     else:
         networks, default = [own_network(args)], ["w4a4", "w4a8", "w6a6"]
-    part, parts = (int(text) for text in args.part.split("/"))
-    work = [
+    return [
         (network, bits, method, seed)
+        for seed in range(args.seeds)
         for bits in args.bits or default
-        for seed in range(args.seeds if bits == "w3a3" else 1)
         for network in networks
         for method in args.methods
+        if seed == 0 or bits == "w3a3"
     ]
-    for network, bits, method, seed in work[part - 1 :: parts]:
-        path = ROWS / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}.json"
-        if not path.is_file():
-            write_json(path, measure(network, bits, method, seed, args))
-        row = json.loads(path.read_text())
-        print(f"{row['network']} {row['bits']} {row['method']} {row['seed']}: {row['top1']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

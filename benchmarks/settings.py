@@ -1,0 +1,67 @@
+"""Which settings help: equalization, loss, bias correction, one changed at a time, slicing `block`.
+
+    python benchmarks/settings.py demo                    # both packaged networks and their outlier-injected twins
+    python benchmarks/settings.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
+        --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
+    python benchmarks/settings.py table                   # docs/settings.md from the rows at hand
+
+Rows in benchmarks/settings/*.json, as in granularity.py. The first column is the starting point, the others change one thing:
+
+    base      equalization `shift`, normalised loss, mean squared error at the logits, no bias correction
+    none, smooth, repq   another equalization
+    channel, fisher      another loss          kl   Kullback-Leibler divergence at the logits
+    bias      every operator's bias corrected  offsets   learned offsets of `shifted` grids (8-bit activations only)
+    no-refinement        scales start from the searched ranges
+"""
+
+from __future__ import annotations
+
+from granularity import HERE, arguments, measure_all, table
+
+ROWS = HERE / "settings"
+DOCUMENT = HERE.parent / "docs" / "settings.md"
+BASE = [
+    "slicing=block",
+    "equalization=shift",
+    "reconstruction.loss=normalized",
+    "reconstruction.final_loss=same",
+    "reconstruction.bias_correction=false",
+]
+VARIANTS: dict[str, list[str]] = {
+    "base": BASE,
+    **{name: [*BASE, f"equalization={name}"] for name in ("none", "smooth", "repq")},
+    **{name: [*BASE, f"reconstruction.loss={name}"] for name in ("channel", "fisher")},
+    "kl": [*BASE, "reconstruction.final_loss=kl"],
+    "bias": [*BASE, "reconstruction.bias_correction=true"],
+    "offsets": [*BASE, "reconstruction.learn_offsets=true"],
+    "no-refinement": [*BASE, "reconstruction.refinement_images=0"],
+}
+
+
+def document() -> str:
+    """docs/settings.md: the table and what is to be said of it."""
+    notes = ROWS / "notes.md"
+    lines = [
+        "# Settings",
+        "",
+        "Fake-quantized Top-1 in percent, one setting changed at a time. Written by `benchmarks/settings.py`, whose docstring",
+        "says what the columns are; raw rows in `benchmarks/settings/`. An empty cell is not measured.",
+        "",
+        *table(ROWS, list(VARIANTS)),
+        "",
+    ]
+    return "\n".join(lines) + (notes.read_text() if notes.is_file() else "")
+
+
+def main() -> None:
+    """Command line."""
+    args = arguments(__doc__, list(VARIANTS), "runs/settings")
+    ROWS.mkdir(exist_ok=True)
+    if args.what != "table":
+        measure_all(args, VARIANTS, ROWS)
+    if any(ROWS.glob("*.json")):
+        DOCUMENT.write_text(document())
+
+
+if __name__ == "__main__":
+    main()
