@@ -59,8 +59,8 @@ def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:
     chosen = chosen.to(tensor.device)
     per_image = tensor.shape[0] // images
     if per_image == 1:
-        return tensor[chosen]
-    return tensor.unflatten(0, (images, per_image))[chosen].flatten(0, 1)
+        return tensor.index_select(0, chosen)
+    return tensor.unflatten(0, (images, per_image)).index_select(0, chosen).flatten(0, 1)
 
 
 def forward(

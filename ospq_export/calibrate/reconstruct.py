@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.bias import correct_biases, corrected_biases
-from ospq_export.calibrate.losses import Objective, annealed_beta
-from ospq_export.graph import quantize as q
+from ospq_export.calibrate.engine import Learner
+from ospq_export.calibrate.losses import Objective
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -120,61 +120,12 @@ class Reconstructor:
         return total / count / max(variance, 1e-12), loss / data.images
 
     def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> list[float]:
-        settings = self.settings
-        own = own_quantizers(piece)
-        weights = [m for m in own if isinstance(m, WeightQuantizer)]
-        activations = [m for m in own if isinstance(m, ActivationQuantizer)]
-        optimizers = self._optimizers(piece, weights, activations)
-        set_mode(piece, Mode.LEARN)
-        for activation in activations:
-            activation.drop_probability = settings.drop_probability
-        losses, every = [], max(1, settings.iterations // 50)
-        for step in range(settings.iterations):
-            inputs, target, images = self._batch(data)
-            loss = objective.reconstruction(run_slice(piece, inputs, images)[0], target)
-            beta = annealed_beta(step, settings)
-            total = loss if beta is None or not weights else loss + objective.rounding(beta)
-            for optimizer, _ in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(total)
-            for optimizer, scheduler in optimizers:
-                optimizer.step()
-                scheduler.step()
-            if step % every == 0:
-                losses.append(float(loss.detach()))
+        learner = Learner(piece, data, objective, self.settings, self.device)
+        for step in range(self.settings.iterations):
+            learner.step(step)
             self.advance()
-        for quantizer in own:
-            quantizer.settle()
-        return losses
-
-    def _optimizers(
-        self, piece: fx.GraphModule, weights: list[WeightQuantizer], activations: list[ActivationQuantizer]
-    ) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
-        """Adam on V at a constant rate; Adam on the activation scales with cosine decay (QDrop)."""
-        settings = self.settings
-        result: list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = []
-        constant = [w.start_learning(piece.get_buffer(w.constant)) for w in weights]
-        if constant:
-            rounding = torch.optim.Adam(constant, lr=settings.learning_rate_rounding, foreach=True)
-            result.append((rounding, torch.optim.lr_scheduler.ConstantLR(rounding, factor=1.0)))
-        logarithmic = settings.scale_parametrization == "logarithmic"
-        scales: list[nn.Parameter] = [
-            p
-            for a in activations
-            for p in a.start_learning(logarithmic=logarithmic, offsets=settings.learn_offsets)
-        ]
-        if scales:
-            adam = torch.optim.Adam(scales, lr=settings.learning_rate_scale)
-            result.append((adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.iterations)))
-        return result
-
-    def _batch(self, data: SliceData) -> tuple[list[Tensor], Tensor, int]:
-        """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
-        picks = torch.randperm(data.images)[: min(self.settings.batch_size, data.images)]
-        part = data.select(picks).to(self.device)
-        pairs = zip(part.quantized_input, part.float_input, strict=True)
-        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
-        return inputs, part.target, part.images
+        learner.settle()
+        return learner.losses
 
 
 def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:

@@ -7,6 +7,7 @@ from the input. Measured on a CPU this is as fast as compiled kernels and needs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ BLOCK = 1 << 16
 """Elements per block: half a dozen float32 blocks fit a core's second-level cache, and one still feeds several threads."""
 
 
-def _block_size(x: Tensor) -> int:
-    # A GPU's kernels want the whole tensor at once.
-    return BLOCK if x.device.type == "cpu" else max(x.numel(), 1)
+def blocks(flat: Tensor) -> Iterator[slice]:
+    """Slices that cover a flat tensor; on a GPU, whose kernels want everything at once, a single one."""
+    size = BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    return (slice(start, start + size) for start in range(0, flat.numel(), size))
 
 
 def _as_weights(kept: Tensor, block: slice, like: Tensor) -> Tensor:
@@ -28,13 +30,11 @@ def _as_weights(kept: Tensor, block: slice, like: Tensor) -> Tensor:
 def lerp_mask(start: Tensor, end: Tensor, kept: Tensor) -> Tensor:
     """`end` where kept is 1, `start` where it is 0: a `where` that is fast on a CPU; not differentiable."""
     out = torch.empty_like(start, memory_format=torch.contiguous_format)
-    flats = [t.reshape(-1) for t in (start, end, kept)]
-    size = _block_size(start)
-    for begin in range(0, start.numel(), size):
-        block = slice(begin, begin + size)
-        first, second = flats[0][block], flats[1][block]
+    first, second, mask = (t.reshape(-1) for t in (start, end, kept))
+    for block in blocks(first):
         # With weights of exactly 0 and 1, lerp returns its ends bit for bit.
-        torch.lerp(first, second, _as_weights(flats[2], block, first), out=out.view(-1)[block])
+        weights = _as_weights(mask, block, first)
+        torch.lerp(first[block], second[block], weights, out=out.view(-1)[block])
     return out
 
 
@@ -48,11 +48,10 @@ class FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None, lo: int, hi: int
     ) -> Tensor:
+        """Fake-quantize; keeps x, the mask and the scale for the backward pass, nothing else."""
         flat, mask = x.reshape(-1), None if kept is None else kept.reshape(-1)
         out = torch.empty_like(flat)
-        size = _block_size(x)
-        for start in range(0, flat.numel(), size):
-            block = slice(start, start + size)
+        for block in blocks(flat):
             part, result = flat[block], out[block]
             _scaled(part, scale, offset, result)
             result.round_().clamp_(lo, hi).mul_(scale)
@@ -66,6 +65,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in x, scale and offset, as far as they are asked for."""
         flat, scale, offset, mask = ctx.saved_tensors
         wants_x, wants_scale, wants_offset = ctx.needs_input_grad[:3]
         wants_offset = wants_offset and offset is not None
@@ -73,9 +73,7 @@ class FakeQuantize(torch.autograd.Function):
         grad_x = torch.empty_like(flat) if wants_x else None
         grad_scale = torch.zeros_like(scale) if wants_scale else None
         grad_offset = torch.zeros_like(offset) if wants_offset else None
-        size = _block_size(flat)
-        for start in range(0, flat.numel(), size):
-            block = slice(start, start + size)
+        for block in blocks(flat):
             scaled, outside, codes = _parts(flat[block], scale, offset, ctx.limits)
             given = grad[block]
             taken = given if mask is None else given * _as_weights(mask, block, given)

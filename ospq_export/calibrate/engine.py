@@ -1,0 +1,137 @@
+"""The optimisation loop of one slice: what does not change is computed once, what changes is computed in few passes.
+
+AdaRound's V, LSQ's scales and QDrop's random choices are those of `losses` and `graph.quantize`. What is ours is how a step is
+computed: soft weights and the gradient of V in closed form over one flat tensor, fake quantization in blocks, one fused Adam,
+and no value that the host waits for between two looks at the loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.losses import Objective, annealed_beta
+from ospq_export.calibrate.rounding import SoftRounding
+from ospq_export.graph import quantize as q
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Mode,
+    WeightQuantizer,
+    own_quantizers,
+    set_mode,
+)
+from ospq_export.graph.slicing import run_slice
+from ospq_export.recipes import Reconstruction
+
+LOOKS = 50
+"""How often, at most, the host looks at the loss in one slice."""
+
+
+class Learner:
+    """Learns the rounding and the scales of one slice, step by step.
+
+    Attributes:
+        losses: reconstruction loss at the steps that were looked at.
+    """
+
+    def __init__(
+        self,
+        piece: fx.GraphModule,
+        data: SliceData,
+        objective: Objective,
+        settings: Reconstruction,
+        device: torch.device,
+        rate: float = 1.0,
+    ) -> None:
+        """Make the slice's quantizers learnable.
+
+        Args:
+            piece: from `extract`; its weight quantizers hold nearest codes, its activation quantizers ranges.
+            data: inputs and target on all calibration images.
+            objective: what to lower, normalised.
+            settings: from the recipe.
+            device: where the slice runs.
+            rate: what both learning rates are multiplied by.
+        """
+        self.piece, self.data, self.objective, self.settings, self.device = (
+            piece,
+            data,
+            objective,
+            settings,
+            device,
+        )
+        self.rate = rate
+        self.losses: list[float] = []
+        self.every = max(1, settings.iterations // LOOKS)
+        self.own = own_quantizers(piece)
+        weights = [m for m in self.own if isinstance(m, WeightQuantizer)]
+        self.rounding = SoftRounding(piece, weights) if weights else None
+        self.scales = self._start_scales()
+        self.optimizer = self._adam()
+        set_mode(piece, Mode.LEARN)
+
+    def _start_scales(self) -> list[nn.Parameter]:
+        settings = self.settings
+        logarithmic = settings.scale_parametrization == "logarithmic"
+        found: list[nn.Parameter] = []
+        for quantizer in self.own:
+            if isinstance(quantizer, ActivationQuantizer):
+                found += quantizer.start_learning(logarithmic=logarithmic, offsets=settings.learn_offsets)
+                quantizer.drop_probability = settings.drop_probability
+        return found
+
+    def _adam(self) -> torch.optim.Adam | None:
+        """One Adam: V at a constant rate, the scales with cosine decay (QDrop)."""
+        groups = []
+        if self.rounding is not None:
+            groups.append(
+                {"params": [self.rounding.v], "lr": self.rate * self.settings.learning_rate_rounding}
+            )
+        if self.scales:
+            groups.append({"params": self.scales, "lr": self.rate * self.settings.learning_rate_scale})
+        return torch.optim.Adam(groups, fused=True) if groups else None
+
+    def step(self, index: int) -> bool:
+        """One optimisation step; says whether the loss, where it is looked at, is a number."""
+        inputs, target, images = self._batch()
+        if self.rounding is not None:
+            self.rounding.refresh()
+        loss = self.objective.reconstruction(run_slice(self.piece, inputs, images)[0], target)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        self._descend(index)
+        if index % self.every:
+            return True
+        self.losses.append(float(loss.detach()))
+        return math.isfinite(self.losses[-1])
+
+    def _descend(self, index: int) -> None:
+        if self.rounding is not None:
+            beta = annealed_beta(index, self.settings)
+            self.rounding.collect(0.0 if beta is None else self.objective.rounding_weight, beta or 2.0)
+        if self.optimizer is None:
+            return
+        if self.scales:
+            decay = 0.5 * (1.0 + math.cos(math.pi * index / self.settings.iterations))
+            self.optimizer.param_groups[-1]["lr"] = self.rate * self.settings.learning_rate_scale * decay
+        self.optimizer.step()
+        for scale in self.scales:
+            scale.grad = None
+
+    def _batch(self) -> tuple[list[Tensor], Tensor, int]:
+        """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
+        count = min(self.settings.batch_size, self.data.images)
+        part = self.data.select(torch.randperm(self.data.images)[:count]).to(self.device)
+        pairs = zip(part.quantized_input, part.float_input, strict=True)
+        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
+        return inputs, part.target, part.images
+
+    def settle(self) -> None:
+        """Harden: the quantizers hold integer codes and constant scales afterwards."""
+        if self.rounding is not None:
+            self.rounding.settle()
+        for quantizer in self.own:
+            quantizer.settle()
