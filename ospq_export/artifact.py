@@ -34,7 +34,10 @@ class _Record(BaseModel):
 
 
 class SliceRecord(_Record):
-    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors as in `SliceMetrics`."""
+    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors and warning as in `SliceMetrics`.
+
+    `peak_bytes` is the highest memory use of the process so far: resident on the host, allocated on a GPU; None in older runs.
+    """
 
     index: int
     name: str
@@ -48,6 +51,8 @@ class SliceRecord(_Record):
     kept: bool
     seconds: float
     losses: list[float]
+    warning: str = ""
+    peak_bytes: int | None = None
 
 
 class CandidateRecord(_Record):
@@ -158,6 +163,18 @@ class Manifest(_Record):
         result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result
+
+
+def differences(theirs: object, mine: object, name: str = "") -> list[str]:
+    """What two identities differ in, as "recipe.reconstruction.iterations: 3, now 4"; digests are shortened."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = dict.fromkeys([*theirs, *mine])
+        pairs = ((f"{name}.{key}" if name else str(key), key) for key in keys)
+        return [d for path, key in pairs for d in differences(theirs.get(key), mine.get(key), path)]
+    if theirs == mine:
+        return []
+    shown = [str(value)[:12] if len(str(value)) > 40 else str(value) for value in (theirs, mine)]
+    return [f"{name}: {shown[0]}, now {shown[1]}"]
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The engine's closed forms against autograd through the papers' formulas, and its step against a plain loop of such formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -66,9 +67,9 @@ def test_views_that_are_not_contiguous():
 
 @given(st.integers(0, 3 * BLOCK + 1))
 def test_blocks_cover_everything_once(size):
-    covered = [b for b in blocks(torch.empty(size, dtype=torch.int8))]
+    covered = list(blocks(torch.empty(size, dtype=torch.int8)))
     assert sum(min(b.stop, size) - b.start for b in covered) == size
-    assert all(first.stop == second.start for first, second in zip(covered, covered[1:], strict=False))
+    assert all(first.stop == second.start for first, second in itertools.pairwise(covered))
 
 
 def test_mixing_takes_each_element_from_its_side():

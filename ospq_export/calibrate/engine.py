@@ -28,6 +28,8 @@ from ospq_export.recipes import Reconstruction
 
 LOOKS = 50
 """How often, at most, the host looks at the loss in one slice."""
+DIVERGED = 1000.0
+"""Growth of the loss over its first value that counts as divergence."""
 
 
 class Learner:
@@ -35,6 +37,7 @@ class Learner:
 
     Attributes:
         losses: reconstruction loss at the steps that were looked at.
+        diverged_at: the step at which learning was given up; None while all is well.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Learner:
         )
         self.rate = rate
         self.losses: list[float] = []
+        self.diverged_at: int | None = None
         self.every = max(1, settings.iterations // LOOKS)
         self.own = own_quantizers(piece)
         weights = [m for m in self.own if isinstance(m, WeightQuantizer)]
@@ -95,7 +99,7 @@ class Learner:
         return torch.optim.Adam(groups, fused=True) if groups else None
 
     def step(self, index: int) -> bool:
-        """One optimisation step; says whether the loss, where it is looked at, is a number."""
+        """One optimisation step; False where the loss is looked at and is no number, or a thousand times the first one."""
         inputs, target, images = self._batch()
         if self.rounding is not None:
             self.rounding.refresh()
@@ -103,10 +107,18 @@ class Learner:
         if loss.requires_grad:
             torch.autograd.backward(loss)
         self._descend(index)
-        if index % self.every:
+        last = index + 1 == self.settings.iterations
+        if index % self.every and not last:
             return True
-        self.losses.append(float(loss.detach()))
-        return math.isfinite(self.losses[-1])
+        return self._look(index, float(loss.detach()), keep=index % self.every == 0)
+
+    def _look(self, index: int, loss: float, *, keep: bool) -> bool:
+        if keep:
+            self.losses.append(loss)
+        if math.isfinite(loss) and loss <= DIVERGED * max(self.losses[0], 1e-12):
+            return True
+        self.diverged_at = index
+        return False
 
     def _descend(self, index: int) -> None:
         if self.rounding is not None:

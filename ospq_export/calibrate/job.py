@@ -18,6 +18,7 @@ from ospq_export import artifact
 from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
 from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
 from ospq_export.calibrate.bias import corrected_biases
+from ospq_export.calibrate.memory import peak_memory
 from ospq_export.calibrate.objective import objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import Reconstructor
@@ -86,8 +87,9 @@ class Job:
         theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
         changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:
+            what = "; ".join(artifact.differences(theirs, mine))
             raise InputError(
-                f"the interrupted run there was made with another {', '.join(changed)}",
+                f"the interrupted run there was made with another {', '.join(changed)} ({what})",
                 where=self.out,
                 mend="repeat the very same command to resume, or choose another --out",
             )
@@ -167,8 +169,12 @@ class Job:
             kept=metrics.kept,
             seconds=round(step.seconds, 3),
             losses=metrics.losses,
+            warning=metrics.warning,
+            peak_bytes=peak_memory(self.device),
         )
         self.records[step.index] = record
+        if metrics.warning:
+            log.warning("slice %s: %s", bounds.name, metrics.warning)
         if not metrics.kept:
             log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
         tensors = quantizer_tensors(own_quantizers(step.piece))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ospq_export.graph.quantizers import (
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SliceMetrics:
@@ -34,6 +37,7 @@ class SliceMetrics:
         iterations: optimisation steps taken.
         kept: whether the learned state was kept (False: it was no better than nearest rounding, which was restored).
         losses: reconstruction loss at up to 50 evenly spaced steps.
+        warning: what went wrong and what was done about it; empty where nothing did.
     """
 
     error_before: float
@@ -41,6 +45,19 @@ class SliceMetrics:
     iterations: int
     kept: bool
     losses: list[float]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one slice's learning came to: the loss where it was looked at, and a warning or nothing."""
+
+    losses: list[float]
+    warning: str = ""
+
+
+RETRY_RATE = 0.1
+"""A slice that diverges is learned again at this share of its learning rates, once."""
 
 
 @dataclass
@@ -75,13 +92,10 @@ class Reconstructor:
         if settings.refinement_images > 0 and settings.iterations > 0:
             head = data.select(slice(0, _refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
-        losses: list[float] = []
-        devices = [self.device] if self.device.type == "cuda" else []
+        learned = Learned([])
         if settings.iterations > 0:
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                objective.normalise_by(self.error(piece, data, objective)[1])
-                losses = self._learn(piece, data, objective)
+            objective.normalise_by(self.error(piece, data, objective)[1])
+            learned = self._learn(piece, data, objective, seed)
         after, loss_after = self.error(piece, data, objective)
         kept = math.isfinite(loss_after) and (loss_after <= loss_before or settings.loss == "literal")
         if not kept:
@@ -89,7 +103,38 @@ class Reconstructor:
             after, loss_after = before, loss_before
         if settings.bias_correction:
             after = self._correct_biases(piece, data, objective, after, loss_after)
-        return SliceMetrics(before, after, settings.iterations, kept, losses)
+        return SliceMetrics(before, after, settings.iterations, kept, learned.losses, learned.warning)
+
+    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int) -> Learned:
+        """Learn; where that diverges once more at a lower rate; where that does too, leave the slice as it was."""
+        start, all_losses = _snapshot(piece), []
+        for rate in (1.0, RETRY_RATE):
+            learner = self._attempt(piece, data, objective, seed, rate)
+            all_losses += learner.losses
+            if learner.diverged_at is None:
+                return Learned(
+                    learner.losses, "" if rate == 1.0 else "diverged; learned again at a tenth of its rates"
+                )
+            log.warning("a slice diverged at step %d, at %g of its learning rates", learner.diverged_at, rate)
+            _restore(piece, start)
+        finite = [loss for loss in all_losses if math.isfinite(loss)]
+        return Learned(
+            finite, "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
+        )
+
+    def _attempt(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int, rate: float
+    ) -> Learner:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            learner = Learner(piece, data, objective, self.settings, self.device, rate)
+            for step in range(self.settings.iterations):
+                self.advance()
+                if not learner.step(step):
+                    break
+            learner.settle()
+        return learner
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
@@ -118,14 +163,6 @@ class Reconstructor:
                 count += part.target.numel()
         variance = float(data.target.float().var())
         return total / count / max(variance, 1e-12), loss / data.images
-
-    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> list[float]:
-        learner = Learner(piece, data, objective, self.settings, self.device)
-        for step in range(self.settings.iterations):
-            learner.step(step)
-            self.advance()
-        learner.settle()
-        return learner.losses
 
 
 def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:

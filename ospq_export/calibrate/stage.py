@@ -12,6 +12,7 @@ from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.job import Job
+from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.data import Batch, DataConfig
@@ -66,6 +67,27 @@ def calibrate(
     check_output_folder(out)
     target = _device(device)
     _check_batch(recipe, len(images.images))
+    with locked(out):
+        # Once more: whoever held the folder until now may have finished.
+        check_output_folder(out)
+        return _calibrate(
+            model, spec, images, data, recipe, out, class_to_idx or {}, skipped or [], target, seed, progress
+        )
+
+
+def _calibrate(
+    model: nn.Module,
+    spec: ModelSpec,
+    images: Batch,
+    data: DataConfig,
+    recipe: Recipe,
+    out: Path,
+    class_to_idx: dict[str, int],
+    skipped: list[str],
+    target: torch.device,
+    seed: int,
+    progress: Progress | None,
+) -> Run:
     captured = capture(model, data.input_size)
     if recipe.slicing != "auto":
         # A slicing that does not fit is better said before the observation than after it.
@@ -77,7 +99,7 @@ def calibrate(
     record = CalibrationRecord(
         images=len(images.images),
         images_sha256=artifact.tensor_sha256(images.images),
-        skipped=skipped or [],
+        skipped=skipped,
         seed=seed,
         device=target.type,
     )
@@ -85,7 +107,7 @@ def calibrate(
         status="calibrating",
         model=spec,
         data=data,
-        class_to_idx=_complete(class_to_idx or {}, captured),
+        class_to_idx=_complete(class_to_idx, captured),
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
@@ -114,7 +136,7 @@ def check_output_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError("the output is not a folder", where=out, mend="choose another --out")
-    if not any(out.iterdir()):
+    if {path.name for path in out.iterdir()} <= {LOCK}:
         return
     if not (out / artifact.MANIFEST).is_file():
         raise InputError("the output folder is not empty", where=out, mend="choose another --out")
