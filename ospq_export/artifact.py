@@ -221,6 +221,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `replacing` leaves behind when the process is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder of which nobody else writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically, indented."""
     with replacing(path) as temporary:

@@ -63,19 +63,20 @@ class Job:
 
     def begin(self, captured: fx.GraphModule) -> None:
         """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+        for folder in (self.out, self.out / artifact.CHECKPOINTS):
+            artifact.remove_temporary(folder)
         found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
         if found is not None and found.files:
             self._check_same(found, captured)
             return
-        existed = self.out.exists()
         try:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             artifact.write_manifest(self.out, self.manifest)
             artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
             self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
         except InputError:
-            if not existed:
-                shutil.rmtree(self.out, ignore_errors=True)
+            for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS):
+                (self.out / name).unlink(missing_ok=True)
             raise
 
     def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:

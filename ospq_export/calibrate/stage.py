@@ -136,7 +136,7 @@ def check_output_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError("the output is not a folder", where=out, mend="choose another --out")
-    if {path.name for path in out.iterdir()} <= {LOCK}:
+    if all(path.name == LOCK or artifact.is_temporary(path) for path in out.iterdir()):
         return
     if not (out / artifact.MANIFEST).is_file():
         raise InputError("the output folder is not empty", where=out, mend="choose another --out")
