@@ -287,7 +287,7 @@ def read_manifest(folder: Path) -> Manifest:
             where=folder,
             mend="give a folder that `calibrate` wrote",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
