@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.losses import Objective, annealed_beta
 from ospq_export.calibrate.rounding import SoftRounding
 from ospq_export.graph import quantize as q
@@ -67,6 +68,8 @@ class Learner:
             device,
         )
         self.rate = rate
+        # Of a generator of its own: the next batch can be fetched while this step draws what it drops.
+        self.batches = Batches(data, settings.batch_size, device, int(torch.randint(2**62, ())))
         self.losses: list[float] = []
         self.diverged_at: int | None = None
         self.every = max(1, settings.iterations // LOOKS)
@@ -135,14 +138,14 @@ class Learner:
 
     def _batch(self) -> tuple[list[Tensor], Tensor, int]:
         """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
-        count = min(self.settings.batch_size, self.data.images)
-        part = self.data.select(torch.randperm(self.data.images)[:count]).to(self.device)
+        part = self.batches.next()
         pairs = zip(part.quantized_input, part.float_input, strict=True)
         inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
         return inputs, part.target, part.images
 
     def settle(self) -> None:
         """Harden: the quantizers hold integer codes and constant scales afterwards."""
+        self.batches.close()
         if self.rounding is not None:
             self.rounding.settle()
         for quantizer in self.own:

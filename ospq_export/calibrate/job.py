@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,13 @@ from ospq_export import artifact
 from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
 from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
 from ospq_export.calibrate.bias import corrected_biases
+from ospq_export.calibrate.cost import check_budget, cost_of
+from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.memory import peak_memory
 from ospq_export.calibrate.objective import objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.store import Store
 from ospq_export.calibrate.walk import Step, walk
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
@@ -34,6 +38,21 @@ log = logging.getLogger(__name__)
 _R = TypeVar("_R", bound=BaseModel)
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a calibration runs, as opposed to what it computes: none of this changes a result.
+
+    Attributes:
+        memory_budget: bytes of host memory for activations; None takes half of what is available.
+        events: told what happens.
+        seconds_per_image: measured time of the float network; None where it was not timed.
+    """
+
+    memory_budget: int | None = None
+    events: Events = no_events
+    seconds_per_image: float | None = None
+
+
 class Job:
     """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
 
@@ -44,6 +63,7 @@ class Job:
         network: QuantizedGraph,
         device: torch.device,
         progress: Progress | None,
+        options: Options | None = None,
     ) -> None:
         self.out, self.manifest, self.network, self.device, self.progress = (
             out,
@@ -52,6 +72,7 @@ class Job:
             device,
             progress,
         )
+        self.options = options or Options()
         self.records: dict[int, SliceRecord] = {}
         self.slices: list[Slice] = []
         self.slice_of: dict[str, int] = {}
@@ -144,13 +165,29 @@ class Job:
         """Walk all slices, with a checkpoint after each."""
         settings = self.manifest.recipe.reconstruction
         todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
+        store = self._store(images, len(todo))
         advance = stepper(self.progress, "reconstruct", len(todo) * settings.iterations)
-        reconstructor = Reconstructor(settings, self.device, advance)
+        reconstructor = Reconstructor(settings, self.device, store.trimming(advance))
         if len(todo) < len(self.slices):
             log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
         make = objectives(self.network, self.slices, images, settings, self.device, self.seed)
-        for step in walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make):
+        steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
+        for step in steps:
             self._save(step)
+        self.options.events("done", {"peak_bytes": peak_memory(self.device), "activation_bytes": store.peak})
+
+    def _store(self, images: Tensor, todo: int) -> Store:
+        """Where activations go; says beforehand what the run will cost."""
+        store = Store.with_default(self.options.memory_budget, self.out / artifact.CHECKPOINTS, self.device)
+        settings, seconds = self.manifest.recipe.reconstruction, self.options.seconds_per_image
+        cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
+        check_budget(cost, store.budget)
+        log.info("%s", cost.summary(store.budget))
+        self.options.events("cost", {**cost.record(), "budget": store.budget})
+        if self.progress is not None:
+            self.progress.console.print(cost.summary(store.budget))
+        store.hold(images)
+        return store
 
     def _checkpoint(self, index: int) -> Path:
         return self.out / artifact.CHECKPOINTS / f"{index:03d}.safetensors"
@@ -174,6 +211,7 @@ class Job:
             peak_bytes=peak_memory(self.device),
         )
         self.records[step.index] = record
+        self.options.events("slice", record.model_dump(mode="json"))
         if metrics.warning:
             log.warning("slice %s: %s", bounds.name, metrics.warning)
         if not metrics.kept:

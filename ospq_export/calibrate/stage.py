@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, fx, nn
 from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
 from ospq_export.calibrate.equalize import count_sites, equalize
-from ospq_export.calibrate.job import Job
+from ospq_export.calibrate.events import Events, no_events
+from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
@@ -27,6 +30,7 @@ from ospq_export.run import Run
 
 _OBSERVATION_BATCH = 64
 _EQUALIZATION_IMAGES = 32
+_TIMED_IMAGES = 8
 
 
 def calibrate(
@@ -42,6 +46,8 @@ def calibrate(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    memory_budget: int | None = None,
+    events: Events = no_events,
 ) -> Run:
     """Quantize a float model after training and write a run directory.
 
@@ -59,6 +65,9 @@ def calibrate(
         device: torch device the slices run on.
         seed: of every random choice.
         progress: where to show progress bars.
+        memory_budget: bytes of host memory for activations, the images among them; the rest goes to disk. None takes half of
+            what is available.
+        events: told what happens; see `events.json_lines`.
 
     Raises:
         InputError: the output folder is in use, the model cannot be captured, the activations are not finite, or an interrupted
@@ -71,7 +80,18 @@ def calibrate(
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         return _calibrate(
-            model, spec, images, data, recipe, out, class_to_idx or {}, skipped or [], target, seed, progress
+            model,
+            spec,
+            images,
+            data,
+            recipe,
+            out,
+            class_to_idx or {},
+            skipped or [],
+            target,
+            seed,
+            progress,
+            Options(memory_budget, events),
         )
 
 
@@ -87,6 +107,7 @@ def _calibrate(
     target: torch.device,
     seed: int,
     progress: Progress | None,
+    options: Options,
 ) -> Run:
     captured = capture(model, data.input_size)
     if recipe.slicing != "auto":
@@ -118,8 +139,8 @@ def _calibrate(
     )
     # The network shares the captured constants, but its quantizers are its own.
     network.module.to(target)
-    _observe(network, images.images[: recipe.observation_images], seed, progress)
-    job = Job(out, manifest, network, target, progress)
+    seconds = _observe(network, images.images[: recipe.observation_images], seed, progress)
+    job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
     job.begin(captured)
     job.slice(captured, images.images)
     job.reconstruct(images.images)
@@ -184,7 +205,14 @@ def _equalize(
     return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
 
 
-def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> None:
+def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> float:
+    """Observe, and time the float network on the way: seconds per image."""
     steps = observation_steps(network, len(images), _OBSERVATION_BATCH)
     advance = stepper(progress, "observe", steps)
     observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance)
+    sample = images[:_TIMED_IMAGES].to(next(network.module.buffers()).device)
+    with torch.no_grad():
+        started = time.perf_counter()
+        # Brought back to the host, a GPU's result is complete.
+        network.module(sample).cpu()
+        return (time.perf_counter() - started) / len(sample)
