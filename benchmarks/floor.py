@@ -31,15 +31,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def best_seconds(function: Callable[[], object], device: torch.device, seconds: float = 2.0) -> float:
+Clock = Callable[[], float]
+
+
+def best_seconds(
+    function: Callable[[], object],
+    device: torch.device,
+    clock: Clock = time.perf_counter,
+    seconds: float = 2.0,
+) -> float:
     """Shortest time of one call within some seconds of calls."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         function()
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best
 
 
@@ -51,16 +59,18 @@ class Machine:
     bandwidth: float
 
     @classmethod
-    def measured(cls, device: torch.device) -> Machine:
+    def measured(cls, device: torch.device, clock: Clock = time.perf_counter) -> Machine:
         """Time products of three sizes, and copies of a tensor too large for most caches."""
         rates = []
         for size in (512, 1024, 2048):
             a = torch.randn(size, size, device=device)
             b, c = torch.randn_like(a), torch.empty_like(a)
-            rates.append(2.0 * size**3 / best_seconds(lambda a=a, b=b, c=c: torch.mm(a, b, out=c), device))  # type: ignore[misc]
+            rates.append(
+                2.0 * size**3 / best_seconds(lambda a=a, b=b, c=c: torch.mm(a, b, out=c), device, clock)
+            )  # type: ignore[misc]
         source = torch.randn(1 << 24, device=device)
         target = source.clone()
-        copy = best_seconds(lambda: target.copy_(source), device)
+        copy = best_seconds(lambda: target.copy_(source), device, clock)
         return cls(max(rates), 2.0 * source.numel() * source.element_size() / copy)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor import Machine, synchronize, work_of
+from floor import Clock, Machine, synchronize, work_of
 from plain import PlainLoop
 
 from ospq_export.artifact import installed_versions, write_json
@@ -75,6 +75,11 @@ CASES = {
 }
 
 
+def clock_of(args: argparse.Namespace) -> Clock:
+    """Wall time, or the processor time of this process."""
+    return time.process_time if args.cpu_time else time.perf_counter
+
+
 def prepare(case: Case, images: int, device: torch.device) -> tuple[torch.fx.GraphModule, SliceData]:
     """The slice with searched ranges and nearest codes, and its data: float input on both sides."""
     torch.manual_seed(0)
@@ -95,25 +100,29 @@ def prepare(case: Case, images: int, device: torch.device) -> tuple[torch.fx.Gra
     return piece, SliceData(original, tensors, target, images)
 
 
-def timed(step: Callable[[int], object], start: int, stop: int, device: torch.device) -> float:
+def timed(step: Callable[[int], object], start: int, stop: int, device: torch.device, clock: Clock) -> float:
     """Seconds per step."""
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     for index in range(start, stop):
         step(index)
     synchronize(device)
-    return (time.perf_counter() - began) / (stop - start)
+    return (clock() - began) / (stop - start)
 
 
 def race(
-    plain: Callable[[int], object], ours: Callable[[int], object], iterations: int, device: torch.device
+    plain: Callable[[int], object],
+    ours: Callable[[int], object],
+    iterations: int,
+    device: torch.device,
+    clock: Clock,
 ) -> tuple[list[float], list[float]]:
     """Seconds per step of both, round by round; the first round warms up and is left out."""
     edges = [iterations * k // _ROUNDS for k in range(_ROUNDS + 1)]
     times: tuple[list[float], list[float]] = ([], [])
     for start, stop in itertools.pairwise(edges):
-        times[0].append(timed(plain, start, stop, device))
-        times[1].append(timed(ours, start, stop, device))
+        times[0].append(timed(plain, start, stop, device, clock))
+        times[1].append(timed(ours, start, stop, device, clock))
     return times[0][1:], times[1][1:]
 
 
@@ -131,7 +140,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     torch.manual_seed(0)
     plain = PlainLoop(piece, data, settings, objective.normaliser, device)
     learner = Learner(piece, data, objective, settings, device)
-    plain_seconds, seconds = race(plain.step, learner.step, iterations, device)
+    plain_seconds, seconds = race(plain.step, learner.step, iterations, device, clock_of(args))
     work = _work(piece, data, learner, settings)
     learner.settle()
     losses = plain.hardened_loss(), judge.error(piece, data, objective)[1] / objective.normaliser
@@ -142,6 +151,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
         "title": case.title,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if args.cpu_time else "wall",
         "torch": installed_versions()["torch"],
         "batch_size": args.batch_size,
         "iterations": iterations,
@@ -176,7 +186,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r['title']} | {r['device']}, {r['threads']} threads | {r['batch_size']} | {r['plain_per_second']:.2f} | "
+            f"| {r['title']} | {r['device']}, {r['threads']} threads, {r['clock']} time | {r['batch_size']} | "
+            f"{r['plain_per_second']:.2f} | "
             f"{r['per_second']:.2f} | {r['ratio']:.2f} | {1e3 * r['floor_seconds']:.1f} | {r['share_of_floor']:.0%} | "
             f"{r['plain_loss']:.4f} | {r['loss']:.4f} |"
         )
@@ -193,11 +204,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=0, help="0: few enough for a CPU")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor time, for a busy machine; with one thread only",
+    )
     parser.add_argument("--table", action="store_true", help="only print the rows at hand")
     args = parser.parse_args()
+    if args.cpu_time and (args.threads > 1 or args.device != "cpu"):
+        parser.error("--cpu-time needs --threads 1 and the CPU")
     torch.set_num_threads(args.threads)
     if not args.table:
-        machine = Machine.measured(torch.device(args.device))
+        machine = Machine.measured(torch.device(args.device), clock_of(args))
         print(f"peak {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
         for name in args.only:
             row = measure(name, args, machine)

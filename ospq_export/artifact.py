@@ -134,6 +134,7 @@ class CalibrationRecord(_Record):
     skipped: list[str]
     seed: int
     device: str
+    processes: int = 1
 
 
 class Manifest(_Record):

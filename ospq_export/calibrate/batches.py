@@ -7,17 +7,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.world import SOLO, World
 
 
 class Batches:
     """An endless sequence of random batches, without replacement within a batch.
 
     Where the data lie in host memory or in files and the slice runs on a GPU, a thread fetches the next batch into pinned
-    memory and starts its copy while the present one is worked on. Which images a batch has depends on the seed alone.
+    memory and starts its copy while the present one is worked on. Which images a batch has depends on the seed alone; of
+    several processes with one seed, each has its share of the batch.
     """
 
-    def __init__(self, data: SliceData, batch_size: int, device: torch.device, seed: int) -> None:
-        self.data, self.device = data, device
+    def __init__(
+        self, data: SliceData, batch_size: int, device: torch.device, seed: int, world: World = SOLO
+    ) -> None:
+        self.data, self.device, self.world = data, device, world
         self.count = min(batch_size, data.images)
         self.generator = torch.Generator().manual_seed(seed)
         ahead = device.type != "cpu" and data.target.device.type == "cpu"
@@ -38,7 +42,8 @@ class Batches:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _gather(self) -> SliceData:
-        return self.data.select(torch.randperm(self.data.images, generator=self.generator)[: self.count])
+        picks = torch.randperm(self.data.images, generator=self.generator)[: self.count]
+        return self.data.select(picks[self.world.rank :: self.world.size])
 
     def _pinned(self) -> SliceData:
         return self._gather().pinned()

@@ -16,6 +16,7 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.losses import Objective, annealed_beta
 from ospq_export.calibrate.rounding import SoftRounding
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph import quantize as q
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -27,6 +28,8 @@ from ospq_export.graph.quantizers import (
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
 
+# Between the generators of processes that share a slice: what they drop must not be alike.
+_SEEDS_APART = 7_919_000_003
 LOOKS = 50
 """How often, at most, the host looks at the loss in one slice."""
 DIVERGED = 1000.0
@@ -49,6 +52,7 @@ class Learner:
         settings: Reconstruction,
         device: torch.device,
         rate: float = 1.0,
+        world: World = SOLO,
     ) -> None:
         """Make the slice's quantizers learnable.
 
@@ -59,6 +63,7 @@ class Learner:
             settings: from the recipe.
             device: where the slice runs.
             rate: what both learning rates are multiplied by.
+            world: who shares the batches; all have drawn the same random numbers so far.
         """
         self.piece, self.data, self.objective, self.settings, self.device = (
             piece,
@@ -67,9 +72,11 @@ class Learner:
             settings,
             device,
         )
-        self.rate = rate
+        self.rate, self.world = rate, world
         # Of a generator of its own: the next batch can be fetched while this step draws what it drops.
-        self.batches = Batches(data, settings.batch_size, device, int(torch.randint(2**62, ())))
+        self.batches = Batches(data, settings.batch_size, device, int(torch.randint(2**62, ())), world)
+        if world.rank > 0:
+            torch.manual_seed(torch.initial_seed() + _SEEDS_APART * world.rank)
         self.losses: list[float] = []
         self.diverged_at: int | None = None
         self.every = max(1, settings.iterations // LOOKS)
@@ -113,7 +120,9 @@ class Learner:
         last = index + 1 == self.settings.iterations
         if index % self.every and not last:
             return True
-        return self._look(index, float(loss.detach()), keep=index % self.every == 0)
+        seen = loss.detach().clone()
+        self.world.average([seen])
+        return self._look(index, float(seen), keep=index % self.every == 0)
 
     def _look(self, index: int, loss: float, *, keep: bool) -> bool:
         if keep:
@@ -126,9 +135,11 @@ class Learner:
     def _descend(self, index: int) -> None:
         if self.rounding is not None:
             beta = annealed_beta(index, self.settings)
-            self.rounding.collect(0.0 if beta is None else self.objective.rounding_weight, beta or 2.0)
+            strength = 0.0 if beta is None else self.objective.rounding_weight
+            self.rounding.collect(strength, beta or 2.0, self.world)
         if self.optimizer is None:
             return
+        self.world.average([s.grad for s in self.scales if s.grad is not None])
         if self.scales:
             decay = 0.5 * (1.0 + math.cos(math.pi * index / self.settings.iterations))
             self.optimizer.param_groups[-1]["lr"] = self.rate * self.settings.learning_rate_scale * decay

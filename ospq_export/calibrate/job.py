@@ -27,6 +27,7 @@ from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.store import Store
 from ospq_export.calibrate.walk import Step, walk
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
@@ -46,11 +47,13 @@ class Options:
         memory_budget: bytes of host memory for activations; None takes half of what is available.
         events: told what happens.
         seconds_per_image: measured time of the float network; None where it was not timed.
+        world: who shares the work; the first process alone writes.
     """
 
     memory_budget: int | None = None
     events: Events = no_events
     seconds_per_image: float | None = None
+    world: World = SOLO
 
 
 class Job:
@@ -82,8 +85,15 @@ class Job:
         """Of every random choice."""
         return self.manifest.calibration.seed
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.options.world.rank == 0
+
     def begin(self, captured: fx.GraphModule) -> None:
         """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+        if not self.writes:
+            return
         for folder in (self.out, self.out / artifact.CHECKPOINTS):
             artifact.remove_temporary(folder)
         found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
@@ -125,7 +135,7 @@ class Job:
             return
         pilot = self.out / artifact.CHECKPOINTS / "pilot.safetensors"
         activations = list(self.network.activations.values())
-        if not pilot.is_file():
+        if self.writes and not pilot.is_file():
             _, found = choose_slicing(
                 self.network,
                 captured.graph,
@@ -136,6 +146,7 @@ class Job:
                 lambda steps: stepper(self.progress, "choose slicing", steps),
             )
             artifact.write_tensors(pilot, quantizer_tensors(activations), {"record": found.model_dump_json()})
+        self.options.world.wait()
         # Read back even when just written: a resumed run then starts from the very same state.
         tensors, header = artifact.read_tensors(pilot)
         record = _parsed(SlicingRecord, header, pilot)
@@ -167,13 +178,15 @@ class Job:
         todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
         store = self._store(images, len(todo))
         advance = stepper(self.progress, "reconstruct", len(todo) * settings.iterations)
-        reconstructor = Reconstructor(settings, self.device, store.trimming(advance))
-        if len(todo) < len(self.slices):
+        reconstructor = Reconstructor(settings, self.device, store.trimming(advance), self.options.world)
+        if self.writes and len(todo) < len(self.slices):
             log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
         make = objectives(self.network, self.slices, images, settings, self.device, self.seed)
         steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
         for step in steps:
-            self._save(step)
+            self._share(step.piece)
+            if self.writes:
+                self._save(step)
         self.options.events("done", {"peak_bytes": peak_memory(self.device), "activation_bytes": store.peak})
 
     def _store(self, images: Tensor, todo: int) -> Store:
@@ -220,16 +233,27 @@ class Job:
         tensors |= {bias.name: bias.value for bias in corrected_biases(step.piece).values()}
         artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
 
+    def _share(self, piece: fx.GraphModule) -> None:
+        """Make what a slice has learned the first process's, to the last bit."""
+        tensors = list(quantizer_tensors(own_quantizers(piece)).values())
+        self.options.world.share([*tensors, *(bias.value for bias in corrected_biases(piece).values())])
+
     def _restore(self, index: int, piece: fx.GraphModule) -> bool:
         path = self._checkpoint(index)
-        if not path.is_file():
+        # The first process looks: the others might see a checkpoint that it is just writing.
+        if not self.options.world.agree(int(path.is_file())):
             return False
+        if self.writes:
+            self._load_checkpoint(index, piece, path)
+        self._share(piece)
+        return True
+
+    def _load_checkpoint(self, index: int, piece: fx.GraphModule, path: Path) -> None:
         tensors, header = artifact.read_tensors(path)
         self.records[index] = _parsed(SliceRecord, header, path)
         self.load(own_quantizers(piece), tensors, path)
         for bias in corrected_biases(piece).values():
             load_bias(bias, tensors.get(bias.name), path)
-        return True
 
     def load(
         self,
@@ -244,6 +268,12 @@ class Job:
 
     def finish(self) -> Run:
         """Write the quantized tensors and the final manifest; the checkpoints go."""
+        if self.writes:
+            self._write_result()
+        self.options.world.wait()
+        return Run(self.out, self.manifest) if self.writes else Run.open(self.out)
+
+    def _write_result(self) -> None:
         replaced = {w.constant for w in self.network.weights.values()}
         quantizers: list[ActivationQuantizer | WeightQuantizer] = [
             *self.network.activations.values(),
@@ -267,7 +297,6 @@ class Job:
         )
         self.manifest = artifact.record_files(self.out, complete, artifact.QUANTIZED_TENSORS)
         shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
-        return Run(self.out, self.manifest)
 
 
 def _parsed(kind: type[_R], header: dict[str, str], path: Path) -> _R:

@@ -14,6 +14,7 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.bias import correct_biases, corrected_biases
 from ospq_export.calibrate.engine import Learner
 from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -68,11 +69,13 @@ class Reconstructor:
         settings: from the recipe.
         device: where the slices run; the data may lie elsewhere.
         advance: called after each step, for a progress bar.
+        world: who shares each slice's batches.
     """
 
     settings: Reconstruction
     device: torch.device
     advance: Callable[[], None] = lambda: None
+    world: World = SOLO
 
     def run(
         self, piece: fx.GraphModule, data: SliceData, seed: int, objective: Objective | None = None
@@ -128,7 +131,7 @@ class Reconstructor:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            learner = Learner(piece, data, objective, self.settings, self.device, rate)
+            learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
             for step in range(self.settings.iterations):
                 self.advance()
                 if not learner.step(step):

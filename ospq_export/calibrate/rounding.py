@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph import quantize as q
 from ospq_export.graph.fused import blocks
 from ospq_export.graph.quantizers import WeightQuantizer
@@ -58,7 +59,7 @@ class SoftRounding:
             quantizer.soft.grad = None
 
     @torch.no_grad()
-    def collect(self, strength: float | Tensor, beta: float | Tensor) -> None:
+    def collect(self, strength: float | Tensor, beta: float | Tensor, world: World = SOLO) -> None:
         """Set V's gradient from the soft weights' gradients and from the rounding term.
 
         d(1 - |2h - 1|^beta)/dh = -2 beta |2h - 1|^(beta - 1) sign(2h - 1), and dh/dV = 1.2 sigmoid (1 - sigmoid) where h is not
@@ -67,10 +68,12 @@ class SoftRounding:
         Args:
             strength: weight of the rounding term; 0 while it is off.
             beta: its exponent, at least 1.
+            world: whose gradients of the weights are averaged.
         """
         gradient = self.v.grad
         assert gradient is not None
         torch.cat([_gradient(w) for w in self.quantizers], out=gradient)
+        world.average([gradient])
         on = isinstance(strength, Tensor) or strength > 0
         for block in blocks(gradient):
             part, sigmoid = gradient[block].mul_(self.gain[block]), self.sigmoid[block]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.world import World, joined
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
@@ -76,7 +79,8 @@ def calibrate(
     check_output_folder(out)
     target = _device(device)
     _check_batch(recipe, len(images.images))
-    with locked(out):
+    _check_processes(recipe)
+    with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         return _calibrate(
@@ -91,7 +95,7 @@ def calibrate(
             target,
             seed,
             progress,
-            Options(memory_budget, events),
+            Options(memory_budget, events if world.rank == 0 else no_events, world=world),
         )
 
 
@@ -123,6 +127,7 @@ def _calibrate(
         skipped=skipped,
         seed=seed,
         device=target.type,
+        processes=options.world.size,
     )
     manifest = Manifest(
         status="calibrating",
@@ -139,7 +144,7 @@ def _calibrate(
     )
     # The network shares the captured constants, but its quantizers are its own.
     network.module.to(target)
-    seconds = _observe(network, images.images[: recipe.observation_images], seed, progress)
+    seconds = _observe(network, images.images[: recipe.observation_images], seed, progress, options.world)
     job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
     job.begin(captured)
     job.slice(captured, images.images)
@@ -177,6 +182,16 @@ def _check_batch(recipe: Recipe, images: int) -> None:
         )
 
 
+def _check_processes(recipe: Recipe) -> None:
+    size, batch = int(os.environ.get("WORLD_SIZE", "1")), recipe.reconstruction.batch_size
+    if batch % size:
+        raise InputError(
+            f"a batch of {batch} images cannot be shared evenly by {size} processes",
+            where="reconstruction.batch_size",
+            mend=f"--set reconstruction.batch_size={max(1, batch // size) * size}",
+        )
+
+
 def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
     """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
@@ -186,6 +201,8 @@ def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[st
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -205,11 +222,13 @@ def _equalize(
     return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
 
 
-def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> float:
+def _observe(
+    network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None, world: World
+) -> float:
     """Observe, and time the float network on the way: seconds per image."""
     steps = observation_steps(network, len(images), _OBSERVATION_BATCH)
     advance = stepper(progress, "observe", steps)
-    observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance)
+    observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance, world=world)
     sample = images[:_TIMED_IMAGES].to(next(network.module.buffers()).device)
     with torch.no_grad():
         started = time.perf_counter()

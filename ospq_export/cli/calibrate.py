@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,7 +146,8 @@ def run_calibrate(
     config = resolve_data_config(network, spec, settings)
     image_set: ImageSet = images(config)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
-    with stage_progress(disable=quiet) as progress:
+    first = os.environ.get("RANK", "0") == "0"
+    with stage_progress(disable=quiet or not first) as progress:
         run = calibrate(
             network,
             spec,
@@ -161,6 +163,8 @@ def run_calibrate(
             memory_budget=budget,
             events=events,
         )
+    if not first:
+        return
     console().print(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
