@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_robust import tiny
+from test_robust import finished, tiny
 
 from ospq_export import artifact
 from ospq_export.calibrate.activations import SliceData
@@ -30,17 +30,28 @@ import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from test_robust import tiny
-tiny(Path(sys.argv[2]), *sys.argv[3:])
+if sys.argv[3] == "interrupted":
+    from ospq_export import artifact
+    from ospq_export.calibrate.reconstruct import Reconstructor
+    run = Reconstructor.run
+    def interrupted(self, piece, data, seed, objective):
+        assert not list((Path(sys.argv[2]) / artifact.CHECKPOINTS).glob("001.*")), "interrupted"
+        return run(self, piece, data, seed, objective)
+    Reconstructor.run = interrupted
+tiny(Path(sys.argv[2]), *sys.argv[4:])
 """
 
 
-def two_processes(tmp_path, out, *overrides):
+def two_processes(tmp_path, out, *overrides, mode="whole"):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(script), str(Path(__file__).parent), str(out), *overrides]
+    command += [str(script), str(Path(__file__).parent), str(out), mode, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    if mode == "interrupted":
+        assert done.returncode != 0 and "interrupted" in done.stderr
+        return artifact.read_manifest(out)
     assert done.returncode == 0, done.stderr[-3000:]
     return Run.open(out)
 
@@ -73,10 +84,11 @@ def test_two_processes_resume_and_drop(tmp_path):
     whole = two_processes(tmp_path, tmp_path / "two")
     one = tiny(tmp_path / "one")
     for a, b in zip(one.manifest.slices, whole.manifest.slices, strict=True):
-        assert b.error_after == pytest.approx(a.error_after, rel=0.15), "other elements are dropped"
-    again = two_processes(tmp_path, tmp_path / "again")
-    first, second = tensors(whole), tensors(again)
-    assert all(torch.equal(first[k], second[k]) for k in first), "reproducible"
+        # Other elements are dropped: after six steps that is as far apart as two seeds.
+        assert b.error_after == pytest.approx(a.error_after, rel=0.5) and b.error_after < b.error_before
+    again = tmp_path / "again"
+    assert two_processes(tmp_path, again, mode="interrupted").status == "calibrating"
+    assert finished(two_processes(tmp_path, again).path) == finished(whole.path)
 
 
 def test_shares_of_a_batch_are_the_batch():
