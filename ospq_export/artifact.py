@@ -34,7 +34,10 @@ class _Record(BaseModel):
 
 
 class SliceRecord(_Record):
-    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors as in `SliceMetrics`."""
+    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors and warning as in `SliceMetrics`.
+
+    `peak_bytes` is the highest memory use of the process so far: resident on the host, allocated on a GPU; None in older runs.
+    """
 
     index: int
     name: str
@@ -48,6 +51,8 @@ class SliceRecord(_Record):
     kept: bool
     seconds: float
     losses: list[float]
+    warning: str = ""
+    peak_bytes: int | None = None
 
 
 class CandidateRecord(_Record):
@@ -129,6 +134,7 @@ class CalibrationRecord(_Record):
     skipped: list[str]
     seed: int
     device: str
+    processes: int = 1
 
 
 class Manifest(_Record):
@@ -158,6 +164,18 @@ class Manifest(_Record):
         result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result
+
+
+def differences(theirs: object, mine: object, name: str = "") -> list[str]:
+    """What two identities differ in, as "recipe.reconstruction.iterations: 3, now 4"; digests are shortened."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = dict.fromkeys([*theirs, *mine])
+        pairs = ((f"{name}.{key}" if name else str(key), key) for key in keys)
+        return [d for path, key in pairs for d in differences(theirs.get(key), mine.get(key), path)]
+    if theirs == mine:
+        return []
+    shown = [str(value)[:12] if len(str(value)) > 40 else str(value) for value in (theirs, mine)]
+    return [f"{name}: {shown[0]}, now {shown[1]}"]
 
 
 def sha256(path: Path) -> str:
@@ -202,6 +220,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `replacing` leaves behind when the process is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder of which nobody else writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -259,7 +288,7 @@ def read_manifest(folder: Path) -> Manifest:
             where=folder,
             mend="give a folder that `calibrate` wrote",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:

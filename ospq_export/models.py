@@ -6,6 +6,7 @@ Knows timm; knows nothing of images, graphs or run directories.
 import ast
 import difflib
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -205,13 +206,15 @@ def _written(kwargs: dict[str, Any]) -> str:
 
 
 def torch_device(name: str) -> torch.device:
-    """A torch device by name, tried out.
+    """A torch device by name, tried out; under torchrun "cuda" is the process's own.
 
     Raises:
         InputError: there is no such device, or it does not work on this machine.
     """
     try:
         device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -146,7 +146,7 @@ def test_offsets_are_learned_where_a_grid_is_shifted(small_vit, noise):
     for wanted in (False, True):
         graph.set_mode(Mode.FLOAT)
         chosen = settings("learning_rate_scale=0.01", f"learn_offsets={str(wanted).lower()}")
-        Reconstructor(chosen, CPU)._learn(piece, data, Objective(chosen, weight_quantizers(piece)))
+        Reconstructor(chosen, CPU)._learn(piece, data, Objective(chosen, weight_quantizers(piece)), 0)
         assert (([float(a.offset) for a in shifted]) != before) is wanted
 
 

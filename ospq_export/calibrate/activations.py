@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ospq_export.calibrate.store import Store
 from ospq_export.graph.quantizers import Mode, set_mode
 from ospq_export.graph.slicing import run_slice
 
@@ -44,12 +45,19 @@ class SliceData:
             len(wanted),
         )
 
-    def to(self, device: torch.device) -> SliceData:
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> SliceData:
         """The same on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> SliceData:
+        """The same in host memory that a GPU can copy from while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
         return SliceData(
-            tuple(t.to(device) for t in self.float_input),
-            tuple(t.to(device) for t in self.quantized_input),
-            self.target.to(device),
+            tuple(function(t) for t in self.float_input),
+            tuple(function(t) for t in self.quantized_input),
+            function(self.target),
             self.images,
         )
 
@@ -59,14 +67,19 @@ def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:
     chosen = chosen.to(tensor.device)
     per_image = tensor.shape[0] // images
     if per_image == 1:
-        return tensor[chosen]
-    return tensor.unflatten(0, (images, per_image))[chosen].flatten(0, 1)
+        return tensor.index_select(0, chosen)
+    return tensor.unflatten(0, (images, per_image)).index_select(0, chosen).flatten(0, 1)
 
 
 def forward(
-    piece: fx.GraphModule, inputs: Sequence[Tensor], mode: Mode, device: torch.device, images: int
+    piece: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    mode: Mode,
+    device: torch.device,
+    images: int,
+    store: Store | None = None,
 ) -> Tensors:
-    """A slice's tensors at its end for all images, in batches; they lie where the inputs lie.
+    """A slice's tensors at its end for all images, in batches; they lie where the store has room, or where the inputs lie.
 
     Args:
         piece: from `extract`.
@@ -74,6 +87,7 @@ def forward(
         mode: of the slice's quantizers.
         device: where the slice runs.
         images: how many images the inputs belong to.
+        store: allocates the results; None puts them beside the inputs.
     """
     set_mode(piece, mode)
     home = inputs[0].device
@@ -86,6 +100,12 @@ def forward(
                 per_image = part.shape[0] // len(chosen)
                 if start == 0:
                     shape = (images * per_image, *part.shape[1:])
-                    results.append(torch.empty(shape, dtype=part.dtype, device=home))
-                results[index][start * per_image : (start + len(chosen)) * per_image] = part.to(home)
+                    results.append(
+                        torch.empty(shape, dtype=part.dtype, device=home)
+                        if store is None
+                        else store.empty(shape, part.dtype)
+                    )
+                results[index][start * per_image : (start + len(chosen)) * per_image] = part
+            if store is not None:
+                store.trim()
     return tuple(results)

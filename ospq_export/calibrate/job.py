@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,15 @@ from ospq_export import artifact
 from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
 from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
 from ospq_export.calibrate.bias import corrected_biases
+from ospq_export.calibrate.cost import check_budget, cost_of
+from ospq_export.calibrate.events import Events, no_events
+from ospq_export.calibrate.memory import peak_memory
 from ospq_export.calibrate.objective import objectives
 from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.store import Store
 from ospq_export.calibrate.walk import Step, walk
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
@@ -31,6 +37,23 @@ from ospq_export.run import Run, load_bias, load_quantizer, quantizer_records, q
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a calibration runs, as opposed to what it computes: none of this changes a result.
+
+    Attributes:
+        memory_budget: bytes of host memory for activations; None takes half of what is available.
+        events: told what happens.
+        seconds_per_image: measured time of the float network; None where it was not timed.
+        world: who shares the work; the first process alone writes.
+    """
+
+    memory_budget: int | None = None
+    events: Events = no_events
+    seconds_per_image: float | None = None
+    world: World = SOLO
 
 
 class Job:
@@ -43,6 +66,7 @@ class Job:
         network: QuantizedGraph,
         device: torch.device,
         progress: Progress | None,
+        options: Options | None = None,
     ) -> None:
         self.out, self.manifest, self.network, self.device, self.progress = (
             out,
@@ -51,6 +75,7 @@ class Job:
             device,
             progress,
         )
+        self.options = options or Options()
         self.records: dict[int, SliceRecord] = {}
         self.slices: list[Slice] = []
         self.slice_of: dict[str, int] = {}
@@ -60,21 +85,29 @@ class Job:
         """Of every random choice."""
         return self.manifest.calibration.seed
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.options.world.rank == 0
+
     def begin(self, captured: fx.GraphModule) -> None:
         """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+        if not self.writes:
+            return
+        for folder in (self.out, self.out / artifact.CHECKPOINTS):
+            artifact.remove_temporary(folder)
         found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
         if found is not None and found.files:
             self._check_same(found, captured)
             return
-        existed = self.out.exists()
         try:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             artifact.write_manifest(self.out, self.manifest)
             artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
             self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
         except InputError:
-            if not existed:
-                shutil.rmtree(self.out, ignore_errors=True)
+            for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS):
+                (self.out / name).unlink(missing_ok=True)
             raise
 
     def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
@@ -86,8 +119,9 @@ class Job:
         theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
         changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:
+            what = "; ".join(artifact.differences(theirs, mine))
             raise InputError(
-                f"the interrupted run there was made with another {', '.join(changed)}",
+                f"the interrupted run there was made with another {', '.join(changed)} ({what})",
                 where=self.out,
                 mend="repeat the very same command to resume, or choose another --out",
             )
@@ -101,7 +135,7 @@ class Job:
             return
         pilot = self.out / artifact.CHECKPOINTS / "pilot.safetensors"
         activations = list(self.network.activations.values())
-        if not pilot.is_file():
+        if self.writes and not pilot.is_file():
             _, found = choose_slicing(
                 self.network,
                 captured.graph,
@@ -113,6 +147,7 @@ class Job:
                 lambda steps: stepper(self.progress, "choose slicing", steps),
             )
             artifact.write_tensors(pilot, quantizer_tensors(activations), {"record": found.model_dump_json()})
+        self.options.world.wait()
         # Read back even when just written: a resumed run then starts from the very same state.
         tensors, header = artifact.read_tensors(pilot)
         record = _parsed(SlicingRecord, header, pilot)
@@ -142,13 +177,33 @@ class Job:
         """Walk all slices, with a checkpoint after each."""
         settings = self.manifest.recipe.reconstruction
         todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
+        store = self._store(images, len(todo))
         advance = stepper(self.progress, "reconstruct", len(todo) * settings.iterations)
-        reconstructor = Reconstructor(settings, self.device, advance)
-        if len(todo) < len(self.slices):
+        reconstructor = Reconstructor(
+            settings, self.device, store.trimming(advance), world=self.options.world
+        )
+        if self.writes and len(todo) < len(self.slices):
             log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
         make = objectives(self.network, self.slices, images, settings, self.device, self.seed)
-        for step in walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make):
-            self._save(step)
+        steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
+        for step in steps:
+            self._share(step.piece)
+            if self.writes:
+                self._save(step)
+        self.options.events("done", {"peak_bytes": peak_memory(self.device), "activation_bytes": store.peak})
+
+    def _store(self, images: Tensor, todo: int) -> Store:
+        """Where activations go; says beforehand what the run will cost."""
+        store = Store.with_default(self.options.memory_budget, self.out / artifact.CHECKPOINTS, self.device)
+        settings, seconds = self.manifest.recipe.reconstruction, self.options.seconds_per_image
+        cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
+        check_budget(cost, store.budget)
+        log.info("%s", cost.summary(store.budget))
+        self.options.events("cost", {**cost.record(), "budget": store.budget})
+        if self.progress is not None:
+            self.progress.console.print(cost.summary(store.budget))
+        store.hold(images)
+        return store
 
     def _checkpoint(self, index: int) -> Path:
         return self.out / artifact.CHECKPOINTS / f"{index:03d}.safetensors"
@@ -168,24 +223,40 @@ class Job:
             kept=metrics.kept,
             seconds=round(step.seconds, 3),
             losses=metrics.losses,
+            warning=metrics.warning,
+            peak_bytes=peak_memory(self.device),
         )
         self.records[step.index] = record
+        self.options.events("slice", record.model_dump(mode="json"))
+        if metrics.warning:
+            log.warning("slice %s: %s", bounds.name, metrics.warning)
         if not metrics.kept:
             log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
         tensors = quantizer_tensors(own_quantizers(step.piece))
         tensors |= {bias.name: bias.value for bias in corrected_biases(step.piece).values()}
         artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
 
+    def _share(self, piece: fx.GraphModule) -> None:
+        """Make what a slice has learned the first process's, to the last bit."""
+        tensors = list(quantizer_tensors(own_quantizers(piece)).values())
+        self.options.world.share([*tensors, *(bias.value for bias in corrected_biases(piece).values())])
+
     def _restore(self, index: int, piece: fx.GraphModule) -> bool:
         path = self._checkpoint(index)
-        if not path.is_file():
+        # The first process looks: the others might see a checkpoint that it is just writing.
+        if not self.options.world.agree(int(path.is_file())):
             return False
+        if self.writes:
+            self._load_checkpoint(index, piece, path)
+        self._share(piece)
+        return True
+
+    def _load_checkpoint(self, index: int, piece: fx.GraphModule, path: Path) -> None:
         tensors, header = artifact.read_tensors(path)
         self.records[index] = _parsed(SliceRecord, header, path)
         self.load(own_quantizers(piece), tensors, path)
         for bias in corrected_biases(piece).values():
             load_bias(bias, tensors.get(bias.name), path)
-        return True
 
     def load(
         self,
@@ -200,6 +271,12 @@ class Job:
 
     def finish(self) -> Run:
         """Write the quantized tensors and the final manifest; the checkpoints go."""
+        if self.writes:
+            self._write_result()
+        self.options.world.wait()
+        return Run(self.out, self.manifest) if self.writes else Run.open(self.out)
+
+    def _write_result(self) -> None:
         replaced = {w.constant for w in self.network.weights.values()}
         quantizers: list[ActivationQuantizer | WeightQuantizer] = [
             *self.network.activations.values(),
@@ -223,7 +300,6 @@ class Job:
         )
         self.manifest = artifact.record_files(self.out, complete, artifact.QUANTIZED_TENSORS)
         shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
-        return Run(self.out, self.manifest)
 
 
 def _parsed(kind: type[_R], header: dict[str, str], path: Path) -> _R:

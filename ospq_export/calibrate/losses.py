@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -95,8 +94,3 @@ class Objective:
     def reconstruction(self, output: Tensor, target: Tensor) -> Tensor:
         """The reconstruction loss of a batch, normalised."""
         return self.raw(output, target) / self.normaliser
-
-    def rounding(self, beta: float) -> Tensor:
-        """The weighted rounding term of all weights of the slice."""
-        terms = [rounding_regularizer(w.v, beta) for w in self.weights if w.v is not None]
-        return self.rounding_weight * torch.stack(terms).sum()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
 from ospq_export.graph.range_search import compress, search_activation_range
@@ -20,6 +21,7 @@ def observe(
     seed: int,
     values_per_tensor: int = 1 << 18,
     advance: Callable[[], None] = lambda: None,
+    world: World = SOLO,
 ) -> None:
     """Set every activation range by minimum MSE over the images, and every weight to its nearest codes.
 
@@ -30,11 +32,12 @@ def observe(
         seed: of the random choice of values.
         values_per_tensor: how many values of each tensor are kept for the search, besides the extremes.
         advance: called after each batch and after each quantizer, for a progress bar.
+        world: who shares the batches; all end with the same ranges, whatever their number.
 
     Raises:
         InputError: an activation is not finite on these images.
     """
-    _collect(network, images, batch_size, seed, values_per_tensor, advance)
+    _collect(network, images, batch_size, seed, values_per_tensor, advance, world)
     for quantizer in network.activations.values():
         assert quantizer.observer is not None
         values = quantizer.observer.values()
@@ -60,6 +63,7 @@ def _collect(
     seed: int,
     wanted: int,
     advance: Callable[[], None],
+    world: World,
 ) -> None:
     batches = images.split(batch_size)
     device = next(network.module.buffers()).device
@@ -68,11 +72,32 @@ def _collect(
     network.set_mode(Mode.OBSERVE)
     try:
         with torch.no_grad():
-            for batch in batches:
-                network.module(batch.to(device))
+            for place in range(world.rank, len(batches), world.size):
+                _reseed(network, seed, place)
+                network.module(batches[place].to(device))
                 advance()
     finally:
         network.set_mode(Mode.FLOAT)
+    _exchange(network, len(batches), world)
+
+
+def _observers(network: QuantizedGraph) -> list[_Observer]:
+    return [q.observer for q in network.activations.values() if q.observer is not None]
+
+
+def _reseed(network: QuantizedGraph, seed: int, place: int) -> None:
+    """What is kept of a batch depends on its place alone, not on who observes it."""
+    for index, observer in enumerate(_observers(network)):
+        observer.generator.manual_seed(seed + index + 1_000_003 * place)
+
+
+def _exchange(network: QuantizedGraph, batches: int, world: World) -> None:
+    """Give every process what all of them kept, in the order of the batches."""
+    observers = _observers(network)
+    places = range(world.rank, batches, world.size)
+    mine = {place: [o.kept[k] for o in observers] for k, place in enumerate(places)}
+    for observer, kept in zip(observers, zip(*world.gather(mine, batches), strict=True), strict=True):
+        observer.kept = list(kept)
 
 
 def observation_steps(network: QuantizedGraph, images: int, batch_size: int) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.bias import correct_biases, corrected_biases
-from ospq_export.calibrate.losses import Objective, annealed_beta
-from ospq_export.graph import quantize as q
+from ospq_export.calibrate.engine import Learner
+from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -22,6 +24,8 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class SliceMetrics:
         iterations: optimisation steps taken.
         kept: whether the learned state was kept (False: it was no better than nearest rounding, which was restored).
         losses: reconstruction loss at up to 50 evenly spaced steps.
+        warning: what went wrong and what was done about it; empty where nothing did.
     """
 
     error_before: float
@@ -41,6 +46,19 @@ class SliceMetrics:
     iterations: int
     kept: bool
     losses: list[float]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one slice's learning came to: the loss where it was looked at, and a warning or nothing."""
+
+    losses: list[float]
+    warning: str = ""
+
+
+RETRY_RATE = 0.1
+"""A slice that diverges is learned again at this share of its learning rates, once."""
 
 
 @dataclass
@@ -52,12 +70,14 @@ class Reconstructor:
         device: where the slices run; the data may lie elsewhere.
         advance: called after each step, for a progress bar.
         error_images: measure errors on the first so many images; None takes all.
+        world: who shares each slice's batches.
     """
 
     settings: Reconstruction
     device: torch.device
     advance: Callable[[], None] = lambda: None
     error_images: int | None = None
+    world: World = SOLO
 
     def run(
         self, piece: fx.GraphModule, data: SliceData, seed: int, objective: Objective | None = None
@@ -77,13 +97,10 @@ class Reconstructor:
         if settings.refinement_images > 0:
             head = data.select(slice(0, _refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
-        losses: list[float] = []
-        devices = [self.device] if self.device.type == "cuda" else []
+        learned = Learned([])
         if settings.iterations > 0:
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                objective.normalise_by(self.error(piece, data, objective)[1])
-                losses = self._learn(piece, data, objective)
+            objective.normalise_by(self.error(piece, data, objective)[1])
+            learned = self._learn(piece, data, objective, seed)
         after, loss_after = self.error(piece, data, objective)
         kept = math.isfinite(loss_after) and (loss_after <= loss_before or settings.loss == "literal")
         if not kept:
@@ -91,7 +108,38 @@ class Reconstructor:
             after, loss_after = before, loss_before
         if settings.bias_correction:
             after = self._correct_biases(piece, data, objective, after, loss_after)
-        return SliceMetrics(before, after, settings.iterations, kept, losses)
+        return SliceMetrics(before, after, settings.iterations, kept, learned.losses, learned.warning)
+
+    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int) -> Learned:
+        """Learn; where that diverges once more at a lower rate; where that does too, leave the slice as it was."""
+        start, all_losses = _snapshot(piece), []
+        for rate in (1.0, RETRY_RATE):
+            learner = self._attempt(piece, data, objective, seed, rate)
+            all_losses += learner.losses
+            if learner.diverged_at is None:
+                return Learned(
+                    learner.losses, "" if rate == 1.0 else "diverged; learned again at a tenth of its rates"
+                )
+            log.warning("a slice diverged at step %d, at %g of its learning rates", learner.diverged_at, rate)
+            _restore(piece, start)
+        finite = [loss for loss in all_losses if math.isfinite(loss)]
+        return Learned(
+            finite, "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
+        )
+
+    def _attempt(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int, rate: float
+    ) -> Learner:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
+            for step in range(self.settings.iterations):
+                self.advance()
+                if not learner.step(step):
+                    break
+            learner.settle()
+        return learner
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
@@ -121,63 +169,6 @@ class Reconstructor:
                 count += part.target.numel()
         variance = float(data.target.float().var())
         return total / count / max(variance, 1e-12), loss / data.images
-
-    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> list[float]:
-        settings = self.settings
-        own = own_quantizers(piece)
-        weights = [m for m in own if isinstance(m, WeightQuantizer)]
-        activations = [m for m in own if isinstance(m, ActivationQuantizer)]
-        optimizers = self._optimizers(piece, weights, activations)
-        set_mode(piece, Mode.LEARN)
-        for activation in activations:
-            activation.drop_probability = settings.drop_probability
-        losses, every = [], max(1, settings.iterations // 50)
-        for step in range(settings.iterations):
-            inputs, target, images = self._batch(data)
-            loss = objective.reconstruction(run_slice(piece, inputs, images)[0], target)
-            beta = annealed_beta(step, settings)
-            total = loss if beta is None or not weights else loss + objective.rounding(beta)
-            for optimizer, _ in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(total)
-            for optimizer, scheduler in optimizers:
-                optimizer.step()
-                scheduler.step()
-            if step % every == 0:
-                losses.append(float(loss.detach()))
-            self.advance()
-        for quantizer in own:
-            quantizer.settle()
-        return losses
-
-    def _optimizers(
-        self, piece: fx.GraphModule, weights: list[WeightQuantizer], activations: list[ActivationQuantizer]
-    ) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
-        """Adam on V at a constant rate; Adam on the activation scales with cosine decay (QDrop)."""
-        settings = self.settings
-        result: list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = []
-        constant = [w.start_learning(piece.get_buffer(w.constant)) for w in weights]
-        if constant:
-            rounding = torch.optim.Adam(constant, lr=settings.learning_rate_rounding, foreach=True)
-            result.append((rounding, torch.optim.lr_scheduler.ConstantLR(rounding, factor=1.0)))
-        logarithmic = settings.scale_parametrization == "logarithmic"
-        scales: list[nn.Parameter] = [
-            p
-            for a in activations
-            for p in a.start_learning(logarithmic=logarithmic, offsets=settings.learn_offsets)
-        ]
-        if scales:
-            adam = torch.optim.Adam(scales, lr=settings.learning_rate_scale)
-            result.append((adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.iterations)))
-        return result
-
-    def _batch(self, data: SliceData) -> tuple[list[Tensor], Tensor, int]:
-        """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
-        picks = torch.randperm(data.images)[: min(self.settings.batch_size, data.images)]
-        part = data.select(picks).to(self.device)
-        pairs = zip(part.quantized_input, part.float_input, strict=True)
-        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
-        return inputs, part.target, part.images
 
 
 def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:

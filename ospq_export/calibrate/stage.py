@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
 from ospq_export.calibrate.equalize import count_sites, equalize
-from ospq_export.calibrate.job import Job
+from ospq_export.calibrate.events import Events, no_events
+from ospq_export.calibrate.job import Job, Options
+from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.world import World, joined
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
@@ -25,6 +33,7 @@ from ospq_export.run import Run
 
 _OBSERVATION_BATCH = 64
 _EQUALIZATION_IMAGES = 32
+_TIMED_IMAGES = 8
 
 
 def calibrate(
@@ -40,6 +49,8 @@ def calibrate(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    memory_budget: int | None = None,
+    events: Events = no_events,
 ) -> Run:
     """Quantize a float model after training and write a run directory.
 
@@ -57,6 +68,9 @@ def calibrate(
         device: torch device the slices run on.
         seed: of every random choice.
         progress: where to show progress bars.
+        memory_budget: bytes of host memory for activations, the images among them; the rest goes to disk. None takes half of
+            what is available.
+        events: told what happens; see `events.json_lines`.
 
     Raises:
         InputError: the output folder is in use, the model cannot be captured, the activations are not finite, or an interrupted
@@ -65,6 +79,40 @@ def calibrate(
     check_output_folder(out)
     target = torch_device(device)
     _check_batch(recipe, len(images.images))
+    _check_processes(recipe)
+    with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
+        # Once more: whoever held the folder until now may have finished.
+        check_output_folder(out)
+        return _calibrate(
+            model,
+            spec,
+            images,
+            data,
+            recipe,
+            out,
+            class_to_idx or {},
+            skipped or [],
+            target,
+            seed,
+            progress,
+            Options(memory_budget, events if world.rank == 0 else no_events, world=world),
+        )
+
+
+def _calibrate(
+    model: nn.Module,
+    spec: ModelSpec,
+    images: Batch,
+    data: DataConfig,
+    recipe: Recipe,
+    out: Path,
+    class_to_idx: dict[str, int],
+    skipped: list[str],
+    target: torch.device,
+    seed: int,
+    progress: Progress | None,
+    options: Options,
+) -> Run:
     captured = capture(model, data.input_size)
     if recipe.slicing != "auto":
         # A slicing that does not fit is better said before the observation than after it.
@@ -76,15 +124,16 @@ def calibrate(
     record = CalibrationRecord(
         images=len(images.images),
         images_sha256=artifact.tensor_sha256(images.images),
-        skipped=skipped or [],
+        skipped=skipped,
         seed=seed,
         device=target.type,
+        processes=options.world.size,
     )
     manifest = Manifest(
         status="calibrating",
         model=spec,
         data=data,
-        class_to_idx=_complete(class_to_idx or {}, captured),
+        class_to_idx=_complete(class_to_idx, captured),
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
@@ -95,8 +144,8 @@ def calibrate(
     )
     # The network shares the captured constants, but its quantizers are its own.
     network.module.to(target)
-    _observe(network, images.images[: recipe.observation_images], seed, progress)
-    job = Job(out, manifest, network, target, progress)
+    seconds = _observe(network, images.images[: recipe.observation_images], seed, progress, options.world)
+    job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
     job.begin(captured)
     job.slice(captured, images.images)
     job.reconstruct(images.images)
@@ -113,7 +162,7 @@ def check_output_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError("the output is not a folder", where=out, mend="choose another --out")
-    if not any(out.iterdir()):
+    if all(path.name == LOCK or artifact.is_temporary(path) for path in out.iterdir()):
         return
     if not (out / artifact.MANIFEST).is_file():
         raise InputError("the output folder is not empty", where=out, mend="choose another --out")
@@ -133,6 +182,16 @@ def _check_batch(recipe: Recipe, images: int) -> None:
         )
 
 
+def _check_processes(recipe: Recipe) -> None:
+    size, batch = int(os.environ.get("WORLD_SIZE", "1")), recipe.reconstruction.batch_size
+    if batch % size:
+        raise InputError(
+            f"a batch of {batch} images cannot be shared evenly by {size} processes",
+            where="reconstruction.batch_size",
+            mend=f"--set reconstruction.batch_size={max(1, batch // size) * size}",
+        )
+
+
 def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
     """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
@@ -149,7 +208,16 @@ def _equalize(
     return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
 
 
-def _observe(network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None) -> None:
+def _observe(
+    network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None, world: World
+) -> float:
+    """Observe, and time the float network on the way: seconds per image."""
     steps = observation_steps(network, len(images), _OBSERVATION_BATCH)
     advance = stepper(progress, "observe", steps)
-    observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance)
+    observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance, world=world)
+    sample = images[:_TIMED_IMAGES].to(next(network.module.buffers()).device)
+    with torch.no_grad():
+        started = time.perf_counter()
+        # Brought back to the host, a GPU's result is complete.
+        network.module(sample).cpu()
+        return (time.perf_counter() - started) / len(sample)

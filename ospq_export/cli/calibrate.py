@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,15 @@ def calibrate(
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Host memory for cached activations, e.g. 8GB; the rest goes to disk. Default: half of what is free."
+        ),
+    ] = None,
+    log_json: Annotated[
+        str | None, typer.Option(help="File that a JSON line per event is appended to; - is standard error.")
+    ] = None,
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
     chosen = read_recipe(recipe, overrides)
@@ -65,7 +75,19 @@ def calibrate(
 
         return ImageSet.from_folder(data, config)
 
-    run_calibrate(spec, given, images, chosen, out, device=device, seed=seed, workers=workers, quiet=quiet)
+    run_calibrate(
+        spec,
+        given,
+        images,
+        chosen,
+        out,
+        device=device,
+        seed=seed,
+        workers=workers,
+        quiet=quiet,
+        memory_budget=memory_budget,
+        log_json=log_json,
+    )
 
 
 def run_calibrate(
@@ -79,19 +101,26 @@ def run_calibrate(
     seed: int,
     workers: int,
     quiet: bool,
+    memory_budget: str | None = None,
+    log_json: str | None = None,
 ) -> None:
     """Build the model, read the images and calibrate, with progress bars and a line at the end."""
+    from ospq_export.calibrate.events import json_lines, no_events
     from ospq_export.calibrate.stage import calibrate, check_output_folder
+    from ospq_export.calibrate.store import parse_bytes
     from ospq_export.progress import stage_progress
 
     check_output_folder(out)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    events = no_events if log_json is None else json_lines(log_json)
     network = _create_model(spec, seed)
     from ospq_export.data import resolve_data_config
 
     config = resolve_data_config(network, spec, settings)
     image_set: ImageSet = images(config)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
-    with stage_progress(disable=quiet) as progress:
+    first = os.environ.get("RANK", "0") == "0"
+    with stage_progress(disable=quiet or not first) as progress:
         run = calibrate(
             network,
             spec,
@@ -104,7 +133,11 @@ def run_calibrate(
             device=device,
             seed=seed,
             progress=progress,
+            memory_budget=budget,
+            events=events,
         )
+    if not first:
+        return
     console().print(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ospq_export.graph.fused import FakeQuantize, lerp_mask
 
 INT8_MIN, INT8_MAX = -128, 127
 # [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
@@ -92,49 +93,6 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Te
     return real if offset is None else real + offset
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """quantize + dequantize with the straight-through estimator in x and LSQ's gradients in scale and offset.
-
-    One function instead of autograd's chain: it is called on every activation in every step, and its masks are float because
-    `where` and boolean products are several times slower on a CPU.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        offset: Tensor | None,
-        kept: Tensor | None,
-        lo: int,
-        hi: int,
-    ) -> Tensor:
-        scaled = (x if offset is None else x - offset) / scale
-        codes = torch.clamp(torch.round(scaled), lo, hi)
-        ctx.save_for_backward(scaled, codes, kept)
-        ctx.scale, ctx.has_offset, ctx.limits = scale, offset is not None, (lo, hi)
-        quantized = dequantize(codes, scale, offset)
-        # With weights of exactly 0 and 1, lerp returns its ends bit for bit.
-        return quantized if kept is None else torch.lerp(x, quantized, kept)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, codes, kept = ctx.saved_tensors
-        lo, hi = ctx.limits
-        inside = (scaled.clamp(lo - 0.5, hi + 0.5) == scaled).to(grad.dtype)
-        needs = ctx.needs_input_grad
-        quantized_grad = grad if kept is None else grad * kept
-        grad_x = grad_scale = grad_offset = None
-        if needs[0]:
-            grad_x = grad * inside if kept is None else grad - quantized_grad * (1.0 - inside)
-        if needs[1]:
-            error = codes - scaled * inside
-            grad_scale = (quantized_grad * error).sum_to_size(ctx.scale.shape)
-        if ctx.has_offset and needs[2]:
-            grad_offset = (quantized_grad * (1.0 - inside)).sum()
-        return grad_x, grad_scale, grad_offset, None, None, None
-
-
 def fake_quantize(
     x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
@@ -145,15 +103,15 @@ def fake_quantize(
 
     Args:
         x: float32, any shape.
-        scale: float32, positive, broadcastable to x.
+        scale: float32 scalar, positive.
         levels: integer limits.
         offset: float32 scalar of a `shifted` grid, in the units of x.
-        kept: float32 of 0 and 1, the shape of x: 1 where the element is quantized, 0 where it stays float; None quantizes all.
+        kept: 0 and 1 of any dtype, the shape of x: 1 where the element is quantized, 0 where it stays float; None quantizes all.
 
     Returns:
         float32, the shape of x.
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, offset, kept, levels.lo, levels.hi)
+    out: Tensor = FakeQuantize.apply(x, scale, offset, kept, levels.lo, levels.hi)
     return out
 
 
@@ -190,7 +148,7 @@ def random_kept(like: Tensor, drop_probability: float) -> Tensor | None:
     Random bytes decide, so the probability is rounded to a multiple of 1/256; the global generator gives them.
 
     Returns:
-        float32 of 0 (float) and 1 (quantized), the shape of `like`; None where nothing is dropped.
+        uint8 of 0 (float) and 1 (quantized), the shape of `like`; None where nothing is dropped.
     """
     threshold = round(drop_probability * 256)
     if threshold <= 0:
@@ -198,11 +156,11 @@ def random_kept(like: Tensor, drop_probability: float) -> Tensor | None:
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device)
     random_bytes = words.random_(-(2**63), None).view(torch.uint8)[: like.numel()]
     if threshold >= 256:
-        return torch.zeros_like(like)
-    return (random_bytes >= threshold).to(like.dtype).view(like.shape)
+        return torch.zeros_like(like, dtype=torch.uint8)
+    return torch.ge(random_bytes, threshold, out=random_bytes).view(like.shape)
 
 
 def mix(quantized: Tensor, original: Tensor, drop_probability: float) -> Tensor:
     """Quantized activations with a random share of elements replaced by the float network's (QDrop's input)."""
     kept = random_kept(original, drop_probability)
-    return quantized if kept is None else torch.lerp(original, quantized, kept)
+    return quantized if kept is None else lerp_mask(original, quantized, kept)

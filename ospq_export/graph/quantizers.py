@@ -149,6 +149,7 @@ class WeightQuantizer(nn.Module):
     Attributes:
         scale: float32 (out_channels,), in the units of the weight.
         codes: int8, the weight's shape; what is deployed.
+        soft: the softly rounded weight where a caller computes it for a whole slice at once; else it is computed from V.
     """
 
     scale: Tensor
@@ -163,6 +164,7 @@ class WeightQuantizer(nn.Module):
         self.mode = Mode.FLOAT
         self.v: nn.Parameter | None = None
         self.floor: Tensor | None = None
+        self.soft: Tensor | None = None
 
     def round_to_nearest(self, weight: Tensor) -> None:
         """Search the scale and take the nearest codes."""
@@ -181,13 +183,15 @@ class WeightQuantizer(nn.Module):
         assert self.v is not None and self.floor is not None
         up = (q.rectified_sigmoid(self.v.detach()) >= 0.5).to(self.floor.dtype)
         self.codes.copy_(torch.clamp(self.floor + up, self.levels.lo, self.levels.hi))
-        self.v = self.floor = None
+        self.v = self.floor = self.soft = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as the mode says: float, dequantized codes, or softly rounded while learning."""
         if self.mode in (Mode.FLOAT, Mode.OBSERVE):
             return weight
         scale = q.per_channel(self.scale, weight.dim())
+        if self.mode is Mode.LEARN and self.soft is not None:
+            return self.soft
         if self.mode is Mode.LEARN and self.v is not None and self.floor is not None:
             return q.soft_quantize_weight(self.floor, self.v, scale, self.levels)
         return q.dequantize(self.codes.to(scale.dtype), scale)

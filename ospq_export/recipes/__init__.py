@@ -133,7 +133,10 @@ def _read(name_or_path: str) -> dict[str, Any]:
         )
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # too long a number, or too deep a list, besides TOMLDecodeError
         raise InputError(f"the recipe is not valid TOML: {error}", where=name_or_path) from error
 
 
@@ -153,5 +156,5 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # too long a number, or too deep a list, besides TOMLDecodeError
         return text

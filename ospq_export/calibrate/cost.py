@@ -1,0 +1,112 @@
+"""What a calibration will cost, said before it starts: slices, iterations, time, memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from ospq_export.errors import InputError
+from ospq_export.graph.slicing import Slice
+from ospq_export.recipes import Reconstruction
+
+# A learning step costs a fake-quantized forward pass and a backward pass of about twice its work; a float forward pass over
+# the same images takes about a fifth of both together (measured with benchmarks/reconstruction.py's slices).
+_STEP_IN_PASSES = 5.0
+# Passes over all images per slice besides the steps: float, quantized, and three of the error.
+_FIXED_PASSES = 5.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one calibration.
+
+    Attributes:
+        slices: how many are to be learned.
+        iterations: steps in all of them together.
+        seconds: estimated from the time of the observation; None where nothing was timed.
+        activation_bytes: the most that the activations at two neighbouring cuts take, with the images.
+        batch_bytes: the most that one batch of a slice's data takes.
+    """
+
+    slices: int
+    iterations: int
+    seconds: float | None
+    activation_bytes: int
+    batch_bytes: int
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def summary(self, budget: int) -> str:
+        """One line for people."""
+        time = "" if self.seconds is None else f", about {_duration(self.seconds)}"
+        spilled = self.activation_bytes - budget
+        where = f"{self.activation_bytes / 1e9:.2f} GB of activations"
+        disk = f", of which {spilled / 1e9:.2f} GB go to disk" if spilled > 0 else ""
+        return f"{self.slices} slices, {self.iterations} iterations{time}; {where}{disk}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def bytes_per_image(graph: fx.Graph, name: str) -> int:
+    """float32 bytes that a cut's tensor takes for one image."""
+    nodes = {n.name: n for n in graph.nodes}
+    batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    return 4 * int(nodes[name].meta["val"].numel() // batch)
+
+
+def cost_of(
+    graph: fx.Graph,
+    slices: Sequence[Slice],
+    todo: int,
+    images: int,
+    settings: Reconstruction,
+    seconds_per_image: float | None,
+) -> Cost:
+    """Estimate a calibration.
+
+    Args:
+        graph: captured.
+        slices: its slicing.
+        todo: how many of the slices are still to be learned.
+        images: calibration images.
+        settings: from the recipe.
+        seconds_per_image: measured time of the whole float network per image.
+    """
+    starts = [sum(bytes_per_image(graph, n) for n in (s.start, *s.received)) for s in slices]
+    ends = [sum(bytes_per_image(graph, n) for n in (s.end, *s.carried)) for s in slices]
+    pairs = list(zip(starts, ends, strict=True))
+    seconds = None
+    if seconds_per_image is not None:
+        share = todo / len(slices)
+        steps = settings.iterations * min(settings.batch_size, images) * _STEP_IN_PASSES
+        seconds = share * seconds_per_image * (steps + _FIXED_PASSES * images)
+    return Cost(
+        slices=todo,
+        iterations=todo * settings.iterations,
+        seconds=seconds,
+        activation_bytes=images * (starts[0] + max(2 * (a + b) for a, b in pairs)),
+        batch_bytes=settings.batch_size * max(2 * a + b for a, b in pairs),
+    )
+
+
+def check_budget(cost: Cost, budget: int) -> None:
+    """Refuse a budget that cannot even hold one batch.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if cost.batch_bytes > budget:
+        raise InputError(
+            f"one batch of a slice's activations takes {cost.batch_bytes / 1e6:.1f} MB, the budget is {budget / 1e6:.1f} MB",
+            where="--memory-budget",
+            mend="give a larger budget, or lower reconstruction.batch_size",
+        )

@@ -1,0 +1,107 @@
+"""Fake quantization as one autograd function, computed block by block so that its passes run in cache.
+
+A chain of autograd nodes reads and writes main memory once per elementwise step and keeps every intermediate result for the
+backward pass. Here the whole chain runs over one block after the other, in place, and the backward pass computes it again
+from the input. Measured on a CPU this is as fast as compiled kernels and needs no compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 16
+"""Elements per block: half a dozen float32 blocks fit a core's second-level cache, and one still feeds several threads."""
+
+
+def blocks(flat: Tensor) -> Iterator[slice]:
+    """Slices that cover a flat tensor; on a GPU, whose kernels want everything at once, a single one."""
+    size = BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    return (slice(start, start + size) for start in range(0, flat.numel(), size))
+
+
+def _as_weights(kept: Tensor, block: slice, like: Tensor) -> Tensor:
+    return kept[block].to(like.dtype)
+
+
+def lerp_mask(start: Tensor, end: Tensor, kept: Tensor) -> Tensor:
+    """`end` where kept is 1, `start` where it is 0: a `where` that is fast on a CPU; not differentiable."""
+    out = torch.empty_like(start, memory_format=torch.contiguous_format)
+    first, second, mask = (t.reshape(-1) for t in (start, end, kept))
+    for block in blocks(first):
+        # With weights of exactly 0 and 1, lerp returns its ends bit for bit.
+        weights = _as_weights(mask, block, first)
+        torch.lerp(first[block], second[block], weights, out=out.view(-1)[block])
+    return out
+
+
+class FakeQuantize(torch.autograd.Function):
+    """quantize + dequantize of a tensor with one scale; see `graph.quantize.fake_quantize` for the gradients.
+
+    Arguments: x, scale (one element), offset (one element or None), kept (0 and 1, the shape of x, or None), lo, hi.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None, lo: int, hi: int
+    ) -> Tensor:
+        """Fake-quantize; keeps x, the mask and the scale for the backward pass, nothing else."""
+        flat, mask = x.reshape(-1), None if kept is None else kept.reshape(-1)
+        out = torch.empty_like(flat)
+        for block in blocks(flat):
+            part, result = flat[block], out[block]
+            _scaled(part, scale, offset, result)
+            result.round_().clamp_(lo, hi).mul_(scale)
+            if offset is not None:
+                result.add_(offset)
+            if mask is not None:
+                torch.lerp(part, result, _as_weights(mask, block, part), out=result)
+        ctx.save_for_backward(flat, scale, offset, mask)
+        ctx.limits, ctx.shape = (lo, hi), x.shape
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in x, scale and offset, as far as they are asked for."""
+        flat, scale, offset, mask = ctx.saved_tensors
+        wants_x, wants_scale, wants_offset = ctx.needs_input_grad[:3]
+        wants_offset = wants_offset and offset is not None
+        grad = grad.reshape(-1)
+        grad_x = torch.empty_like(flat) if wants_x else None
+        grad_scale = torch.zeros_like(scale) if wants_scale else None
+        grad_offset = torch.zeros_like(offset) if wants_offset else None
+        for block in blocks(flat):
+            scaled, outside, codes = _parts(flat[block], scale, offset, ctx.limits)
+            given = grad[block]
+            taken = given if mask is None else given * _as_weights(mask, block, given)
+            if grad_x is not None:
+                torch.addcmul(given, taken, outside, value=-1.0, out=grad_x[block])
+            if grad_offset is not None:
+                grad_offset += torch.dot(taken, outside)
+            if grad_scale is not None:
+                # codes - scaled inside the range, codes outside.
+                error = codes.addcmul_(scaled, outside.sub_(1.0))
+                grad_scale += torch.dot(taken, error)
+        return None if grad_x is None else grad_x.view(ctx.shape), grad_scale, grad_offset, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
+    """(x - offset) / scale, into `out`."""
+    if offset is None:
+        return torch.div(x, scale, out=out)
+    return torch.sub(x, offset, out=out).div_(scale)
+
+
+def _parts(
+    x: Tensor, scale: Tensor, offset: Tensor | None, limits: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled values, 1 where they are clipped (else 0), and codes; all of x's dtype, none shared."""
+    lo, hi = limits
+    scaled = _scaled(x, scale, offset, torch.empty_like(x))
+    codes = scaled.clamp(lo - 0.5, hi + 0.5)
+    # Compared straight into floats: a boolean result would be converted in a pass that costs more than all others.
+    outside = torch.ne(codes, scaled, out=torch.empty_like(x))
+    return scaled, outside, codes.round_().clamp_(lo, hi)

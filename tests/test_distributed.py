@@ -1,0 +1,140 @@
+"""Several processes share a calibration: with the same global batch they learn what one process learns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_robust import finished, tiny
+
+from ospq_export import artifact
+from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.batches import Batches
+from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.stage import _check_processes
+from ospq_export.calibrate.world import SOLO, World, joined
+from ospq_export.errors import InputError
+from ospq_export.graph.capture import capture
+from ospq_export.graph.quantizers import Bits, insert_quantizers
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.run import Run
+
+CPU = torch.device("cpu")
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from test_robust import tiny
+if sys.argv[3] == "interrupted":
+    from ospq_export import artifact
+    from ospq_export.calibrate.reconstruct import Reconstructor
+    run = Reconstructor.run
+    def interrupted(self, piece, data, seed, objective):
+        assert not list((Path(sys.argv[2]) / artifact.CHECKPOINTS).glob("001.*")), "interrupted"
+        return run(self, piece, data, seed, objective)
+    Reconstructor.run = interrupted
+tiny(Path(sys.argv[2]), *sys.argv[4:])
+"""
+
+
+def two_processes(tmp_path, out, *overrides, mode="whole"):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), str(Path(__file__).parent), str(out), mode, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    if mode == "interrupted":
+        assert done.returncode != 0 and "interrupted" in done.stderr
+        return artifact.read_manifest(out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run.open(out)
+
+
+def tensors(run):
+    return artifact.read_tensors(run.path / artifact.QUANTIZED_TENSORS)[0]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    # Nothing is dropped: what is dropped differs between processes, and then no two results could be compared exactly.
+    fixed = ["reconstruction.drop_probability=0.0", "reconstruction.iterations=20"]
+    one, two = tiny(tmp_path / "one", *fixed), two_processes(tmp_path, tmp_path / "two", *fixed)
+    assert two.manifest.calibration.processes == 2 and one.manifest.calibration.processes == 1
+    first, second = tensors(one), tensors(two)
+    assert first.keys() == second.keys()
+    codes = [k for k in first if k.endswith(".codes")]
+    differing = sum(int((first[k] != second[k]).sum()) for k in codes)
+    assert differing <= 0.002 * sum(first[k].numel() for k in codes)
+    for name in first:
+        if name.endswith(".scale"):
+            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=0)
+    for a, b in zip(one.manifest.slices, two.manifest.slices, strict=True):
+        assert b.error_after == pytest.approx(a.error_after, rel=0.02)
+        assert b.losses == pytest.approx(a.losses, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_drop(tmp_path):
+    whole = two_processes(tmp_path, tmp_path / "two")
+    one = tiny(tmp_path / "one")
+    for a, b in zip(one.manifest.slices, whole.manifest.slices, strict=True):
+        # Other elements are dropped: after six steps that is as far apart as two seeds.
+        assert b.error_after == pytest.approx(a.error_after, rel=0.5) and b.error_after < b.error_before
+    again = tmp_path / "again"
+    assert two_processes(tmp_path, again, mode="interrupted").status == "calibrating"
+    assert finished(two_processes(tmp_path, again).path) == finished(whole.path)
+
+
+def test_shares_of_a_batch_are_the_batch():
+    column = torch.arange(40.0)[:, None]
+    data = SliceData((column,), (column,), column, 40)
+    whole = Batches(data, 8, CPU, 3).next().target
+    parts = [Batches(data, 8, CPU, 3, World(rank, 2)).next().target for rank in range(2)]
+    assert sorted(torch.cat(parts).flatten().tolist()) == sorted(whole.flatten().tolist())
+
+
+class Recorded(World):
+    """One process of several, of which this test plays all: what each observes is put together by the test."""
+
+    def gather(self, parts, count):
+        held.update(parts)
+        return [held.get(place, next(iter(parts.values()))) for place in range(count)]
+
+
+held = {}
+
+
+def test_shares_of_the_observation_are_the_observation():
+    torch.manual_seed(0)
+    kwargs = {"img_size": 16, "patch_size": 8, "depth": 1, "num_classes": 3, "embed_dim": 16, "num_heads": 2}
+    network = capture(create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)), (3, 16, 16))
+    images = torch.randn(20, 3, 16, 16)
+    ranges = []
+    held.clear()
+    for world in (SOLO, Recorded(0, 2), Recorded(1, 2)):
+        graph = insert_quantizers(network, Bits(4, 4))
+        observe(graph, images, batch_size=5, seed=0, values_per_tensor=400, world=world)
+        ranges.append([(float(a.scale), float(a.offset)) for a in graph.activations.values()])
+    # The last one found what the others had observed beside its own.
+    assert ranges[2] == ranges[0] and len(held) == 4
+
+
+def test_a_batch_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"32 images cannot be shared evenly by 3 processes.*batch_size=30"):
+        _check_processes(load_recipe("w4a4"))
+
+
+def test_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as world:
+        assert world is SOLO and world.agree(7) == 7
+        value = torch.ones(2)
+        world.average([value])
+        assert value.tolist() == [1.0, 1.0] and world.gather({0: [value]}, 1) == [[value]]

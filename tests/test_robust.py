@@ -1,0 +1,335 @@
+"""No run is lost: locks, divergence, what a refused resume says, a full disk, and death at any moment."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ospq_export import artifact
+from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.activations import SliceData, forward
+from ospq_export.calibrate.lock import LOCK, locked
+from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.data import Batch, resolve_data_config
+from ospq_export.errors import InputError
+from ospq_export.graph.capture import capture
+from ospq_export.graph.granularity import block_slicing
+from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers, quantizers_of
+from ospq_export.graph.slicing import extract
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.run import quantizer_tensors
+
+CPU = torch.device("cpu")
+SPEC = ModelSpec(
+    name="vit_tiny_patch16_224",
+    kwargs={
+        "img_size": 32,
+        "patch_size": 8,
+        "in_chans": 1,
+        "depth": 2,
+        "num_classes": 5,
+        "embed_dim": 32,
+        "num_heads": 2,
+    },
+)
+SHORT = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8"]
+
+
+def tiny(out, *overrides, seed=0, weights=0, images=0):
+    """Calibrate a network that takes a second or two."""
+    torch.manual_seed(weights)
+    model = create_model(SPEC)
+    config = resolve_data_config(model, SPEC, {})
+    data = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(images))
+    batch = Batch(data, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(16)])
+    recipe = load_recipe("w4a4", [*SHORT, "reconstruction.iterations=6", *overrides])
+    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed)
+
+
+def finished(out):
+    """What two runs that are the same have in common: every byte but times and memory."""
+    manifest = json.loads((out / artifact.MANIFEST).read_text())
+    assert manifest["status"] == "calibrated"
+    for record in manifest["slices"]:
+        del record["seconds"], record["peak_bytes"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([artifact.MANIFEST, *manifest["files"]])
+    return manifest, {name: (out / name).read_bytes() for name in manifest["files"]}
+
+
+def test_one_process_per_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from ospq_export.calibrate.lock import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another process is calibrating"), locked(tmp_path):
+        pytest.fail("two processes hold the same folder")
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / LOCK).exists(), "the dead process left its lock file"
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_folder_made_for_the_lock_goes_with_it(tmp_path):
+    with locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), locked(tmp_path / "file" / "run"):
+        pytest.fail("a file is no folder")
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that stopped after its first slice."""
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+
+    class StopError(Exception):
+        pass
+
+    class Stopping(Reconstructor):
+        def run(self, piece, *args, **kwargs):
+            if (out / artifact.CHECKPOINTS).exists():
+                raise StopError
+            return super().run(piece, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ospq_export.calibrate.job.Reconstructor", Stopping)
+        with pytest.raises(StopError):
+            tiny(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"another calibration \(calibration\.seed: 0, now 1\)"),
+        (
+            {"images": 1},
+            r"another calibration, weights \(calibration\.images_sha256: [0-9a-f]{12}, now [0-9a-f]{12}; weights",
+        ),
+        ({"weights": 1}, r"another weights \(weights: [0-9a-f]{12}, now"),
+        (
+            {"overrides": ["reconstruction.iterations=7"]},
+            r"another recipe \(recipe\.reconstruction\.iterations: 6, now 7\)",
+        ),
+    ],
+)
+def test_a_refused_resume_says_what_changed(interrupted, changes, message):
+    before = {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=message):
+        tiny(interrupted, *changes.pop("overrides", []), **changes)
+    assert {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()} == before
+
+
+def test_another_version_is_refused(interrupted, monkeypatch):
+    versions = {**artifact.installed_versions(), "torch": "1.0"}
+    monkeypatch.setattr("ospq_export.artifact.installed_versions", lambda: versions)
+    with pytest.raises(InputError, match=r"versions\.torch: .*, now 1\.0"):
+        tiny(interrupted)
+
+
+def test_differences():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 64}
+    assert artifact.differences(old, old) == []
+    assert artifact.differences(old, {"a": {"b": 2, "c": [1, 2]}, "d": "y" * 64}) == [
+        "a.b: 1, now 2",
+        f"d: {'x' * 12}, now {'y' * 12}",
+    ]
+    assert artifact.differences({}, {"new": 1}) == ["new: None, now 1"]
+
+
+@pytest.fixture(scope="module")
+def block():
+    """The second block of a small network, and its data."""
+    torch.manual_seed(0)
+    network = capture(create_model(SPEC), (1, 32, 32))
+    images = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    graph = insert_quantizers(network, Bits(4, 4))
+    observe(graph, images, batch_size=16, seed=0)
+    slices = block_slicing(network.graph)
+    x = forward(extract(graph.module, slices[0]), (images,), Mode.FLOAT, CPU, 16)
+    piece = extract(graph.module, slices[1])
+    return piece, SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, 16)[0], 16)
+
+
+def at_rate(rate):
+    overrides = ["iterations=4", "batch_size=8", f"learning_rate_scale={rate}", "refinement_images=0"]
+    return load_recipe("w4a4", [f"reconstruction.{o}" for o in overrides]).reconstruction
+
+
+def state(piece):
+    return {k: v.clone() for k, v in quantizer_tensors(list(quantizers_of(piece))).items()}
+
+
+def put_back(piece, saved):
+    for name, value in quantizer_tensors(list(quantizers_of(piece))).items():
+        value.copy_(saved[name])
+
+
+def test_divergence_is_retried_once_at_a_lower_rate(block):
+    piece, data = block
+    before = state(piece)
+    # One step of Adam moves a logarithmic scale by its rate: exp(300) is infinite in float32, exp(30) is not.
+    metrics = Reconstructor(at_rate(300.0), CPU).run(piece, data, seed=0)
+    assert metrics.warning == "diverged; learned again at a tenth of its rates"
+    assert all(bool(torch.isfinite(v).all()) for v in state(piece).values() if v.is_floating_point())
+    put_back(piece, before)
+    assert Reconstructor(at_rate(1e-3), CPU).run(piece, data, seed=0).warning == ""
+    put_back(piece, before)
+
+
+def test_divergence_at_both_rates_leaves_the_best_state(block):
+    piece, data = block
+    before = state(piece)
+    metrics = Reconstructor(at_rate(1e5), CPU).run(piece, data, seed=0)
+    assert metrics.warning.startswith("diverged, also at a tenth")
+    assert metrics.error_after == metrics.error_before
+    after = state(piece)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(quantizer.mode is Mode.QUANTIZE for quantizer in quantizers_of(piece))
+
+
+def test_a_warning_reaches_the_manifest(tmp_path):
+    run = tiny(tmp_path / "run", "reconstruction.learning_rate_scale=1e5")
+    assert any("diverged" in record.warning for record in run.manifest.slices)
+    assert artifact.read_manifest(run.path) == run.manifest
+    old = run.manifest.model_dump(mode="json")
+    for record in old["slices"]:
+        del record["warning"], record["peak_bytes"]
+    loaded = artifact.Manifest.model_validate(old)
+    assert loaded.slices[0].peak_bytes is None, "runs of before this field are still read"
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_robust import tiny
+from ospq_export.errors import InputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    tiny(Path(sys.argv[1]))
+except InputError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def on_a_full_disk(out, limit):
+    code = FULL_DISK.format(tests=os.path.dirname(__file__))  # noqa: PTH120
+    return subprocess.run(
+        [sys.executable, "-c", code, str(out), str(limit)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},  # noqa: PTH109
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, interrupted):
+    whole = tmp_path / "whole"
+    tiny(whole)
+    sizes = sorted((whole / name).stat().st_size for name in finished(whole)[1])
+    assert sizes[0] > 20_000
+    done = on_a_full_disk(tmp_path / "none", 20_000)
+    assert done.returncode == 2 and "cannot be written" in done.stdout, done.stderr
+    assert not (tmp_path / "none").exists() or not any((tmp_path / "none").iterdir())
+    out = tmp_path / "some"
+    subprocess.run(["cp", "-r", interrupted, out], check=True)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = on_a_full_disk(out, 10_000)
+    assert done.returncode == 2 and "cannot be written" in done.stdout, done.stderr
+    after = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert all(after[path] == content for path, content in before.items())
+    tiny(out)
+    assert finished(out) == finished(whole)
+
+
+# A process that has imported everything forks a calibration per line it is given, so that a round costs no start-up.
+SERVER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_robust import tiny
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        tiny(Path(line.strip()), "equalization=none", "reconstruction.refinement_images=0")
+        os._exit(0)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(status, flush=True)
+"""
+
+
+class Calibrations:
+    """Runs calibrations in processes of their own, one after the other."""
+
+    def __init__(self):
+        code = SERVER.format(tests=os.path.dirname(__file__))  # noqa: PTH120
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # noqa: PTH109
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._line() == "ready"
+
+    def _line(self):
+        return self.server.stdout.readline().strip()
+
+    def run(self, out, kill_after=None):
+        """Wait status and seconds of a calibration that is killed after some seconds, or left alone."""
+        started = time.monotonic()
+        self.server.stdin.write(f"{out}\n")
+        self.server.stdin.flush()
+        child = int(self._line())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        return int(self._line()), time.monotonic() - started
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path):
+    calibrations = Calibrations()
+    try:
+        status, seconds = calibrations.run(tmp_path / "whole")
+        assert status == 0
+        whole = finished(tmp_path / "whole")
+        moments = random.Random(0)
+        killed = 0
+        for index in range(20):
+            out = tmp_path / str(index)
+            status, _ = calibrations.run(out, kill_after=moments.uniform(0.02, 0.98) * seconds)
+            killed += os.WIFSIGNALED(status)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                assert calibrations.run(out)[0] == 0
+            assert finished(out) == whole
+        assert killed >= 15, "most of the moments lay within the calibration"
+    finally:
+        calibrations.close()
