@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.export.half import to_half
-from ospq_export.export.lower import lower
+from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.graph.capture import capture
 from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
@@ -35,15 +37,34 @@ class Quantized:
     input_size: tuple[int, int, int]
 
     def write(self, path: Path, *, half: bool, batch_size: int | None = 1) -> None:
-        """The deployable file: FP32 or FP16 around the quantized operators."""
+        """The deployable file: FP32 or FP16 around the quantized operators; every quantizer's codes have its name."""
+        probes = probe_names(self.network, [])
         write_onnx(
-            lower(self.network),
+            lower(self.network, probes),
             path,
             input_size=self.input_size,
             batch_size=batch_size,
             metadata={},
+            probes=list(probes.values()),
             passes=(to_half,) if half else (),
         )
+
+    def write_float(self, path: Path, *, batch_size: int | None = 1) -> None:
+        """The float network in FP32."""
+        write_onnx(self.captured, path, input_size=self.input_size, batch_size=batch_size, metadata={})
+
+    def double(self) -> fx.GraphModule:
+        """The fake-quantized network in float64: one of its equally legitimate executions."""
+        module = copy.deepcopy(self.network.module).double()
+
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        for node in module.graph.nodes:
+            node.args = tree_map(widened, node.args)
+            node.kwargs = tree_map(widened, node.kwargs)
+        module.recompile()
+        return module
 
 
 def quantize(spec: ModelSpec, input_size: tuple[int, int, int], bits: Bits, images: Tensor) -> Quantized:
