@@ -182,7 +182,7 @@ def test_scales_json_is_complete_and_exact(finished_runs):
 
 
 def test_fixed_batch_size(run_copy, images):
-    export(run_copy, batch_size=4)
+    export(run_copy, batch_size=4, overwrite=True)
     runtime = session(run_copy / "model.onnx")
     assert runtime.get_inputs()[0].shape == [4, 1, 28, 28]
     assert runtime.run(None, {"images": images[:4]})[0].shape == (4, 10)
@@ -191,7 +191,7 @@ def test_fixed_batch_size(run_copy, images):
 
 def test_exporting_twice_gives_the_same_bytes(run_copy):
     before = {n: (run_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
-    export(run_copy)
+    export(run_copy, overwrite=True)
     assert all((run_copy / n).read_bytes() == data for n, data in before.items())
 
 

@@ -28,7 +28,10 @@ def run(finished_runs, tmp_path_factory):
     """The W4A4 Swin with every extra file."""
     folder = Path(shutil.copytree(finished_runs["w4a4"], tmp_path_factory.mktemp("extras") / "run"))
     return export(
-        folder, extras=Extras(fp16=True, debug=True, int4=True, uint8_input=True), deploy_batch_size=None
+        folder,
+        extras=Extras(fp16=True, debug=True, int4=True, uint8_input=True),
+        deploy_batch_size=None,
+        overwrite=True,
     )
 
 

@@ -107,7 +107,7 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
     options = ["export", str(run), "--engine", "tensorrt-rtx", "--compute-capability", "SM86"]
     result = CliRunner().invoke(
         app,
-        [*options, "--profile", "1,2,4", "--workspace", "256"],
+        [*options, "--overwrite", "--profile", "1,2,4", "--workspace", "256"],
     )
     assert result.exit_code == 0, result.output
     record = EngineRecord.model_validate_json((run / "model.engine.json").read_text())

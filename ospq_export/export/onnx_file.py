@@ -19,6 +19,7 @@ from torch import fx
 
 from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
+from ospq_export.export import serialize
 from ospq_export.export.names import name_everything
 
 # From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
@@ -54,25 +55,18 @@ def write_onnx(
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
     """
-    import onnx
-    import onnx_ir
-
     model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
     if not expose_probes:
         del model.graph.outputs[1:]
     _tidy(model, metadata, {INPUT, OUTPUT, *probes})
     for change in passes:
         change(model)
+    proto, tensors = serialize.split(model)
+    del model
+    serialize.check(proto, tensors, path)
+    check_deployable(proto, path)
     with replacing(path) as temporary:
-        proto = onnx_ir.serde.serialize_model(model)
-        temporary.write_bytes(proto.SerializeToString())
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except onnx.checker.ValidationError as error:
-            raise InputError(
-                f"the exported file is not valid ONNX: {error}", where=path, mend="report this model"
-            ) from error
-        check_deployable(proto, path)
+        serialize.write(proto, tensors, temporary, path)
 
 
 def _translate(

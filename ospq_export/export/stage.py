@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from torch import fx
 
 from ospq_export import artifact
+from ospq_export.artifact import Manifest
 from ospq_export.errors import InputError
 from ospq_export.export.half import to_half
+from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
@@ -52,9 +56,13 @@ def export(
     batch_size: int | None = None,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Write the deployable files of a calibrated run; existing ones are replaced.
+    """Write the deployable files of a calibrated run.
+
+    Each file is written under a temporary name and renamed when it is complete and checked; the manifest lists them when all
+    are. What an interrupted export left is not listed, and is replaced without asking.
 
     Args:
         path: the run directory.
@@ -69,23 +77,46 @@ def export(
         The run with the new files in its manifest.
 
     Raises:
-        InputError: the run directory is damaged, or the network cannot be written as ONNX.
+        InputError: the run directory is damaged, a file of it exists, or the network cannot be written as ONNX.
     """
     for size in (batch_size, deploy_batch_size):
         if size is not None and size < 1:
             raise InputError(f"a batch of {size} images", where="--batch-size", mend="give 1 or more")
-    run, chosen = Run.open(path), extras or Extras()
-    network = run.quantized_graph()
-    writer = _Writer(run, network)
-    jobs = _jobs(run, network, chosen, batch_size, deploy_batch_size)
+    run = Run.open(path)
+    jobs = _jobs(run, extras or Extras(), batch_size, deploy_batch_size)
+    files = [*(job.file for job in jobs), SCALES]
+    run.manifest = _claim(run, files, overwrite=overwrite)
+    writer = _Writer(run)
     advance = stepper(progress, "export", len(jobs) + 1)
     for job in jobs:
         writer.write(job)
         advance()
-    artifact.write_json(path / SCALES, describe_scales(run.manifest, network))
-    run.manifest = artifact.record_files(path, run.manifest, *(job.file for job in jobs), SCALES)
+    kernels = integer_kernels(path / QUANTIZED_ONNX)
+    artifact.write_json(path / SCALES, describe_scales(run.manifest, writer.network(), kernels))
+    run.manifest = artifact.record_files(path, run.manifest, *files)
     advance()
     return run
+
+
+def _claim(run: Run, files: Sequence[str], *, overwrite: bool) -> Manifest:
+    """Take files that are about to be written off the manifest: an interruption then leaves a sound run without them.
+
+    Raises:
+        InputError: some are there already.
+    """
+    there = [name for name in files if name in run.manifest.files]
+    if there and not overwrite:
+        raise InputError(
+            f"{', '.join(there)} of an earlier export {'exists' if len(there) == 1 else 'exist'}",
+            where=run.path,
+            mend="give --overwrite, or copy the run directory",
+        )
+    if not there:
+        return run.manifest
+    kept = {name: digest for name, digest in run.manifest.files.items() if name not in there}
+    manifest = run.manifest.model_copy(update={"files": kept})
+    artifact.write_manifest(run.path, manifest)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -99,17 +130,18 @@ class _Job:
 
 
 def _jobs(
-    run: Run, network: QuantizedGraph, extras: Extras, batch_size: int | None, deploy_batch_size: int | None
+    run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None
 ) -> list[_Job]:
     half = (("precision", "float16"),)
-    jobs = [_Job(QUANTIZED_ONNX, batch_size), _Job(FLOAT_ONNX, batch_size, quantized=False)]
+    jobs = [_Job(FLOAT_ONNX, batch_size, quantized=False)]
     if extras.fp16:
-        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
         jobs.append(_Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
+        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
+    jobs.append(_Job(QUANTIZED_ONNX, batch_size))
     if extras.debug:
         jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))
     if extras.int4:
-        jobs.append(_int4_job(run, network, batch_size))
+        jobs.append(_int4_job(run, batch_size))
     if extras.uint8_input:
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
         jobs.append(
@@ -120,8 +152,9 @@ def _jobs(
     return jobs
 
 
-def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job:
-    narrow = frozenset(f"{w.name}.codes" for w in network.weights.values() if w.bits <= 4)
+def _int4_job(run: Run, batch_size: int | None) -> _Job:
+    weights = (record for record in run.manifest.quantizers if record.kind == "weight")
+    narrow = frozenset(f"{record.name}.codes" for record in weights if record.bits <= 4)
     if not narrow:
         raise InputError(
             f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",
@@ -134,29 +167,51 @@ def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job
 
 
 class _Writer:
-    """Writes files of one run: lowers each network once, when it is first needed."""
+    """Writes files of one run; of its networks, the one that was asked for last is in memory, and no other."""
 
-    def __init__(self, run: Run, network: QuantizedGraph) -> None:
-        self.run, self.network = run, network
-        self.probes = probe_names(network, run.slices())
-        self.modules: dict[bool, Any] = {}
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.quantized: QuantizedGraph | None = None
+        self.module: fx.GraphModule | None = None
+        self.probes: dict[str, str] = {}
+
+    def network(self) -> QuantizedGraph:
+        """The fake-quantized network."""
+        if self.quantized is None:
+            self.module = None
+            gc.collect()
+            self.quantized = self.run.quantized_graph()
+        return self.quantized
+
+    def _lowered(self) -> fx.GraphModule:
+        network = self.network()
+        if self.module is None:
+            self.probes = probe_names(network, self.run.slices())
+            self.module = lower(network, self.probes)
+        return self.module
+
+    def _float(self) -> fx.GraphModule:
+        if self.module is None or self.quantized is not None:
+            self.module, self.quantized, self.probes = None, None, {}
+            gc.collect()
+            self.module = self.run.captured()
+        return self.module
 
     def write(self, job: _Job) -> None:
-        if job.quantized not in self.modules:
-            # One network at a time: a large model need not be in memory twice.
-            made = lower(self.network, self.probes) if job.quantized else self.run.captured()
-            self.modules = {job.quantized: made}
+        module = self._lowered() if job.quantized else self._float()
         metadata = _metadata(self.run) if job.quantized else _float_metadata(self.run)
         write_onnx(
-            self.modules[job.quantized],
+            module,
             self.run.path / job.file,
             input_size=self.run.manifest.data.input_size,
             batch_size=job.batch_size,
             metadata={**metadata, **dict(job.metadata)},
-            probes=list(self.probes.values()) if job.quantized else (),
+            probes=list(self.probes.values()),
             expose_probes=job.expose_probes,
             passes=job.passes,
         )
+        # torch's exporter leaves cyclic garbage that holds on to the weights.
+        gc.collect()
 
 
 def _metadata(run: Run) -> dict[str, str]:
