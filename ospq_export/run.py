@@ -112,14 +112,17 @@ class Run:
         """`(B, C, H, W) float32 -> logits (B, K) float32`, in eval mode."""
         return self.captured()
 
-    def quantized_graph(self) -> QuantizedGraph:
+    def quantized_graph(self, captured: fx.GraphModule | None = None) -> QuantizedGraph:
         """The fake-quantized network, from `quantized.safetensors` alone, in Mode.QUANTIZE.
+
+        Args:
+            captured: what `captured` gave, to save its making; it is used up: its constants become the quantized network's.
 
         Raises:
             InputError: the tensors do not fit the graph.
         """
         path = self.file(artifact.QUANTIZED_TENSORS)
-        graph = self._recaptured()
+        graph = self._recaptured() if captured is None else captured
         tensors, _ = artifact.read_tensors(path)
         recipe = self.manifest.recipe
         bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)

@@ -20,6 +20,12 @@ INTEGER_KERNELS = frozenset(
     }
 )
 _ERRORS_ONLY = 3
+# Nothing is computed: the weights need not be rearranged for it, nor be part of what is read back.
+_FRUGAL = {
+    "session.disable_prepacking": "1",
+    "session.optimized_model_external_initializers_file_name": "weights.bin",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
+}
 
 
 class Kernels(BaseModel):
@@ -59,9 +65,11 @@ def integer_kernels(path: Path) -> Kernels:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(optimised)
         options.log_severity_level = _ERRORS_ONLY
+        for key, value in _FRUGAL.items():
+            options.add_session_config_entry(key, value)
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            model = onnx.load(str(optimised))
+            model = onnx.load(str(optimised), load_external_data=False)
         except Exception as error:
             # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

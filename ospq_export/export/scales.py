@@ -1,18 +1,15 @@
-"""scales.json: every quantizer of a run in readable form, and what computes in integers."""
+"""scales.json: every quantizer of a run in readable form."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ospq_export.artifact import SCHEMA_VERSION, Manifest
-from ospq_export.export.kernels import Kernels
 from ospq_export.graph.quantizers import QuantizedGraph
 
 
-def describe_scales(manifest: Manifest, network: QuantizedGraph, kernels: Kernels) -> dict[str, Any]:
+def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, Any]:
     """Per slice, per quantizer: bits, grid, levels, scale (a list per output channel for weights), offset, axis.
-
-    Beside them, which products ONNX Runtime computes in integers, and why not the others.
 
     Scales are in the units of the tensor and exact: a float32 has a shortest decimal form that reads back to the same bits.
     """
@@ -33,6 +30,5 @@ def describe_scales(manifest: Manifest, network: QuantizedGraph, kernels: Kernel
         "schema_version": SCHEMA_VERSION,
         "model": manifest.model.name,
         "recipe": manifest.recipe.name,
-        "onnxruntime": kernels.model_dump(mode="json"),
         "slices": slices,
     }

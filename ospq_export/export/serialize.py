@@ -31,9 +31,12 @@ def split(model: Any) -> tuple[Any, list[Any]]:
 
     graph = model.graph
     large = [v for v in graph.initializers.values() if v.const_value.nbytes > STREAMED_BYTES]
+    tensors = [value.const_value for value in large]
     for value in large:
         del graph.initializers[value.name]
-    return ir.serde.serialize_model(model), [value.const_value for value in large]
+        # onnxscript's rules hold on to the last graph they saw.
+        value.const_value = None
+    return ir.serde.serialize_model(model), tensors
 
 
 def check(proto: Any, tensors: list[Any], where: Path) -> None:

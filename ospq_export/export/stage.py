@@ -91,8 +91,12 @@ def export(
     for job in jobs:
         writer.write(job)
         advance()
-    kernels = integer_kernels(path / QUANTIZED_ONNX)
-    artifact.write_json(path / SCALES, describe_scales(run.manifest, writer.network(), kernels))
+    described = describe_scales(run.manifest, writer.network())
+    # ONNX Runtime loads the weights a few times over: the networks make room first.
+    del writer
+    gc.collect()
+    described["onnxruntime"] = integer_kernels(path / QUANTIZED_ONNX).model_dump(mode="json")
+    artifact.write_json(path / SCALES, described)
     run.manifest = artifact.record_files(path, run.manifest, *files)
     advance()
     return run
@@ -167,35 +171,31 @@ def _int4_job(run: Run, batch_size: int | None) -> _Job:
 
 
 class _Writer:
-    """Writes files of one run; of its networks, the one that was asked for last is in memory, and no other."""
+    """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.captured: fx.GraphModule | None = None
         self.quantized: QuantizedGraph | None = None
-        self.module: fx.GraphModule | None = None
+        self.lowered: fx.GraphModule | None = None
         self.probes: dict[str, str] = {}
 
     def network(self) -> QuantizedGraph:
-        """The fake-quantized network."""
+        """The fake-quantized network; the float one is gone then."""
         if self.quantized is None:
-            self.module = None
-            gc.collect()
-            self.quantized = self.run.quantized_graph()
+            self.quantized, self.captured = self.run.quantized_graph(self.captured), None
         return self.quantized
 
-    def _lowered(self) -> fx.GraphModule:
-        network = self.network()
-        if self.module is None:
-            self.probes = probe_names(network, self.run.slices())
-            self.module = lower(network, self.probes)
-        return self.module
-
     def _float(self) -> fx.GraphModule:
-        if self.module is None or self.quantized is not None:
-            self.module, self.quantized, self.probes = None, None, {}
-            gc.collect()
-            self.module = self.run.captured()
-        return self.module
+        if self.captured is None:
+            self.captured = self.run.captured()
+        return self.captured
+
+    def _lowered(self) -> fx.GraphModule:
+        if self.lowered is None:
+            self.probes = probe_names(self.network(), self.run.slices())
+            self.lowered = lower(self.network(), self.probes)
+        return self.lowered
 
     def write(self, job: _Job) -> None:
         module = self._lowered() if job.quantized else self._float()
