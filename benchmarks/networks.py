@@ -15,6 +15,7 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.export.half import to_half
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
+from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations
 from ospq_export.graph.capture import capture
 from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
 from ospq_export.models import ModelSpec, create_model
@@ -36,17 +37,25 @@ class Quantized:
     network: QuantizedGraph
     input_size: tuple[int, int, int]
 
-    def write(self, path: Path, *, half: bool, batch_size: int | None = 1) -> None:
-        """The deployable file: FP32 or FP16 around the quantized operators; every quantizer's codes have its name."""
+    def write(self, path: Path, *, half: bool, batch_size: int | None = 1, activations: str = "int8") -> None:
+        """The deployable file: FP32 or FP16 around the quantized operators; every quantizer's codes have its name.
+
+        Args:
+            path: the file.
+            half: FP16.
+            batch_size: fixed, or None for a dynamic one.
+            activations: "int8", or "uint8" for the same codes, 128 higher.
+        """
+        shifted = activations == "uint8"
         probes = probe_names(self.network, [])
         write_onnx(
             lower(self.network, probes),
             path,
             input_size=self.input_size,
             batch_size=batch_size,
-            metadata={},
+            metadata={ACTIVATION_LAYOUT: "uint8"} if shifted else {},
             probes=list(probes.values()),
-            passes=(to_half,) if half else (),
+            passes=((to_half,) if half else ()) + ((shift_activations,) if shifted else ()),
         )
 
     def write_float(self, path: Path, *, batch_size: int | None = 1) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -151,6 +152,27 @@ def test_no_space_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left"):
         build_engine(tiny, tmp_path / "model.engine", SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+@RTX
+def test_no_space_for_the_log_keeps_what_was_there(tiny, tmp_path, monkeypatch):
+    def full(self, data, *_args):
+        if ".log." in self.name:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    write = Path.write_text
+    out = tmp_path / "model.engine"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr("pathlib.Path.write_text", full)
+        build_engine(tiny, out, SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+    build_engine(tiny, out, SETTINGS)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr("pathlib.Path.write_text", full)
+        build_engine(tiny, out, SETTINGS, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @RTX

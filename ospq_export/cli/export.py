@@ -24,6 +24,13 @@ class EngineProduct(StrEnum):
     TENSORRT_RTX = "tensorrt-rtx"
 
 
+class ActivationLayout(StrEnum):
+    """How activations' codes are stored."""
+
+    INT8 = "int8"
+    UINT8 = "uint8"
+
+
 def export(
     run: RunArgument,
     batch_size: Annotated[
@@ -51,6 +58,12 @@ def export(
             "--uint8-input", help="Also model_uint8.onnx: takes uint8 (B, H, W, C), normalises itself."
         ),
     ] = False,
+    activation_layout: Annotated[
+        ActivationLayout,
+        typer.Option(
+            help="uint8: also model_uint8_activations.onnx, the same codes for ONNX Runtime on x86."
+        ),
+    ] = ActivationLayout.INT8,
     engine: Annotated[
         EngineProduct | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
     ] = None,
@@ -79,7 +92,18 @@ def export(
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
     from ospq_export.export.stage import Extras
 
-    extras = Extras(fp16=fp16 or engine is not None, debug=debug, int4=int4, uint8_input=uint8_input)
+    uint8 = activation_layout is ActivationLayout.UINT8
+    if uint8 and engine is not None:
+        raise InputError(
+            "TensorRT takes int8 activations only", where="--activation-layout uint8", mend="leave it out"
+        )
+    extras = Extras(
+        fp16=fp16 or engine is not None,
+        debug=debug,
+        int4=int4,
+        uint8_input=uint8_input,
+        uint8_activations=uint8,
+    )
     batches = None if profile is None else _batches(profile)
     if engine is None:
         if batches is not None or compute_capability:

@@ -21,6 +21,7 @@ from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
 from ospq_export.export import serialize
 from ospq_export.export.names import name_everything
+from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
 
 # From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
 # its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
@@ -130,12 +131,15 @@ def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> Non
 def check_deployable(proto: Any, where: Path) -> None:
     """Hold a file to what TensorRT and ONNX Runtime need: standard domains, signed codes, zero points written out and 0.
 
+    A file whose metadata says that its activations are uint8 has a zero point of 128 there, and is for ONNX Runtime alone.
+
     Raises:
         InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
     """
     from onnx import TensorProto, numpy_helper
 
     constants = {t.name: t for t in proto.graph.initializer}
+    uint8 = any(p.key == ACTIVATION_LAYOUT and p.value == "uint8" for p in proto.metadata_props)
     problem = None
     for node in proto.graph.node:
         if node.domain not in _STANDARD_DOMAINS:
@@ -143,11 +147,11 @@ def check_deployable(proto: Any, where: Path) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if (
-            zero_point is None
-            or zero_point.data_type not in (TensorProto.INT8, TensorProto.INT4)
-            or numpy_helper.to_array(zero_point).any()
-        ):
+        kind = None if zero_point is None else zero_point.data_type
+        values = None if zero_point is None else numpy_helper.to_array(zero_point)
+        signed = kind in (TensorProto.INT8, TensorProto.INT4) and not values.any()
+        shifted = uint8 and kind == TensorProto.UINT8 and (values == UINT8_ZERO).all()
+        if not signed and not shifted:
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
         raise InputError(

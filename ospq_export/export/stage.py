@@ -21,7 +21,7 @@ from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
-from ospq_export.export.variants import store_int4, take_uint8
+from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.progress import stepper
 from ospq_export.run import Run
@@ -29,6 +29,7 @@ from ospq_export.run import Run
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
 DEPLOY_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
+UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 Pass = Callable[[Any], None]
 
 
@@ -42,12 +43,15 @@ class Extras:
         debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
         int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
         uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
+        uint8_activations: model_uint8_activations.onnx, whose activations have the same codes as uint8, 128 higher: what ONNX
+            Runtime's kernels for x86 take; not for TensorRT.
     """
 
     fp16: bool = False
     debug: bool = False
     int4: bool = False
     uint8_input: bool = False
+    uint8_activations: bool = False
 
 
 def export(
@@ -71,6 +75,7 @@ def export(
         extras: further files.
         deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
             asked otherwise, because a static shape is what fuses and tunes best.
+        overwrite: whether files of an earlier export may be replaced.
         progress: where to show a progress bar.
 
     Returns:
@@ -133,9 +138,7 @@ class _Job:
     metadata: tuple[tuple[str, str], ...] = ()
 
 
-def _jobs(
-    run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None
-) -> list[_Job]:
+def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None) -> list[_Job]:
     half = (("precision", "float16"),)
     jobs = [_Job(FLOAT_ONNX, batch_size, quantized=False)]
     if extras.fp16:
@@ -146,6 +149,9 @@ def _jobs(
         jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))
     if extras.int4:
         jobs.append(_int4_job(run, batch_size))
+    if extras.uint8_activations:
+        layout = ((ACTIVATION_LAYOUT, "uint8"),)
+        jobs.append(_Job(UINT8_ACTIVATIONS_ONNX, batch_size, passes=(shift_activations,), metadata=layout))
     if extras.uint8_input:
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
         jobs.append(
