@@ -263,7 +263,7 @@ def test_a_file_beyond_two_gibibytes_is_refused(tmp_path):
     class Huge:
         name, dtype, nbytes = "huge", TensorProto.FLOAT, 1 << 31
 
-        class shape:  # noqa: N801
+        class shape:
             @staticmethod
             def numpy():
                 return (1 << 29,)

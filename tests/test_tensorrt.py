@@ -176,6 +176,23 @@ def test_no_space_for_the_log_keeps_what_was_there(tiny, tmp_path, monkeypatch):
 
 
 @RTX
+def test_a_refused_build_shows_the_builders_reason(tmp_path):
+    model = onnx.load_from_string(tiny_model())
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    # The parser takes it; the builder finds that a batch of 2 does not fit.
+    model.graph.node[-1].output[0] = "product"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 2]), "shape"))
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["product", "shape"], ["y"]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    settings = BuildSettings(Product.TENSORRT_RTX, (1, 2, 3), ("SM89",))
+    with pytest.raises(InputError, match=r"refuses to build.*reshape would change volume 8 to 4"):
+        build_engine(tmp_path / "m.onnx", tmp_path / "model.engine", settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@RTX
 def test_settings_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(InputError, match=r"SM90.*SM89"):
         target_members(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM90",)))

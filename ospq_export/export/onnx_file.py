@@ -147,11 +147,13 @@ def check_deployable(proto: Any, where: Path) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        kind = None if zero_point is None else zero_point.data_type
-        values = None if zero_point is None else numpy_helper.to_array(zero_point)
-        signed = kind in (TensorProto.INT8, TensorProto.INT4) and not values.any()
-        shifted = uint8 and kind == TensorProto.UINT8 and (values == UINT8_ZERO).all()
-        if not signed and not shifted:
+        allowed = {
+            TensorProto.INT8: 0,
+            TensorProto.INT4: 0,
+            **({TensorProto.UINT8: UINT8_ZERO} if uint8 else {}),
+        }
+        wanted = None if zero_point is None else allowed.get(zero_point.data_type)
+        if wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
         raise InputError(
