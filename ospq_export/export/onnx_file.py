@@ -153,7 +153,7 @@ def check_deployable(proto: Any, where: Path) -> None:
             **({TensorProto.UINT8: UINT8_ZERO} if uint8 else {}),
         }
         wanted = None if zero_point is None else allowed.get(zero_point.data_type)
-        if wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
+        if zero_point is None or wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
         raise InputError(
