@@ -5,8 +5,8 @@
 
 Peers: the FP32 file, `onnxruntime.quantization.quantize_static` (QDQ with int8, QOperator with uint8 activations), and
 nvidia-modelopt's ONNX quantization, whose pins conflict with ours. All are quantized from the same FP32 file and images.
-Latency: ONNX Runtime on the CPU, one thread, all sessions in one process, called in turn; the median of each over FP32's. What
-TensorRT-RTX compiles is read from the plan it builds without a GPU. Interrupted runs go on: a JSON file per network in
+Latency: ONNX Runtime on the CPU, one thread, all sessions in one process, called in turn; the median of each over FP32's, in
+processor time, so that a busy machine gives the same. What TensorRT-RTX compiles is read from the plan it builds without a GPU. Interrupted runs go on: a JSON file per network in
 benchmarks/peers/.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -127,7 +128,13 @@ def make_files(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, s
             per_channel=True,
             activation_type=activation,
             weight_type=QuantType.QInt8,
-            extra_options={"ActivationSymmetric": activation is QuantType.QInt8, "WeightSymmetric": True},
+            # What TensorRT can take: products only, no integer biases; the other form as ONNX Runtime likes it.
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"] if form is QuantFormat.QDQ else None,
+            extra_options={
+                "ActivationSymmetric": activation is QuantType.QInt8,
+                "WeightSymmetric": True,
+                "QuantizeBias": form is not QuantFormat.QDQ,
+            },
         )
     np.save(folder / "images.npy", pixels)
     for name, floats in (("modelopt", "fp32"), ("modelopt, FP16 around", "fp16")):
@@ -144,19 +151,24 @@ def make_files(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, s
 
 
 def latencies(files: dict[str, Path], pixels: np.ndarray, batch: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of one call; the sessions take turns, so that what else the machine does hits all alike."""
+    """Median milliseconds of processor time of one call on one thread, which is the latency of an otherwise idle core.
+
+    The sessions take turns in random order; time on the clock would count whatever else the machine does.
+    """
     sessions, feed = {}, {"images": np.resize(pixels, (batch, *pixels.shape[1:]))}
     for name, file in files.items():
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         sessions[name] = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     taken: dict[str, list[float]] = {name: [] for name in sessions}
+    order, shuffler = list(sessions), random.Random(0)
     for step in range(rounds + 2):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.run(None, feed)
+        shuffler.shuffle(order)
+        for name in order:
+            started = time.process_time_ns()
+            sessions[name].run(None, feed)
             if step >= 2:
-                taken[name].append(1e3 * (time.perf_counter() - started))
+                taken[name].append(1e-6 * (time.process_time_ns() - started))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
@@ -175,7 +187,7 @@ def compiled(file: Path, folder: Path) -> tuple[str, str]:
     try:
         fusion = build_engine(static, folder / "model.engine", settings, overwrite=True).fusion
     except InputError as error:
-        return f"refused: {str(error)[:160]}", "-"
+        return f"refused: {str(error)}", "-"
     return percent(fusion.int8_gemms, fusion.gemms), percent(fusion.fused_attentions, fusion.attentions)
 
 
@@ -211,7 +223,11 @@ def write_page() -> None:
                 for batch in map(str, BATCHES)
             ]
             size = f"{row['bytes'] / _MIB:.1f}"
-            lines.append([result["network"], label, size, *ratios, row["onnxruntime"], *row["tensorrt"]])
+            plan = row["tensorrt"]
+            if plan[0].startswith("refused"):
+                failures.append([result["network"], label, plan[0].split(" (/")[0][:240]])
+                plan = ["refused", "-"]
+            lines.append([result["network"], label, size, *ratios, row["onnxruntime"], *plan])
         failures += [[result["network"], name, reason] for name, reason in result["failures"].items()]
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     header = ["network", "file", "MiB", *(f"latency, batch {b}" for b in BATCHES)]
@@ -219,7 +235,7 @@ def write_page() -> None:
     text = _INTRO.format(machine=machines, ort=onnxruntime.__version__, modelopt=MODELOPT, target=TARGET)
     text += table(header, lines)
     if failures:
-        text += "\n## What could not be made\n\n" + table(["network", "file", "reason"], failures)
+        text += "\n## What could not be made or built\n\n" + table(["network", "file", "reason"], failures)
     DOCUMENT.write_text(text)
 
 
@@ -229,6 +245,7 @@ Our int8 ONNX file beside what others make of the same float network. Written by
 how; machine: {machine}; onnxruntime {ort}, {modelopt}. ViT-S has random weights. Latency is ONNX Runtime's on the CPU, one
 thread, over that of FP32 (below 1 is faster); it says nothing about GPUs. The last columns are read from the plan that
 TensorRT-RTX compiles for {target} without a GPU, batch 1; products inside a fused attention count as Int8 where that kernel is.
+Rows with FP16 around are files for TensorRT; ONNX Runtime has no FP16 kernels on the CPU.
 
 """
 
