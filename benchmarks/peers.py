@@ -6,8 +6,8 @@
 Peers: the FP32 file, `onnxruntime.quantization.quantize_static` (QDQ with int8, QOperator with uint8 activations), and
 nvidia-modelopt's ONNX quantization, whose pins conflict with ours. All are quantized from the same FP32 file and images.
 Latency: ONNX Runtime on the CPU, one thread, all sessions in one process, called in turn; the median of each over FP32's, in
-processor time, so that a busy machine gives the same. What TensorRT-RTX compiles is read from the plan it builds without a GPU. Interrupted runs go on: a JSON file per network in
-benchmarks/peers/.
+processor time, so that a busy machine gives the same. What TensorRT-RTX compiles is read from the plan it builds without a
+GPU. Interrupted runs go on: a JSON file per network in benchmarks/peers/.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def compiled(file: Path, folder: Path) -> tuple[str, str]:
     try:
         fusion = build_engine(static, folder / "model.engine", settings, overwrite=True).fusion
     except InputError as error:
-        return f"refused: {str(error)}", "-"
+        return f"refused: {error!s}", "-"
     return percent(fusion.int8_gemms, fusion.gemms), percent(fusion.fused_attentions, fusion.attentions)
 
 
