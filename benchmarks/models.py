@@ -1,165 +1,226 @@
 """Which timm families take the whole path, at reduced size; writes docs/models.md.
 
-    python benchmarks/models.py [FAMILY ...]
+    python benchmarks/models.py [FAMILY ...]     # measures what benchmarks/models/ does not have yet, then writes the page
+    python benchmarks/models.py --again "Swin v2"
 
 Each: capture, round to nearest at W8A8 and W4A4, export, ONNX Runtime against the fake-quantized network, TensorRT-RTX parse and
-build of the FP16 file (W8A8). Weights are random.
+build of the FP16 file (W8A8). Weights are random. A file per family in benchmarks/models/: an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import re
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
+from families import FAMILIES, Family
 from networks import Quantized, percent, quantize, random_images, table
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from torch import Tensor
 
+from ospq_export.artifact import write_json
 from ospq_export.errors import InputError
 from ospq_export.export.build import BuildSettings
 from ospq_export.export.engine import build_engine
+from ospq_export.export.fusion import Fusion
 from ospq_export.export.products import Product
-from ospq_export.graph.quantizers import Bits, Mode
+from ospq_export.graph.quantizers import Bits
 from ospq_export.models import ModelSpec
+from ospq_export.validate.locate import Locator, Reference
+from ospq_export.validate.probes import open_probed
 from ospq_export.validate.report import machine_name
 
-_VIT: dict[str, Any] = {"depth": 2, "num_classes": 10, "img_size": 64}
-# Name in timm, arguments that make it small, image side.
-FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "ViT": ("vit_tiny_patch16_224", _VIT, 64),
-    "PE": ("vit_pe_core_tiny_patch16_384", _VIT, 64),
-    "DeiT": ("deit_tiny_patch16_224", _VIT, 64),
-    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", _VIT, 64),
-    "DeiT-3": ("deit3_small_patch16_224", _VIT, 64),
-    "FlexiViT": ("flexivit_small", _VIT, 64),
-    "DINOv2": ("vit_small_patch14_dinov2", {"depth": 2, "num_classes": 10, "img_size": 56}, 56),
-    "DINOv3": ("vit_small_patch16_dinov3", _VIT, 64),
-    "SigLIP": ("vit_base_patch16_siglip_224", _VIT, 64),
-    "CLIP": ("vit_base_patch32_clip_224", _VIT, 64),
-    "BEiT": ("beit_base_patch16_224", _VIT, 64),
-    "BEiT v2": ("beitv2_base_patch16_224", _VIT, 64),
-    "EVA-02": ("eva02_tiny_patch14_224", {"depth": 2, "num_classes": 10, "img_size": 56}, 56),
-    "CaiT": ("cait_xxs24_224", _VIT, 64),
-    "XCiT": ("xcit_nano_12_p16_224", {"depth": 2, "num_classes": 10}, 64),
-    "Swin": (
-        "swin_tiny_patch4_window7_224",
-        {"depths": (2, 2), "num_heads": (3, 6), "num_classes": 10, "img_size": 56},
-        56,
-    ),
-    "Swin v2": (
-        "swinv2_tiny_window8_256",
-        {"depths": (2, 2), "num_heads": (3, 6), "num_classes": 10, "img_size": 64},
-        64,
-    ),
-    "LeViT": ("levit_128s", {"num_classes": 10}, 224),
-    "PVT v2": ("pvt_v2_b0", {"num_classes": 10}, 64),
-    "Twins": ("twins_svt_small", {"depths": (1, 1, 1, 1), "num_classes": 10}, 224),
-    "MaxViT": ("maxvit_rmlp_pico_rw_256", {"num_classes": 10}, 256),
-    "CoAtNet": ("coatnet_nano_rw_224", {"num_classes": 10, "img_size": 64}, 64),
-    "MobileViT": ("mobilevit_xxs", {"num_classes": 10}, 64),
-    "MobileViT v2": ("mobilevitv2_050", {"num_classes": 10}, 64),
-    "EfficientFormer": ("efficientformer_l1", {"num_classes": 10}, 224),
-    "EfficientViT": ("efficientvit_b0", {"num_classes": 10}, 64),
-    "FastViT": ("fastvit_t8", {"num_classes": 10}, 64),
-    "PoolFormer": ("poolformer_s12", {"num_classes": 10}, 64),
-    "GC ViT": ("gcvit_xxtiny", {"num_classes": 10}, 224),
-    "Hiera": ("hiera_tiny_224", {"num_classes": 10}, 224),
-    "ConViT": ("convit_tiny", {"num_classes": 10, "depth": 2}, 224),
-    "TNT": ("tnt_s_patch16_224", {"num_classes": 10, "depth": 2}, 224),
-    "CrossViT": ("crossvit_9_240", {"num_classes": 10}, 240),
-    "MLP-Mixer": ("mixer_s32_224", {"num_classes": 10}, 224),
-    "ConvNeXt": ("convnext_atto", {"num_classes": 10}, 64),
-    "ConvNeXt v2": ("convnextv2_atto", {"num_classes": 10}, 64),
-}
-_TARGET = "SM89"
+HERE = Path(__file__).parent
+ROWS, DOCUMENT = HERE / "models", HERE.parent / "docs" / "models.md"
+BITS = {"W8A8": Bits(8, 8), "W4A4": Bits(4, 4)}
+TARGET = "SM89"
+IMAGES = 4
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of one family.
+class Comparison(BaseModel):
+    """ONNX Runtime (graph optimisations off) beside the fake-quantized network, on the images that ranges were set on.
 
     Attributes:
-        share: per bit width, the deployed logits' squared difference from the fake-quantized ones over quantization's own error.
-        int8, fused: of the TensorRT-RTX plan.
-        failure: the first failing step with its reason, or "".
+        deployed: mean squared difference of their logits, over quantization's own error.
+        floor: the same between the fake-quantized network in float64 and in float32.
+        share: largest share of codes (percent) of any quantizer that differ, given equal inputs.
+        max_step: largest such difference, in codes.
+        excess: how far, given equal inputs, a code lies beyond the half step that rounding takes, at most, in steps.
     """
 
-    share: dict[str, float]
-    int8: str = "-"
-    fused: str = "-"
+    model_config = ConfigDict(frozen=True)
+
+    deployed: float
+    floor: float
+    share: float
+    max_step: int
+    excess: float
+
+
+class Result(BaseModel):
+    """What became of one family: comparisons by bit width, what its engine was compiled to, the first failure or ""."""
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    comparisons: dict[str, Comparison] = {}
+    fusion: Fusion | None = None
     failure: str = ""
+    seconds: float = 0.0
+    machine: str = ""
 
 
-def check(name: str, kwargs: dict[str, Any], side: int, *, engine: bool = True) -> Result:
+def check(label: str, family: Family) -> Result:
     """Take one network along the whole path; a failure is reported, not raised."""
-    spec, size = ModelSpec(name=name, kwargs=kwargs), (3, side, side)
-    images = random_images(4, size)
-    shares: dict[str, float] = {}
-    step, int8, fused = "capture", "-", "-"
+    started = time.perf_counter()
+    images = random_images(IMAGES, (3, family.side, family.side))
+    comparisons: dict[str, Comparison] = {}
+    step, fusion, failure = "", None, ""
     try:
-        for label, bits in (("W8A8", Bits(8, 8)), ("W4A4", Bits(4, 4))):
-            step = f"{label} capture"
-            quantized = quantize(spec, size, bits, images)
-            step = f"{label} export and ONNX Runtime"
-            shares[label] = difference(quantized, images)
-            if engine and label == "W8A8":
+        for name, bits in BITS.items():
+            step = f"{name} capture"
+            quantized = quantized_family(family, bits, images)
+            step = f"{name} export and ONNX Runtime"
+            comparisons[name] = compare(quantized, images)
+            if name == "W8A8":
                 step = "TensorRT-RTX"
-                int8, fused = plan(quantized)
+                fusion = compiled(quantized)
     except InputError as error:
-        return Result(shares, int8, fused, f"{step}: {error}")
+        failure = f"{step}: {error}"
     except Exception as error:
         # The table is about which families fail and how; a fault of any kind is a row of it.
         line = (str(error).splitlines() or [""])[0]
-        return Result(shares, int8, fused, f"{step}: {type(error).__name__}: {line[:200]}")
-    return Result(shares, int8, fused)
+        failure = f"{step}: {type(error).__name__}: {line[:200]}"
+    return Result(
+        label=label,
+        comparisons=comparisons,
+        fusion=fusion,
+        failure=failure,
+        seconds=round(time.perf_counter() - started, 1),
+        machine=machine_name(),
+    )
 
 
-def difference(quantized: Quantized, images: torch.Tensor) -> float:
-    """Mean squared difference of ONNX Runtime's logits from the fake-quantized ones, over quantization's own error."""
+def quantized_family(family: Family, bits: Bits, images: Tensor) -> Quantized:
+    """Round to nearest, ranges from the images (N, 3, H, W) float32."""
+    spec = ModelSpec(name=family.name, kwargs=family.arguments)
+    return quantize(spec, (3, family.side, family.side), bits, images)
+
+
+def compare(quantized: Quantized, images: Tensor) -> Comparison:
+    """Codes and logits of the exported file against the fake-quantized network's, on images (N, 3, H, W) float32."""
+    network, exact = quantized.network.module, quantized.double()
+    end = next(n for n in network.graph.nodes if n.op == "output").all_input_nodes[0].name
+    whole = dict.fromkeys(quantized.network.activations, "network")
+    reference = Reference(network, exact, quantized.captured, [("network", end)], whole)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=False, batch_size=None)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        deployed = session.run(None, {"images": images.numpy()})[0]
+        probed = open_probed(file, reference.wanted, optimize=False, provider="cpu")
+    locator = Locator(reference, probed, "model.onnx")
+    locator.add(images.numpy())
+    codes = locator.result().quantizers
     with torch.inference_mode():
-        fake = quantized.network.module(images).numpy()
-        quantized.network.set_mode(Mode.FLOAT)
-        original = quantized.network.module(images).numpy()
-    quantized.network.set_mode(Mode.QUANTIZE)
-    return float(np.square(deployed - fake).mean() / max(np.square(original - fake).mean(), 1e-20))
+        fake, original, double = network(images), quantized.captured(images), exact(images.double())
+    deployed = torch.from_numpy(probed.run(images.numpy())[probed.logits])
+    error = (original - fake).double().square().mean().clamp_min(1e-20)
+    return Comparison(
+        deployed=float((deployed - fake).double().square().mean() / error),
+        floor=float((double - fake).square().mean() / error),
+        share=max(q.share for q in codes),
+        max_step=max(q.max_step for q in codes),
+        excess=max(q.excess for q in codes),
+    )
 
 
-def plan(quantized: Quantized) -> tuple[str, str]:
-    """Int8 products and fused attentions of the FP16 file's engine."""
+def compiled(quantized: Quantized) -> Fusion:
+    """What the FP16 file's engine was compiled to."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
-        settings = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=(_TARGET,))
-        fusion = build_engine(file, Path(folder) / "model.engine", settings).fusion
-    return percent(fusion.int8_gemms, fusion.gemms), percent(fusion.fused_attentions, fusion.attentions)
+        settings = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=(TARGET,))
+        return build_engine(file, Path(folder) / "model.engine", settings).fusion
 
 
-def _row(label: str, result: Result) -> list[str]:
-    name, _, side = FAMILIES[label]
-    shares = [f"{result.share[k]:.3f}" if k in result.share else "-" for k in ("W8A8", "W4A4")]
-    return [label, f"`{name}`, {side} px", *shares, result.int8, result.fused, result.failure or "yes"]
+def _file(label: str) -> Path:
+    return ROWS / f"{re.sub(r'[^a-z0-9]+', '-', label.lower())}.json"
 
 
+def _row(result: Result) -> list[str]:
+    family = FAMILIES[result.label]
+    cells = []
+    for name in BITS:
+        seen = result.comparisons.get(name)
+        cells.append("-" if seen is None else f"{seen.deployed:.3f} / {seen.floor:.3f}")
+    seen = list(result.comparisons.values())
+    codes = f"{max(c.share for c in seen):.3f} %, {max(c.max_step for c in seen)}" if seen else "-"
+    excess = f"{max(c.excess for c in seen):.0e}" if seen else "-"
+    fusion = result.fusion
+    plan = (
+        ("-", "-")
+        if fusion is None
+        else (
+            percent(fusion.int8_gemms, fusion.gemms),
+            percent(fusion.fused_attentions, fusion.attentions),
+        )
+    )
+    tried = f"`{family.name}`, {family.side} px"
+    return [result.label, tried, *cells, codes, excess, *plan, result.failure or "yes"]
+
+
+_HEADER = [
+    "family",
+    "tried",
+    "W8A8: ORT / floor",
+    "W4A4: ORT / floor",
+    "other codes, steps",
+    "beyond the edge",
+    "products on Int8",
+    "fused attentions",
+    "whole path",
+]
 _INTRO = """# Models
 
 timm families at reduced size (fewer blocks, small images, random weights), each captured, quantized to nearest, exported, run in
-ONNX Runtime and built by TensorRT-RTX for {target} without a GPU. "Against fake-quant" is the mean squared difference of
-ONNX Runtime's logits from the fake-quantized network's, over the error of quantization itself: well below 1 means that the file
-computes what was calibrated. Written by `benchmarks/models.py` on {machine}.
+ONNX Runtime and built by TensorRT-RTX for {target} without a GPU: {whole} of {count} take the whole path. Written by
+`benchmarks/models.py` on {machine}.
+
+- *ORT / floor*: mean squared difference of ONNX Runtime's logits from the fake-quantized network's, over the error of
+  quantization itself; and, as the noise floor, that of the fake-quantized network in float64 from itself in float32. On random
+  weights and images every code that a float sum tips over a rounding edge moves those behind it, so the floor may be as high as
+  quantization's own error; what counts is that the file does not lie far above it, and the next two columns.
+- *other codes, steps*: the largest share of the codes of any quantizer that differ given equal inputs, and by how many steps at
+  most. *beyond the edge*: how far such a code's real value lies beyond the rounding edge, in steps. These say whether the file
+  computes what was calibrated; a wrong scale, axis, padding or layout would show here as whole steps.
+- *products on Int8*, *fused attentions*: in the compiled plan of the W8A8 file with FP16 around the quantized operators.
 """
+
+
+def write_page() -> None:
+    """docs/models.md from the results at hand."""
+    files = {label: _file(label) for label in FAMILIES}
+    results = [Result.model_validate_json(f.read_text()) for f in files.values() if f.is_file()]
+    whole = sum(not result.failure for result in results)
+    machines = "; ".join(dict.fromkeys(result.machine for result in results))
+    text = _INTRO.format(target=TARGET, machine=machines, whole=whole, count=len(results))
+    DOCUMENT.write_text(text + "\n" + table(_HEADER, [_row(r) for r in results]) + "\n" + _dropped(results))
+
+
+def _dropped(results: list[Result]) -> str:
+    rows = []
+    for result in results:
+        fusion = result.fusion
+        lost = {} if fusion is None else {**fusion.not_int8, **fusion.not_fused}
+        for reason in dict.fromkeys(lost.values()):
+            names = [name for name, why in lost.items() if why == reason]
+            rows.append([result.label, str(len(names)), reason, f"`{names[0]}`"])
+    listed = table(["family", "how many", "reason", "for example"], rows) if rows else "Nothing.\n"
+    return f"## What runs otherwise, and why\n\n{listed}"
 
 
 def main() -> None:
@@ -167,32 +228,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*", help="default: all; only all of them write the page")
-    parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
+    parser.add_argument("families", nargs="*", help="default: all")
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     for label in args.families or FAMILIES:
-        rows.append(_row(label, check(*FAMILIES[label])))
-        Console(width=250).print(rows[-1])
-        gc.collect()
-    if args.families:
-        return
-    header = [
-        "family",
-        "tried",
-        "W8A8 against fake-quant",
-        "W4A4",
-        "products on Int8",
-        "fused attentions",
-        "whole path",
-    ]
-    whole = sum(row[-1] == "yes" for row in rows)
-    text = [
-        _INTRO.format(target=_TARGET, machine=machine_name()),
-        f"{whole} of {len(rows)} take the whole path.\n",
-    ]
-    args.out.write_text("\n".join([*text, table(header, rows)]))
+        if args.again or not _file(label).is_file():
+            result = check(label, FAMILIES[label])
+            write_json(_file(label), result.model_dump(mode="json"))
+            Console(width=250).print(_row(result), f"{result.seconds} s")
+            gc.collect()
+        write_page()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.export.half import to_half
-from ospq_export.export.lower import lower
+from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
+from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations
 from ospq_export.graph.capture import capture
 from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
 from ospq_export.models import ModelSpec, create_model
@@ -34,16 +37,43 @@ class Quantized:
     network: QuantizedGraph
     input_size: tuple[int, int, int]
 
-    def write(self, path: Path, *, half: bool, batch_size: int | None = 1) -> None:
-        """The deployable file: FP32 or FP16 around the quantized operators."""
+    def write(self, path: Path, *, half: bool, batch_size: int | None = 1, activations: str = "int8") -> None:
+        """The deployable file: FP32 or FP16 around the quantized operators; every quantizer's codes have its name.
+
+        Args:
+            path: the file.
+            half: FP16.
+            batch_size: fixed, or None for a dynamic one.
+            activations: "int8", or "uint8" for the same codes, 128 higher.
+        """
+        shifted = activations == "uint8"
+        probes = probe_names(self.network, [])
         write_onnx(
-            lower(self.network),
+            lower(self.network, probes),
             path,
             input_size=self.input_size,
             batch_size=batch_size,
-            metadata={},
-            passes=(to_half,) if half else (),
+            metadata={ACTIVATION_LAYOUT: "uint8"} if shifted else {},
+            probes=list(probes.values()),
+            passes=((to_half,) if half else ()) + ((shift_activations,) if shifted else ()),
         )
+
+    def write_float(self, path: Path, *, batch_size: int | None = 1) -> None:
+        """The float network in FP32."""
+        write_onnx(self.captured, path, input_size=self.input_size, batch_size=batch_size, metadata={})
+
+    def double(self) -> fx.GraphModule:
+        """The fake-quantized network in float64: one of its equally legitimate executions."""
+        module = copy.deepcopy(self.network.module).double()
+
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        for node in module.graph.nodes:
+            node.args = tree_map(widened, node.args)
+            node.kwargs = tree_map(widened, node.kwargs)
+        module.recompile()
+        return module
 
 
 def quantize(spec: ModelSpec, input_size: tuple[int, int, int], bits: Bits, images: Tensor) -> Quantized:

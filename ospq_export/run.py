@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import gc
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +83,19 @@ class Run:
         Raises:
             InputError: this installation captures another graph than the one that was calibrated.
         """
-        tensors, _ = artifact.read_tensors(self.file(artifact.FLOAT_TENSORS))
         graph = self._recaptured()
-        _load_constants(graph, tensors, self.path / artifact.FLOAT_TENSORS)
+        tensors, _ = artifact.read_tensors(self.file(artifact.FLOAT_TENSORS))
+        names = [name for name, _ in graph.named_buffers()]
+        _load_constants(graph, names, tensors, self.path / artifact.FLOAT_TENSORS)
         return graph
 
     def _recaptured(self) -> fx.GraphModule:
+        # The model is made for its graph alone: its memory is the graph's, then the run's tensors take their place.
         model = create_model(self.manifest.model, load_weights=False)
-        graph = capture(model, self.manifest.data.input_size)
+        graph = capture(model, self.manifest.data.input_size, share=True)
+        del model
+        # torch.export's programs are cyclic garbage that holds on to the weights.
+        gc.collect()
         if fingerprint(graph) != self.manifest.graph_fingerprint:
             made, here = self.manifest.versions, artifact.installed_versions()
             changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v] or [
@@ -106,21 +112,26 @@ class Run:
         """`(B, C, H, W) float32 -> logits (B, K) float32`, in eval mode."""
         return self.captured()
 
-    def quantized_graph(self) -> QuantizedGraph:
+    def quantized_graph(self, captured: fx.GraphModule | None = None) -> QuantizedGraph:
         """The fake-quantized network, from `quantized.safetensors` alone, in Mode.QUANTIZE.
+
+        Args:
+            captured: what `captured` gave, to save its making; it is used up: its constants become the quantized network's.
 
         Raises:
             InputError: the tensors do not fit the graph.
         """
         path = self.file(artifact.QUANTIZED_TENSORS)
+        graph = self._recaptured() if captured is None else captured
         tensors, _ = artifact.read_tensors(path)
-        graph = self._recaptured()
         recipe = self.manifest.recipe
         bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
         network = insert_quantizers(graph, bits)
         replaced = {w.constant for w in network.weights.values()}
-        others = {name: tensors.get(name) for name, _ in graph.named_buffers() if name not in replaced}
-        _load_constants(graph, {k: v for k, v in others.items() if v is not None}, path, skip=replaced)
+        kept = [name for name, _ in graph.named_buffers() if name not in replaced]
+        _load_constants(graph, kept, tensors, path)
+        for name in replaced:
+            _forget(graph.get_buffer(name))
         load_quantizers(network, self.manifest.quantizers, tensors, path)
         for bias in network.biases.values():
             load_bias(bias, tensors.get(bias.constant), path)
@@ -133,11 +144,10 @@ class Run:
 
 
 def _load_constants(
-    graph: fx.GraphModule, tensors: dict[str, Tensor], path: Path, skip: Set[str] = frozenset()
+    graph: fx.GraphModule, names: Iterable[str], tensors: Mapping[str, Tensor], path: Path
 ) -> None:
-    for name, buffer in graph.named_buffers():
-        if name in skip:
-            continue
+    for name in names:
+        buffer = graph.get_buffer(name)
         value = tensors.get(name)
         if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
             found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
@@ -146,7 +156,12 @@ def _load_constants(
                 where=path,
                 mend=_MEND,
             )
-        buffer.copy_(value)
+        buffer.set_(value)  # type: ignore[call-overload]
+
+
+def _forget(weight: Tensor) -> None:
+    """Free the memory of a weight that exists as codes only; whoever reads it all the same gets NaN."""
+    weight.set_(torch.full((), torch.nan).expand(weight.shape))  # type: ignore[call-overload]
 
 
 def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
@@ -241,7 +256,8 @@ def load_quantizer(
             )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise InputError(f"{key} is not finite", where=path, mend=_MEND)
-        value.copy_(found)
+        # Without a copy: what `found` reads from a file stays there until it is needed.
+        value.set_(found)  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
         raise InputError(f"{record.name}.scale is not positive", where=path, mend=_MEND)
     if isinstance(quantizer, ActivationQuantizer):

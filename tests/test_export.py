@@ -182,7 +182,7 @@ def test_scales_json_is_complete_and_exact(finished_runs):
 
 
 def test_fixed_batch_size(run_copy, images):
-    export(run_copy, batch_size=4)
+    export(run_copy, batch_size=4, overwrite=True)
     runtime = session(run_copy / "model.onnx")
     assert runtime.get_inputs()[0].shape == [4, 1, 28, 28]
     assert runtime.run(None, {"images": images[:4]})[0].shape == (4, 10)
@@ -191,8 +191,86 @@ def test_fixed_batch_size(run_copy, images):
 
 def test_exporting_twice_gives_the_same_bytes(run_copy):
     before = {n: (run_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
-    export(run_copy)
+    export(run_copy, overwrite=True)
     assert all((run_copy / n).read_bytes() == data for n, data in before.items())
+
+
+def test_an_earlier_export_is_kept_unless_told(run_copy):
+    before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    with pytest.raises(
+        InputError, match=r"model\.onnx, scales\.json of an earlier export exist.*--overwrite"
+    ):
+        export(run_copy, batch_size=2)
+    assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
+
+
+def test_an_interrupted_export_leaves_a_sound_run_and_is_repeated(run_copy, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # After model_fp32.onnx, which has another batch size than before.
+        patch.setattr("ospq_export.export.stage.lower", interrupted)
+        export(run_copy, batch_size=2, overwrite=True)
+    listed = Run.open(run_copy).manifest.files
+    assert not {"model.onnx", "model_fp32.onnx", "scales.json"} & listed.keys()
+    done = export(run_copy)
+    assert {"model.onnx", "model_fp32.onnx", "scales.json"} <= done.manifest.files.keys()
+    assert Run.open(run_copy)
+
+
+def test_no_space_leaves_nothing_half_written(run_copy, monkeypatch):
+    from ospq_export.export import serialize
+
+    def full(_proto, _tensors, path, _where):
+        path.write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serialize, "write", full)
+    before = {p.name: p.read_bytes() for p in run_copy.iterdir() if p.name != "manifest.json"}
+    with pytest.raises(InputError, match=r"model_fp32\.onnx: cannot be written: No space left"):
+        export(run_copy, batch_size=2, overwrite=True)
+    assert {p.name: p.read_bytes() for p in run_copy.iterdir() if p.name != "manifest.json"} == before
+
+
+def test_streamed_file_is_the_plain_one(tmp_path, finished_runs):
+    import onnx_ir
+
+    from ospq_export.export import serialize
+
+    path = finished_runs["w8a8"] / "model.onnx"
+    plain, model = onnx.load(str(path)), onnx_ir.load(str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serialize, "STREAMED_BYTES", 100)
+        proto, tensors = serialize.split(model)
+    assert len(tensors) > 100 and len(proto.graph.initializer) + len(tensors) == len(plain.graph.initializer)
+    serialize.check(proto, tensors, tmp_path)
+    assert [i.name for i in proto.graph.input] == ["images"]
+    serialize.write(proto, tensors, tmp_path / "m.onnx", tmp_path)
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    streamed = onnx.load(str(tmp_path / "m.onnx"))
+    assert list(streamed.graph.node) == list(plain.graph.node)
+    assert streamed.metadata_props == plain.metadata_props and streamed.opset_import == plain.opset_import
+    expected = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
+    assert len(expected) == len(streamed.graph.initializer)
+    for tensor in streamed.graph.initializer:
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), expected[tensor.name])
+
+
+def test_a_file_beyond_two_gibibytes_is_refused(tmp_path):
+    from ospq_export.export import serialize
+
+    class Huge:
+        name, dtype, nbytes = "huge", TensorProto.FLOAT, 1 << 31
+
+        class shape:
+            @staticmethod
+            def numpy():
+                return (1 << 29,)
+
+    with pytest.raises(InputError, match=r"2\.0 GiB, an ONNX file holds 2"):
+        serialize.write(onnx.ModelProto(), [Huge()], tmp_path / "m.onnx", tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("zero_point", [np.uint8(0), np.int8(3), None])

@@ -103,7 +103,7 @@ COMPUTED = [helper.make_node("ReduceMax", ["x"], ["scale"], "computed", keepdims
 BROKEN = {
     "zero-point-nonzero": ({"zero": np.int8(3)}, Severity.ERROR, "refused"),
     "datatype": ({"zero": np.int16(0)}, Severity.ERROR, "refused"),
-    "scale-not-positive": ({"scale": np.float32(0)}, Severity.ERROR, None),
+    "scale-not-positive": ({"scale": np.float32(0)}, Severity.ERROR, "refused"),
     "activation-per-channel": (
         {"scale": np.full(64, 0.05, np.float32), "zero": np.zeros(64, np.int8), "activation": {"axis": 1}},
         Severity.WARNING,

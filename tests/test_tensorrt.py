@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -107,7 +108,7 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
     options = ["export", str(run), "--engine", "tensorrt-rtx", "--compute-capability", "SM86"]
     result = CliRunner().invoke(
         app,
-        [*options, "--profile", "1,2,4", "--workspace", "256"],
+        [*options, "--overwrite", "--profile", "1,2,4", "--workspace", "256"],
     )
     assert result.exit_code == 0, result.output
     record = EngineRecord.model_validate_json((run / "model.engine.json").read_text())
@@ -151,6 +152,44 @@ def test_no_space_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left"):
         build_engine(tiny, tmp_path / "model.engine", SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+@RTX
+def test_no_space_for_the_log_keeps_what_was_there(tiny, tmp_path, monkeypatch):
+    def full(self, data, *_args):
+        if ".log." in self.name:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    write = Path.write_text
+    out = tmp_path / "model.engine"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr("pathlib.Path.write_text", full)
+        build_engine(tiny, out, SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+    build_engine(tiny, out, SETTINGS)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr("pathlib.Path.write_text", full)
+        build_engine(tiny, out, SETTINGS, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@RTX
+def test_a_refused_build_shows_the_builders_reason(tmp_path):
+    model = onnx.load_from_string(tiny_model())
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    # The parser takes it; the builder finds that a batch of 2 does not fit.
+    model.graph.node[-1].output[0] = "product"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 2]), "shape"))
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["product", "shape"], ["y"]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    settings = BuildSettings(Product.TENSORRT_RTX, (1, 2, 3), ("SM89",))
+    with pytest.raises(InputError, match=r"refuses to build.*reshape would change volume 8 to 4"):
+        build_engine(tmp_path / "m.onnx", tmp_path / "model.engine", settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 @RTX

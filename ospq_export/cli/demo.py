@@ -66,7 +66,7 @@ def demo(
         )
     else:
         console().print(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
-    run_export(folder, None, quiet)
+    run_export(folder, None, quiet, overwrite=True)
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)
     report = run_validate(run, images, 0.1, None, quiet, limit=limit, device=device)

@@ -24,6 +24,13 @@ class EngineProduct(StrEnum):
     TENSORRT_RTX = "tensorrt-rtx"
 
 
+class ActivationLayout(StrEnum):
+    """How activations' codes are stored."""
+
+    INT8 = "int8"
+    UINT8 = "uint8"
+
+
 def export(
     run: RunArgument,
     batch_size: Annotated[
@@ -51,6 +58,12 @@ def export(
             "--uint8-input", help="Also model_uint8.onnx: takes uint8 (B, H, W, C), normalises itself."
         ),
     ] = False,
+    activation_layout: Annotated[
+        ActivationLayout,
+        typer.Option(
+            help="uint8: also model_uint8_activations.onnx, the same codes for ONNX Runtime on x86."
+        ),
+    ] = ActivationLayout.INT8,
     engine: Annotated[
         EngineProduct | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
     ] = None,
@@ -71,21 +84,35 @@ def export(
     hardware_compatibility: Annotated[
         str | None, typer.Option(help="TensorRT: ampere_plus or same_compute_capability.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model.engine.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier export wrote, the engine included.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
     from ospq_export.export.stage import Extras
 
-    extras = Extras(fp16=fp16 or engine is not None, debug=debug, int4=int4, uint8_input=uint8_input)
+    uint8 = activation_layout is ActivationLayout.UINT8
+    if uint8 and engine is not None:
+        raise InputError(
+            "TensorRT takes int8 activations only", where="--activation-layout uint8", mend="leave it out"
+        )
+    extras = Extras(
+        fp16=fp16 or engine is not None,
+        debug=debug,
+        int4=int4,
+        uint8_input=uint8_input,
+        uint8_activations=uint8,
+    )
     batches = None if profile is None else _batches(profile)
     if engine is None:
         if batches is not None or compute_capability:
             raise InputError(
                 "only an engine has these", where="--profile, --compute-capability", mend="give --engine"
             )
-        run_export(run, batch_size, quiet, extras=extras)
+        run_export(run, batch_size, quiet, extras=extras, overwrite=overwrite)
         return
+    from ospq_export import artifact
     from ospq_export.export.build import BuildSettings
     from ospq_export.export.engine import ENGINE, check_target
     from ospq_export.export.products import Product
@@ -99,10 +126,12 @@ def export(
         workspace_mib=workspace,
         timing_cache=timing_cache,
     )
-    check_target(run / ENGINE, settings, overwrite=overwrite)
+    # An engine that an interrupted build left is not listed: it is replaced without asking.
+    replace = overwrite or ENGINE not in artifact.read_manifest(run).files
+    check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
-    run_export(run, batch_size, quiet, extras=extras, deploy_batch_size=deploy)
-    run_build(run, settings, overwrite, quiet)
+    run_export(run, batch_size, quiet, extras=extras, deploy_batch_size=deploy, overwrite=overwrite)
+    run_build(run, settings, replace, quiet)
 
 
 def _batches(text: str) -> tuple[int, int, int]:
@@ -119,6 +148,7 @@ def run_export(
     *,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    overwrite: bool = False,
 ) -> None:
     """Export with a progress bar and a line at the end."""
     from ospq_export.export import export
@@ -126,7 +156,12 @@ def run_export(
 
     with stage_progress(disable=quiet) as progress:
         done = export(
-            run, batch_size=batch_size, extras=extras, deploy_batch_size=deploy_batch_size, progress=progress
+            run,
+            batch_size=batch_size,
+            extras=extras,
+            deploy_batch_size=deploy_batch_size,
+            overwrite=overwrite,
+            progress=progress,
         )
     console().print(
         f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"

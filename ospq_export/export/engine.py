@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,22 @@ def build_engine(
     built = build(onnx_file, settings, progress)
     seconds = time.perf_counter() - started
     model = onnx.load(str(onnx_file), load_external_data=False)
-    with artifact.replacing(out) as temporary:
-        temporary.write_bytes(built.plan)
-        record = _record(onnx_file, temporary, model, settings, built, seconds)
-        # Beside the engine or not at all: the sidecar and the log are written while the engine still has its temporary name.
-        artifact.write_json(out.with_name(f"{out.name}.json"), record.model_dump(mode="json"))
-        with artifact.replacing(out.with_name(f"{out.name}.log")) as log:
-            log.write_text("".join(f"[{m.severity}] {m.text}\n" for m in built.log))
+    # All three under temporary names first: a full disk leaves none of them, and what was there before stays.
+    with (
+        artifact.replacing(out) as plan,
+        artifact.replacing(out.with_name(f"{out.name}.json")) as sidecar,
+        artifact.replacing(out.with_name(f"{out.name}.log")) as log,
+    ):
+        plan.write_bytes(built.plan)
+        record = _record(onnx_file, plan, model, settings, built, seconds)
+        sidecar.write_text(json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+        log.write_text("".join(f"[{m.severity}] {m.text}\n" for m in built.log))
     return record
 
 
 def _record(
     onnx_file: Path, plan: Path, model: Any, settings: BuildSettings, built: Built, seconds: float
 ) -> EngineRecord:
-    import json
-
     layers = _layers(settings.product, built)
     properties = {p.key: p.value for p in model.metadata_props}
     preprocessing = properties.get("preprocessing")

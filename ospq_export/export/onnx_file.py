@@ -19,7 +19,9 @@ from torch import fx
 
 from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
+from ospq_export.export import serialize
 from ospq_export.export.names import name_everything
+from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
 
 # From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
 # its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
@@ -54,25 +56,18 @@ def write_onnx(
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
     """
-    import onnx
-    import onnx_ir
-
     model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
     if not expose_probes:
         del model.graph.outputs[1:]
     _tidy(model, metadata, {INPUT, OUTPUT, *probes})
     for change in passes:
         change(model)
+    proto, tensors = serialize.split(model)
+    del model
+    serialize.check(proto, tensors, path)
+    check_deployable(proto, path)
     with replacing(path) as temporary:
-        proto = onnx_ir.serde.serialize_model(model)
-        temporary.write_bytes(proto.SerializeToString())
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except onnx.checker.ValidationError as error:
-            raise InputError(
-                f"the exported file is not valid ONNX: {error}", where=path, mend="report this model"
-            ) from error
-        check_deployable(proto, path)
+        serialize.write(proto, tensors, temporary, path)
 
 
 def _translate(
@@ -136,12 +131,15 @@ def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> Non
 def check_deployable(proto: Any, where: Path) -> None:
     """Hold a file to what TensorRT and ONNX Runtime need: standard domains, signed codes, zero points written out and 0.
 
+    A file whose metadata says that its activations are uint8 has a zero point of 128 there, and is for ONNX Runtime alone.
+
     Raises:
         InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
     """
     from onnx import TensorProto, numpy_helper
 
     constants = {t.name: t for t in proto.graph.initializer}
+    uint8 = any(p.key == ACTIVATION_LAYOUT and p.value == "uint8" for p in proto.metadata_props)
     problem = None
     for node in proto.graph.node:
         if node.domain not in _STANDARD_DOMAINS:
@@ -149,11 +147,13 @@ def check_deployable(proto: Any, where: Path) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if (
-            zero_point is None
-            or zero_point.data_type not in (TensorProto.INT8, TensorProto.INT4)
-            or numpy_helper.to_array(zero_point).any()
-        ):
+        allowed = {
+            TensorProto.INT8: 0,
+            TensorProto.INT4: 0,
+            **({TensorProto.UINT8: UINT8_ZERO} if uint8 else {}),
+        }
+        wanted = None if zero_point is None else allowed.get(zero_point.data_type)
+        if zero_point is None or wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
         raise InputError(

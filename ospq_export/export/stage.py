@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from torch import fx
 
 from ospq_export import artifact
+from ospq_export.artifact import Manifest
 from ospq_export.errors import InputError
 from ospq_export.export.half import to_half
+from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
-from ospq_export.export.variants import store_int4, take_uint8
+from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.progress import stepper
 from ospq_export.run import Run
@@ -25,6 +29,7 @@ from ospq_export.run import Run
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
 DEPLOY_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
+UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 Pass = Callable[[Any], None]
 
 
@@ -38,12 +43,15 @@ class Extras:
         debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
         int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
         uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
+        uint8_activations: model_uint8_activations.onnx, whose activations have the same codes as uint8, 128 higher: what ONNX
+            Runtime's kernels for x86 take; not for TensorRT.
     """
 
     fp16: bool = False
     debug: bool = False
     int4: bool = False
     uint8_input: bool = False
+    uint8_activations: bool = False
 
 
 def export(
@@ -52,9 +60,13 @@ def export(
     batch_size: int | None = None,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Write the deployable files of a calibrated run; existing ones are replaced.
+    """Write the deployable files of a calibrated run.
+
+    Each file is written under a temporary name and renamed when it is complete and checked; the manifest lists them when all
+    are. What an interrupted export left is not listed, and is replaced without asking.
 
     Args:
         path: the run directory.
@@ -63,29 +75,57 @@ def export(
         extras: further files.
         deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
             asked otherwise, because a static shape is what fuses and tunes best.
+        overwrite: whether files of an earlier export may be replaced.
         progress: where to show a progress bar.
 
     Returns:
         The run with the new files in its manifest.
 
     Raises:
-        InputError: the run directory is damaged, or the network cannot be written as ONNX.
+        InputError: the run directory is damaged, a file of it exists, or the network cannot be written as ONNX.
     """
     for size in (batch_size, deploy_batch_size):
         if size is not None and size < 1:
             raise InputError(f"a batch of {size} images", where="--batch-size", mend="give 1 or more")
-    run, chosen = Run.open(path), extras or Extras()
-    network = run.quantized_graph()
-    writer = _Writer(run, network)
-    jobs = _jobs(run, network, chosen, batch_size, deploy_batch_size)
+    run = Run.open(path)
+    jobs = _jobs(run, extras or Extras(), batch_size, deploy_batch_size)
+    files = [*(job.file for job in jobs), SCALES]
+    run.manifest = _claim(run, files, overwrite=overwrite)
+    writer = _Writer(run)
     advance = stepper(progress, "export", len(jobs) + 1)
     for job in jobs:
         writer.write(job)
         advance()
-    artifact.write_json(path / SCALES, describe_scales(run.manifest, network))
-    run.manifest = artifact.record_files(path, run.manifest, *(job.file for job in jobs), SCALES)
+    described = describe_scales(run.manifest, writer.network())
+    # ONNX Runtime loads the weights a few times over: the networks make room first.
+    del writer
+    gc.collect()
+    described["onnxruntime"] = integer_kernels(path / QUANTIZED_ONNX).model_dump(mode="json")
+    artifact.write_json(path / SCALES, described)
+    run.manifest = artifact.record_files(path, run.manifest, *files)
     advance()
     return run
+
+
+def _claim(run: Run, files: Sequence[str], *, overwrite: bool) -> Manifest:
+    """Take files that are about to be written off the manifest: an interruption then leaves a sound run without them.
+
+    Raises:
+        InputError: some are there already.
+    """
+    there = [name for name in files if name in run.manifest.files]
+    if there and not overwrite:
+        raise InputError(
+            f"{', '.join(there)} of an earlier export {'exists' if len(there) == 1 else 'exist'}",
+            where=run.path,
+            mend="give --overwrite, or copy the run directory",
+        )
+    if not there:
+        return run.manifest
+    kept = {name: digest for name, digest in run.manifest.files.items() if name not in there}
+    manifest = run.manifest.model_copy(update={"files": kept})
+    artifact.write_manifest(run.path, manifest)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -98,18 +138,20 @@ class _Job:
     metadata: tuple[tuple[str, str], ...] = ()
 
 
-def _jobs(
-    run: Run, network: QuantizedGraph, extras: Extras, batch_size: int | None, deploy_batch_size: int | None
-) -> list[_Job]:
+def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None) -> list[_Job]:
     half = (("precision", "float16"),)
-    jobs = [_Job(QUANTIZED_ONNX, batch_size), _Job(FLOAT_ONNX, batch_size, quantized=False)]
+    jobs = [_Job(FLOAT_ONNX, batch_size, quantized=False)]
     if extras.fp16:
-        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
         jobs.append(_Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
+        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
+    jobs.append(_Job(QUANTIZED_ONNX, batch_size))
     if extras.debug:
         jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))
     if extras.int4:
-        jobs.append(_int4_job(run, network, batch_size))
+        jobs.append(_int4_job(run, batch_size))
+    if extras.uint8_activations:
+        layout = ((ACTIVATION_LAYOUT, "uint8"),)
+        jobs.append(_Job(UINT8_ACTIVATIONS_ONNX, batch_size, passes=(shift_activations,), metadata=layout))
     if extras.uint8_input:
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
         jobs.append(
@@ -120,8 +162,9 @@ def _jobs(
     return jobs
 
 
-def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job:
-    narrow = frozenset(f"{w.name}.codes" for w in network.weights.values() if w.bits <= 4)
+def _int4_job(run: Run, batch_size: int | None) -> _Job:
+    weights = (record for record in run.manifest.quantizers if record.kind == "weight")
+    narrow = frozenset(f"{record.name}.codes" for record in weights if record.bits <= 4)
     if not narrow:
         raise InputError(
             f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",
@@ -134,29 +177,47 @@ def _int4_job(run: Run, network: QuantizedGraph, batch_size: int | None) -> _Job
 
 
 class _Writer:
-    """Writes files of one run: lowers each network once, when it is first needed."""
+    """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
-    def __init__(self, run: Run, network: QuantizedGraph) -> None:
-        self.run, self.network = run, network
-        self.probes = probe_names(network, run.slices())
-        self.modules: dict[bool, Any] = {}
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.captured: fx.GraphModule | None = None
+        self.quantized: QuantizedGraph | None = None
+        self.lowered: fx.GraphModule | None = None
+        self.probes: dict[str, str] = {}
+
+    def network(self) -> QuantizedGraph:
+        """The fake-quantized network; the float one is gone then."""
+        if self.quantized is None:
+            self.quantized, self.captured = self.run.quantized_graph(self.captured), None
+        return self.quantized
+
+    def _float(self) -> fx.GraphModule:
+        if self.captured is None:
+            self.captured = self.run.captured()
+        return self.captured
+
+    def _lowered(self) -> fx.GraphModule:
+        if self.lowered is None:
+            self.probes = probe_names(self.network(), self.run.slices())
+            self.lowered = lower(self.network(), self.probes)
+        return self.lowered
 
     def write(self, job: _Job) -> None:
-        if job.quantized not in self.modules:
-            # One network at a time: a large model need not be in memory twice.
-            made = lower(self.network, self.probes) if job.quantized else self.run.captured()
-            self.modules = {job.quantized: made}
+        module = self._lowered() if job.quantized else self._float()
         metadata = _metadata(self.run) if job.quantized else _float_metadata(self.run)
         write_onnx(
-            self.modules[job.quantized],
+            module,
             self.run.path / job.file,
             input_size=self.run.manifest.data.input_size,
             batch_size=job.batch_size,
             metadata={**metadata, **dict(job.metadata)},
-            probes=list(self.probes.values()) if job.quantized else (),
+            probes=list(self.probes.values()),
             expose_probes=job.expose_probes,
             passes=job.passes,
         )
+        # torch's exporter leaves cyclic garbage that holds on to the weights.
+        gc.collect()
 
 
 def _metadata(run: Run) -> dict[str, str]:

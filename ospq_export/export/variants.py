@@ -1,4 +1,4 @@
-"""Other forms of the exported file, passes over the finished model: INT4 weight storage, preprocessing in the graph."""
+"""Other forms of the exported file, passes over the finished model: INT4 weights, uint8 activations, preprocessing inside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from ospq_export.data.config import DataConfig
 
 # 4-bit types of Q/DQ exist from here on.
 INT4_OPSET = 21
+# The zero point that carries int8 codes as uint8, and the metadata that says so.
+UINT8_ZERO = 128
+ACTIVATION_LAYOUT = "activation_layout"
 _WHITE = 255.0
 
 
@@ -35,9 +38,7 @@ def store_int4(model: Any, weights: Set[str]) -> None:
         codes.const_value = ir.tensor(codes.const_value.numpy().astype(ml_dtypes.int4), name=codes.name)
         codes.dtype = ir.DataType.INT4
         node.replace_input_with(2, _int4_zeros(model.graph, zero_point, zero_points))
-    read = {value.name for node in model.graph for value in node.inputs if value is not None}
-    for name in [name for name in model.graph.initializers if name not in read]:
-        del model.graph.initializers[name]
+    _drop_unread(model.graph)
     model.graph.opset_imports[""] = INT4_OPSET
 
 
@@ -52,6 +53,56 @@ def _int4_zeros(graph: Any, zero_point: Any, made: dict[str, Any]) -> Any:
         made[name] = ir.Value(name=name, const_value=tensor, type=kind, shape=zero_point.shape)
         graph.register_initializer(made[name])
     return made[name]
+
+
+def shift_activations(model: Any) -> None:
+    """Store activations' codes as uint8 with a zero_point of 128 instead of int8 with 0, in place.
+
+    The codes are the same, 128 higher: round(x/s) + 128 saturates in [0, 255] where round(x/s) does in [-128, 127]. ONNX
+    Runtime's kernels for x86 multiply uint8 by int8. TensorRT refuses the zero point.
+
+    Args:
+        model: an onnx_ir model whose quantizers all have int8 zero points of 0.
+    """
+    import onnx_ir as ir
+
+    constant: Any = None
+    for node in model.graph:
+        is_activation = node.op_type == "QuantizeLinear" or (
+            node.op_type == "DequantizeLinear" and not node.inputs[0].is_initializer()
+        )
+        if not is_activation:
+            continue
+        if constant is None:
+            constant = _scalar(model.graph, "activation.zero_point", np.array(UINT8_ZERO, np.uint8))
+        node.replace_input_with(2, constant)
+        codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
+        codes.dtype = ir.DataType.UINT8
+    _retype_moves(model.graph, ir.DataType)
+    _drop_unread(model.graph)
+
+
+def _retype_moves(graph: Any, types: Any) -> None:
+    """Codes that are moved about between Q and DQ have the type they are read with."""
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if source is not None and source.dtype == types.UINT8 and node.outputs[0].dtype == types.INT8:
+            node.outputs[0].dtype = types.UINT8
+
+
+def _scalar(graph: Any, name: str, array: Any) -> Any:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([]))
+    graph.register_initializer(value)
+    return value
+
+
+def _drop_unread(graph: Any) -> None:
+    read = {value.name for node in graph for value in node.inputs if value is not None}
+    for name in [name for name in graph.initializers if name not in read]:
+        del graph.initializers[name]
 
 
 def take_uint8(model: Any, data: DataConfig) -> None:

@@ -203,8 +203,12 @@ def normalize_conv_padding(module: fx.GraphModule) -> None:
         replace_node(node, insert_call(node, aten.conv2d.default, args, node))
 
 
-def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
+def canonicalize(module: fx.GraphModule, *, share: bool = False) -> fx.GraphModule:
     """Run all passes and return a module whose constants are buffers, with unused ones gone.
+
+    Args:
+        module: what `torch.export` captured.
+        share: whether buffers may be the model's own memory instead of copies.
 
     Raises:
         InputError: an operator has no canonical form; names the operator and its module.
@@ -220,12 +224,13 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     ):
         run(module)
         module.graph.eliminate_dead_code()
-    return _with_plain_buffers(module)
+    return _with_plain_buffers(module, share)
 
 
-def _with_plain_buffers(module: fx.GraphModule) -> fx.GraphModule:
+def _with_plain_buffers(module: fx.GraphModule, share: bool) -> fx.GraphModule:
     """A GraphModule over the same graph whose only state is the constants the graph reads, as float32-preserving buffers."""
     constants: dict[str, Any] = {}
+    taken: set[int] = set()
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -233,7 +238,12 @@ def _with_plain_buffers(module: fx.GraphModule) -> fx.GraphModule:
             graph.output(copies[_single_output(node)])
             continue
         if node.op == "get_attr":
-            constants[str(node.target)] = constant_of(module, node).clone()
+            value = constant_of(module, node)
+            memory = value.untyped_storage().data_ptr()
+            # Two names of one memory would change together.
+            kept = share and value.is_contiguous() and memory not in taken
+            constants[str(node.target)] = value if kept else value.clone()
+            taken.add(memory)
         copies[node] = graph.node_copy(node, copies.__getitem__)
     result = fx.GraphModule(constants, graph, class_name="CapturedNetwork")
     result.graph.lint()

@@ -123,12 +123,13 @@ def _annotate(nodes: Iterable[fx.Node]) -> None:
         node.meta["module_path"] = stack[-1][0] if stack else ""
 
 
-def capture(model: nn.Module, input_size: Sequence[int]) -> fx.GraphModule:
+def capture(model: nn.Module, input_size: Sequence[int], *, share: bool = False) -> fx.GraphModule:
     """Capture a model as a canonical graph that computes the same function.
 
     Args:
         model: in eval mode, float32, one image tensor in, one logits tensor out; its fused attention switched off.
         input_size: (channels, height, width) in pixels.
+        share: whether constants may be the model's own memory, for a model that is used no more, instead of copies.
 
     Returns:
         A GraphModule `(B, C, H, W) float32 -> (B, K) float32`, B free, constants as buffers.
@@ -143,7 +144,7 @@ def capture(model: nn.Module, input_size: Sequence[int]) -> fx.GraphModule:
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _annotate(module.graph.nodes)
-    result = canonical.canonicalize(module)
+    result = canonical.canonicalize(module, share=share)
     if not quantizable_nodes(result.graph):
         raise InputError("the model has no linear, conv2d or matmul to quantize", where=type(model).__name__)
     return result

@@ -1,0 +1,58 @@
+"""The whole path over timm's families at reduced size: capture, round to nearest at W8A8, export, ONNX Runtime, TensorRT-RTX."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# The largest graphs take as long as all others; benchmarks/models.py has them.
+LEFT_OUT = {"MaxViT", "CoAtNet", "MobileViT", "MobileViT v2", "GC ViT", "CrossViT"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models():
+    """benchmarks/models.py, whose functions the test shares."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("models_benchmark", BENCHMARKS / "models.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def names():
+    spec = importlib.util.spec_from_file_location("families", BENCHMARKS / "families.py")
+    module = sys.modules["families"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [name for name in module.FAMILIES if name not in LEFT_OUT]
+
+
+NAMES = names()
+
+
+def test_enough_families():
+    assert len(NAMES) >= 25
+
+
+@pytest.mark.parametrize("label", NAMES)
+def test_family(models, label):
+    family = models.FAMILIES[label]
+    images = models.random_images(2, (3, family.side, family.side))
+    quantized = models.quantized_family(family, models.BITS["W8A8"], images)
+    seen = models.compare(quantized, images)
+    # Given equal inputs, a code is the fake-quantizer's or, at a rounding edge, its neighbour.
+    assert seen.max_step <= 1 and seen.excess < 5e-3 and seen.share < 0.5, seen
+    # Free-running, random weights let differences grow up to quantization's own error, and no further.
+    assert seen.deployed < 2 + 4 * seen.floor, seen
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    fusion = models.compiled(quantized)
+    assert fusion.gemms >= len(quantized.network.weights) > 5
+    # A product that is not on Int8 has a reason: nothing is lost in silence, and most are.
+    assert fusion.int8_gemms + len(fusion.not_int8) == fusion.gemms and all(fusion.not_int8.values())
+    assert fusion.int8_gemms >= 0.5 * fusion.gemms, fusion.not_int8
+    assert fusion.fused_attentions + len(fusion.not_fused) == fusion.attentions
