@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ospq_export.artifact import QUANTIZED_TENSORS
 from ospq_export.errors import InputError
 from ospq_export.validate.backends import Backend, OnnxRuntimeBackend, TorchBackend
-from ospq_export.validate.engines import PACKAGES, EngineBackend, engine_file
+from ospq_export.validate.engines import ENGINE, PACKAGES, EngineBackend, engine_file
 from ospq_export.validate.half import HalfNetwork
 from ospq_export.validate.probes import read_proto
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from ospq_export.run import Run
 
 FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "float", "fake_quant", "fake_quant-fp16"
-OPTIMIZED, UNOPTIMIZED, FP32 = "onnxruntime", "onnxruntime-unoptimised", "onnxruntime-fp32"
+OPTIMIZED, UNOPTIMIZED = "onnxruntime", "onnxruntime-unoptimised"
+FP32, FP16 = "onnxruntime-fp32", "onnxruntime-fp16"
 CUDA, TENSORRT_PROVIDER = "onnxruntime-cuda", "onnxruntime-tensorrt"
 ENGINES = tuple(PACKAGES)
 DEFAULT_BACKENDS = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
-ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, FP32)
+ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, FP32, FP16)
 DEPLOYED = (UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
-QUANTIZED_ONNX, FLOAT_ONNX = "model.onnx", "model_fp32.onnx"
+QUANTIZED_ONNX, FLOAT_ONNX, HALF_ONNX = "model.onnx", "model_fp32.onnx", "model_fp16.onnx"
+BASELINES = {FP32: FLOAT_ONNX, FP16: HALF_ONNX}
 
 
 @dataclass
@@ -80,6 +82,9 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         wanted.append(FAKE_QUANT_FP16)
     if any(name in DEPLOYED for name in wanted):
         check_origin(run)
+    if (run.path / ENGINE).is_file() and any(name in ENGINES for name in wanted):
+        # Not being able to run an engine here is one thing; a damaged one must not pass for that.
+        engine_file(run.path)
     result = Executions()
     for name in wanted:
         try:
@@ -109,7 +114,7 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
     provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(
         name, "cuda" if device.startswith("cuda") else "cpu"
     )
-    file = run.file(FLOAT_ONNX if name == FP32 else QUANTIZED_ONNX)
+    file = run.file(BASELINES.get(name, QUANTIZED_ONNX))
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
 
 

@@ -12,6 +12,7 @@ from ospq_export.validate.statistics import ClassChange, McNemar, Rate, class_ch
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+_MARGIN_BINS = 40
 
 
 class _Record(BaseModel):
@@ -29,6 +30,20 @@ class Flip(_Record):
     deployed_margin: float
 
 
+class MarginHistogram(_Record):
+    """Images by the reference's margin.
+
+    Attributes:
+        edges: of the bins, ascending, evenly spaced on a logarithmic scale; the first bin takes what lies below, too.
+        images: how many fall into each bin; infinite margins and NaN are left out.
+        flips: how many of those the deployed execution classifies otherwise.
+    """
+
+    edges: list[float]
+    images: list[int]
+    flips: list[int]
+
+
 class Comparison(_Record):
     """A deployed execution against a reference, on the same images."""
 
@@ -41,6 +56,7 @@ class Comparison(_Record):
     max_logit_difference: float
     mean_logit_difference: float
     flips: list[Flip]
+    margins: MarginHistogram
     classes: list[ClassChange]
 
 
@@ -73,6 +89,21 @@ def margins(logits: FloatArray) -> FloatArray:
     top = np.partition(logits, -2, axis=1)
     result: FloatArray = top[:, -1] - top[:, -2]
     return result
+
+
+def margin_histogram(reference: FloatArray, deployed: FloatArray) -> MarginHistogram:
+    """Images and flips by the reference's margin, in up to 40 bins over its last five decades; logits (N, K)."""
+    found = margins(reference)
+    finite = np.isfinite(found)
+    differ = (predictions(reference) != predictions(deployed)) & finite
+    largest = float(found[finite].max()) if finite.any() else 0.0
+    if largest <= 0:
+        return MarginHistogram(edges=[], images=[], flips=[])
+    # One float32 step above the largest, so that it falls inside.
+    edges = np.geomspace(largest * 1e-5, largest * (1 + 1e-6), _MARGIN_BINS + 1)
+    values = np.clip(found.astype(np.float64), edges[0], None)
+    counts = [np.histogram(values[chosen], edges)[0].tolist() for chosen in (finite, differ)]
+    return MarginHistogram(edges=edges.tolist(), images=counts[0], flips=counts[1])
 
 
 def agreement(first: FloatArray, second: FloatArray) -> float:
@@ -116,6 +147,7 @@ def compare(
         max_logit_difference=float(difference.max()),
         mean_logit_difference=float(difference.mean()),
         flips=flipped(ours, theirs, labels, ids),
+        margins=margin_histogram(ours, theirs),
         classes=class_changes(*correct, labels),
     )
 
