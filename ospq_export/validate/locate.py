@@ -110,7 +110,7 @@ class Power:
     @property
     def decibel(self) -> float:
         """10 log10(signal / noise), within -200 and 200."""
-        if not np.isfinite(self.noise):
+        if not np.isfinite(self.noise + self.signal):
             return -_NO_NOISE
         if self.noise <= 0 or self.signal <= 0:
             return _NO_NOISE if self.noise <= 0 else -_NO_NOISE

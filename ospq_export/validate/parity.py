@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from ospq_export.validate.statistics import ClassChange, McNemar, Rate, class_ch
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 _MARGIN_BINS = 40
+# JSON has neither infinity nor NaN: the largest float32 stands for both.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class _Record(BaseModel):
@@ -20,7 +23,10 @@ class _Record(BaseModel):
 
 
 class Flip(_Record):
-    """An image that two executions classify differently; margins are between the first and second logit."""
+    """An image that two executions classify differently.
+
+    Margins are between the first and second logit, 3.4e38 where that is not finite.
+    """
 
     id: str
     label: int
@@ -45,7 +51,7 @@ class MarginHistogram(_Record):
 
 
 class Comparison(_Record):
-    """A deployed execution against a reference, on the same images."""
+    """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite."""
 
     reference: str
     deployed: str
@@ -58,6 +64,11 @@ class Comparison(_Record):
     flips: list[Flip]
     margins: MarginHistogram
     classes: list[ClassChange]
+
+
+def finite(value: float | np.floating[Any]) -> float:
+    """The value, or the largest float32 in place of infinity and NaN."""
+    return float(np.nan_to_num(value, nan=LARGEST, posinf=LARGEST, neginf=-LARGEST))
 
 
 def predictions(logits: FloatArray) -> IntArray:
@@ -123,8 +134,8 @@ def flipped(reference: FloatArray, deployed: FloatArray, labels: IntArray, ids: 
             label=int(labels[i]),
             reference=int(ours[i]),
             deployed=int(theirs[i]),
-            reference_margin=float(our_margins[i]),
-            deployed_margin=float(their_margins[i]),
+            reference_margin=finite(our_margins[i]),
+            deployed_margin=finite(their_margins[i]),
         )
         for i in order
     ]
@@ -144,8 +155,8 @@ def compare(
         agreement=agreement(ours, theirs),
         agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
         mcnemar=mcnemar(*correct),
-        max_logit_difference=float(difference.max()),
-        mean_logit_difference=float(difference.mean()),
+        max_logit_difference=finite(difference.max()),
+        mean_logit_difference=finite(difference.mean()),
         flips=flipped(ours, theirs, labels, ids),
         margins=margin_histogram(ours, theirs),
         classes=class_changes(*correct, labels),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ospq_export.validate.locate import Location, QuantizerComparison
 from ospq_export.validate.parity import Comparison, MarginHistogram
@@ -17,6 +19,7 @@ from ospq_export.validate.weights import WeightComparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from ospq_export.artifact import OutlierRecord, SliceRecord
 
@@ -50,6 +53,7 @@ _STYLE: Any = {
 }
 _NARROW, _HEIGHT, _PER_SLICE = 4.6, 2.7, 0.27
 _MOST_TICKS, _LONGEST_NAME = 40, 26
+_FEW_DECADES = 100
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -70,6 +74,18 @@ def _svg(figure: Figure, name: str) -> str:
 def _axes(width: float = _NARROW, height: float = _HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _plain_log(axis: Axis) -> None:
+    """Labels of a logarithmic axis as plain text at powers of ten; at 2 and 5 of each decade, too, where there are few."""
+    low, high = axis.get_view_interval()
+
+    def between(value: float, _: object) -> str:
+        leading = round(value / 10 ** math.floor(math.log10(value)))
+        return f"{value:g}" if high / low < _FEW_DECADES and leading in (2, 5) else ""
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(between))
 
 
 def _wide(count: int) -> float:
@@ -99,6 +115,8 @@ def margin_plot(comparison: Comparison) -> str | None:
         axes.set_xlabel(f"margin of {comparison.reference} (first minus second logit)")
         axes.set_ylim(0.6, max(found.images) * 2)
         axes.legend(loc="upper left")
+        _plain_log(axes.xaxis)
+        _plain_log(axes.yaxis)
         return _svg(figure, f"margins of {comparison.deployed}")
 
 
@@ -143,6 +161,7 @@ def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]
                 upper.axvline(i, color=_INK, lw=0.6, ls=":")
                 lower.axvline(i, color=_INK, lw=0.6, ls=":")
         upper.set(ylabel="max / std")
+        _plain_log(upper.yaxis)
         lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
         for axes in (upper, lower):
             axes.grid(visible=False, axis="x")
@@ -165,6 +184,7 @@ def histogram_plot(worst: Sequence[QuantizerComparison | WeightComparison], name
             )
             axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
             axes.set(ylabel="%", yscale="log")
+            _plain_log(axes.yaxis)
             axes.grid(visible=False, axis="x")
         grid[-1, 0].set(xlabel="code")
         return _svg(figure, name)
@@ -182,24 +202,29 @@ def error_plot(slices: Sequence[SliceRecord]) -> str:
         axes.semilogy(at, after, "o", color=_SERIES[0], label="reconstructed", markersize=5)
         _name_ticks(axes, [s.name for s in slices])
         axes.set(ylabel="squared error / variance")
+        _plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
         figure.legend(loc="outside upper left", ncols=2)
         return _svg(figure, "reconstruction errors")
 
 
 def loss_plot(slices: Sequence[SliceRecord]) -> str | None:
-    """Reconstruction loss over the iterations, one line per slice, over its start; None where nothing was learned."""
-    learned = [s for s in slices if len(s.losses) > 1 and s.losses[0] > 0]
+    """Reconstruction loss over the iterations, one line per slice; None where nothing was learned."""
+    learned = [s for s in slices if len(s.losses) > 1]
     if not learned:
         return None
     with mpl.rc_context(_STYLE):
         figure, axes = _axes()
         for i, piece in enumerate(learned):
             at = np.linspace(0, piece.iterations, len(piece.losses))
-            # Early slices light, late ones strong: a legend of dozens of lines says nothing.
+            # Early slices faint, late ones strong: a legend of dozens of lines says nothing.
             alpha = 0.25 + 0.75 * i / max(len(learned) - 1, 1)
-            axes.semilogy(at, np.asarray(piece.losses) / piece.losses[0], color=_SERIES[0], alpha=alpha, lw=1)
-        axes.set(xlabel="iteration", ylabel="loss / first loss")
+            axes.plot(at, piece.losses, color=_SERIES[0], alpha=alpha, lw=1)
+        medians = [float(np.median(s.losses)) for s in learned]
+        if min(medians) > 0 and max(medians) / min(medians) > _FEW_DECADES:
+            axes.set(yscale="log")
+            _plain_log(axes.yaxis)
+        axes.set(xlabel="iteration", ylabel="loss")
         return _svg(figure, "reconstruction curves")
 
 

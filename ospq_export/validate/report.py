@@ -108,7 +108,7 @@ def render(report: Report) -> Group:
         title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
         caption="percent; ± Top-1, agreement and flips: against fake_quant",
     )
-    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agreement", "flips", "img/s"):
+    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
         table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
     compared = {c.deployed: c for c in report.comparisons}
     for result in report.backends:
