@@ -54,7 +54,9 @@ def test_mcnemar_is_the_two_sided_binomial_test(only_reference, only_deployed, b
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(20, 60), st.integers(20, 60))
 def test_excess_is_the_hypergeometric_tail(flips, floor_flips, images, floor_images):
     total, marked = images + floor_images, flips + floor_flips
-    ways = [math.comb(marked, k) * math.comb(total - marked, images - k) for k in range(min(marked, images) + 1)]
+    ways = [
+        math.comb(marked, k) * math.comb(total - marked, images - k) for k in range(min(marked, images) + 1)
+    ]
     expected = sum(ways[flips:]) / math.comb(total, images)
     assert excess_p_value(flips, images, floor_flips, floor_images) == pytest.approx(expected)
 
