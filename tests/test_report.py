@@ -306,7 +306,7 @@ def test_a_copied_directory_needs_no_weights_and_no_network(run_copy, tmp_path, 
 
 
 def test_without_the_torch_side(run_copy, monkeypatch):
-    """Another timm may capture another graph: the ONNX file is then compared with itself without optimisations, and it is said."""
+    """Another timm may capture another graph: the ONNX file is then compared with itself, unoptimised, and it is said."""
 
     def refuse(self):
         raise InputError("the model's graph is not the calibrated one", where=self.path)
