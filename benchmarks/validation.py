@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rich.console import Console
 from ospq_export.data import Batch, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.run import Run
-from ospq_export.validate import validate, write_documents
+from ospq_export.validate import Report, validate, write_documents
 from ospq_export.validate.executions import OPTIMIZED, open_execution
 from ospq_export.validate.report import machine_name
 
@@ -73,11 +73,11 @@ class Repeated:
             yield from self.images.batches(batch_size, range(min(size, len(indices) - start)), workers)
 
 
-def seconds_of(work: Any) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
+def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time (of all threads) of one call."""
+    wall, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def measure_time(run: Run, count: int, batch_size: int, repeats: int) -> list[list[Any]]:
@@ -85,33 +85,29 @@ def measure_time(run: Run, count: int, batch_size: int, repeats: int) -> list[li
     images: Any = Preprocessed(demo_images("test", run.manifest.data), batch_size, count)
     session = open_execution(run, OPTIMIZED, "cpu")
     tensors = [batch.images.numpy() for batch in images.held]
-    found: dict[str, list[float]] = {"bare loop": [], "validate": [], "report.md and report.html": []}
-    report: list[Any] = []
+    reports: list[Report] = []
 
     def bare() -> None:
         for part in tensors:
             session(part)
 
     def whole() -> None:
-        report.append(validate(run, images, backends=[OPTIMIZED], batch_size=batch_size))
+        reports.append(validate(run, images, backends=[OPTIMIZED], batch_size=batch_size))
 
+    def pages() -> None:
+        write_documents(run, reports[-1], demo_images("test", run.manifest.data))
+
+    works = {"bare loop": bare, "validate": whole, "report.md and report.html": pages}
     session(tensors[0])
-    for _ in range(repeats):
-        found["bare loop"].append(seconds_of(bare))
-        found["validate"].append(seconds_of(whole))
-        last, shown = report[-1], demo_images("test", run.manifest.data)
-        found["report.md and report.html"].append(
-            seconds_of(lambda r=last, i=shown: write_documents(run, r, i))
-        )
-    base = found["bare loop"]
-    return [
-        [
-            name,
-            f"{statistics.median(v):.1f}",
-            f"{statistics.median(a / b for a, b in zip(v, base, strict=True)):.3f}",
-        ]
-        for name, v in found.items()
-    ]
+    turns = [{name: seconds_of(work) for name, work in works.items()} for _ in range(repeats)]
+    return [[name, *_summary(turns, name)] for name in works]
+
+
+def _summary(turns: list[dict[str, tuple[float, float]]], name: str) -> list[str]:
+    """Median wall seconds, and medians of the ratios to the same turn's bare loop: wall time, processor time."""
+    ratios = [[turn[name][i] / turn["bare loop"][i] for turn in turns] for i in (0, 1)]
+    wall = statistics.median(turn[name][0] for turn in turns)
+    return [f"{wall:.1f}", *(f"{statistics.median(r):.3f}" for r in ratios)]
 
 
 def peak(run: Run, count: int, batch_size: int) -> dict[str, float]:
@@ -163,7 +159,7 @@ def main() -> None:
         f"{name.model.name}, {name.recipe.name}, ONNX Runtime, batches of {args.batch_size}.\n\n"
         f"## Time\n\n{args.images:,} preprocessed images; median of {args.repeats} turns in one process. The pages are written "
         f"once per validation, whatever the number of images.\n\n"
-        f"{table(['', 'seconds', 'over the bare loop'], times)}\n"
+        f"{table(['', 'seconds', 'wall time over the bare loop', 'processor time over the bare loop'], times)}\n"
         f"## Memory\n\nPeak resident set of a fresh process; what has to be kept is the logits and labels of every image.\n\n"
         f"{table(['images', 'peak, MiB', 'growth, MiB', 'logits and labels, MiB'], memory)}"
     )
