@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from ospq_export import artifact
+from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.export.stage import Extras
 from ospq_export.run import Run
-from ospq_export.validate import latency
+from ospq_export.validate import latency, validate, write_documents
 from ospq_export.validate.backends import TorchBackend
 from ospq_export.validate.executions import (
     ALL_BACKENDS,
@@ -19,7 +22,9 @@ from ospq_export.validate.executions import (
     FAKE_QUANT_FP16,
     FLOAT,
     OPTIMIZED,
+    QDQ_FP16,
     UNOPTIMIZED,
+    Executions,
     open_execution,
     open_executions,
 )
@@ -141,10 +146,57 @@ def test_all_that_is_here(finished_runs):
     assert {FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED} <= set(found.names)
     assert "no model.engine" in found.skipped["tensorrt"]
     assert set(found.names) | set(found.skipped) <= set(ALL_BACKENDS)
-    assert found.reference("fp32") == FAKE_QUANT
+    assert found.references("fp32") == {UNOPTIMIZED: FAKE_QUANT, OPTIMIZED: FAKE_QUANT}
     assert FAKE_QUANT_FP16 not in found.names
-    half = open_executions(run, [OPTIMIZED], "cpu", "fp16")
-    assert half.names == [OPTIMIZED, FAKE_QUANT_FP16] and half.reference("fp16") == FAKE_QUANT_FP16
+    with pytest.raises(InputError, match=r"no model_qdq_fp16\.onnx.*--fp16"):
+        open_executions(run, None, "cpu", "fp16")
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("names", "float_type", "references", "uncompared"),
+    [
+        ([FAKE_QUANT, UNOPTIMIZED, OPTIMIZED], "fp32", {UNOPTIMIZED: FAKE_QUANT, OPTIMIZED: FAKE_QUANT}, []),
+        ([FLOAT, UNOPTIMIZED, OPTIMIZED], "fp32", {OPTIMIZED: UNOPTIMIZED}, []),
+        ([FLOAT, OPTIMIZED], "fp32", {}, [OPTIMIZED]),
+        ([FAKE_QUANT, FAKE_QUANT_FP16, "tensorrt"], "fp32", {"tensorrt": FAKE_QUANT}, []),
+        ([FAKE_QUANT, FAKE_QUANT_FP16, "tensorrt"], "fp16", {"tensorrt": FAKE_QUANT_FP16}, []),
+        (
+            [FAKE_QUANT, FAKE_QUANT_FP16, OPTIMIZED, QDQ_FP16],
+            "fp16",
+            {OPTIMIZED: FAKE_QUANT, QDQ_FP16: FAKE_QUANT_FP16},
+            [],
+        ),
+        ([FAKE_QUANT_FP16, OPTIMIZED, QDQ_FP16], "fp16", {QDQ_FP16: FAKE_QUANT_FP16}, [OPTIMIZED]),
+    ],
+)
+def test_like_is_compared_with_like(names, float_type, references, uncompared):
+    found = Executions(backends=[Named(name) for name in names])
+    assert found.references(float_type) == references
+    assert found.uncompared(float_type) == uncompared
+
+
+@pytest.mark.slow
+def test_an_fp16_file_against_fp16_float_parts(run_copy):
+    """Logits nearer to the FP16 than to the FP32 network, codes at rounding edges, and a verdict."""
+    export(run_copy, extras=Extras(fp16=True), deploy_batch_size=None)
+    run = Run.open(run_copy)
+    images = demo_images("test", run.manifest.data)
+    chosen = [FAKE_QUANT, OPTIMIZED]
+    report = validate(run, images, backends=chosen, limit=200, code_images=4, float_type="fp16")
+    pairs = {c.deployed: c for c in report.comparisons}
+    assert {n: c.reference for n, c in pairs.items()} == {OPTIMIZED: FAKE_QUANT, QDQ_FP16: FAKE_QUANT_FP16}
+    assert pairs[QDQ_FP16].agreement > 98
+    found = {x.deployed: x for x in report.locations}
+    assert set(found) == {"model.onnx", "model_qdq_fp16.onnx"}
+    assert found["model_qdq_fp16.onnx"].max_excess > found["model.onnx"].max_excess
+    assert [x.faults for x in found.values()] == [[], []]
+    page = write_documents(run, report, images).read_text()
+    assert "model_qdq_fp16.onnx: signal-to-quantization-noise" in page
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", *list(BASELINES)[1:]])

@@ -53,7 +53,11 @@ def validate(
         Path | None, typer.Option(help="Another run, to compare with on the same images.")
     ] = None,
     fp16: Annotated[
-        bool, typer.Option("--fp16", help="Compare with FP16 float parts, as an FP16 file is deployed.")
+        bool,
+        typer.Option(
+            "--fp16",
+            help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
+        ),
     ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,

@@ -11,12 +11,12 @@ import numpy as np
 
 from ospq_export.validate.backends import Backend
 from ospq_export.validate.baseline import PREFIX
-from ospq_export.validate.executions import DEPLOYED, FAKE_QUANT, FLOAT
+from ospq_export.validate.executions import FAKE_QUANT, FLOAT
 from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import Collector, Comparison, compare, predictions, topk_accuracy
 from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report, machine_name
 from ospq_export.validate.statistics import expected_calibration_error, wilson
-from ospq_export.validate.verdict import NoiseFloor, Thresholds, judge
+from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict, judge
 from ospq_export.validate.weights import weight_comparisons
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Evidence:
         backends: all executions, this run's and the baseline's.
         skipped: executions that this machine lacks, with the reasons.
         unreadable: images that could not be read.
-        reference: what deployed executions are compared with; None where nothing serves.
+        references: deployed execution -> what it is compared with.
+        uncompared: deployed executions that nothing here can be compared with.
         floor: the noise floor; None where it was not measured.
         locations: comparisons of codes.
     """
@@ -45,7 +46,8 @@ class Evidence:
     backends: list[Backend]
     skipped: dict[str, str]
     unreadable: list[str]
-    reference: str | None
+    references: dict[str, str]
+    uncompared: list[str]
     floor: NoiseFloor | None
     locations: list[Location] = field(default_factory=list)
 
@@ -74,13 +76,12 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         other: the baseline.
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
-    images, reference = len(evidence.collector.labels()), evidence.reference
+    images = len(evidence.collector.labels())
     _warn_about_classes(run, logits(names[0]).shape[1])
-    deployed = [name for name in names if name in DEPLOYED and name != reference]
-    comparisons = [] if reference is None else [evidence.pair(reference, name) for name in deployed]
+    comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
     not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
     return Report(
-        verdict=judge(comparisons, not_finite, thresholds, evidence.floor, evidence.locations, images),
+        verdict=_verdict(comparisons, not_finite, thresholds, evidence, images),
         thresholds=thresholds,
         images=images,
         class_names=_class_names(run),
@@ -94,6 +95,20 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         baseline=None if other is None else _baseline(other, evidence),
         weights=weight_comparisons(run),
         provenance=_provenance(run),
+    )
+
+
+def _verdict(
+    comparisons: list[Comparison],
+    not_finite: list[str],
+    thresholds: Thresholds,
+    evidence: Evidence,
+    images: int,
+) -> Verdict:
+    found = judge(comparisons, not_finite, thresholds, evidence.floor, evidence.locations, images)
+    reasons = [f"{name} was compared with nothing" for name in evidence.uncompared if comparisons]
+    return found.model_copy(
+        update={"parity": found.parity and not reasons, "reasons": [*found.reasons, *reasons]}
     )
 
 

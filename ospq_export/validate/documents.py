@@ -72,6 +72,7 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "manifest": manifest,
+        "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
         "compared": {c.deployed: c for c in report.comparisons},
         "latencies": _latencies(report),
         "batch_sizes": sorted({x.batch_size for x in report.latencies}),
@@ -129,13 +130,13 @@ def _class_rows(report: Report) -> list[tuple[str, float | None, float | None]]:
 
 
 def _plots(manifest: Manifest, report: Report) -> dict[str, Any]:
-    """SVG by name; the list of margin plots is one per deployed execution."""
+    """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
     from ospq_export.validate import plots
 
     location = report.locations[0] if report.locations else None
     found: dict[str, Any] = {
         "margins": [(c, svg) for c in report.comparisons if (svg := plots.margin_plot(c)) is not None],
-        "sqnr": plots.sqnr_plot(location) if location else None,
+        "sqnr": [(x, plots.sqnr_plot(x)) for x in report.locations],
         "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
         "activations": None,
         "weights": None,

@@ -104,9 +104,10 @@ def machine_name() -> str:
 
 def render(report: Report) -> Group:
     """Table of executions, flipped images, verdict last."""
+    references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
     table = Table(
         title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
-        caption="percent; ± Top-1, agreement and flips: against fake_quant",
+        caption=f"percent; ± Top-1, agreement and flips: against {references or 'nothing'}",
     )
     for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
         table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ospq_export.validate.backends import FloatArray
 from ospq_export.validate.executions import (
-    DEPLOYED,
     FAKE_QUANT,
     FAKE_QUANT_FP16,
+    QDQ_FP16,
+    QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
     Executions,
 )
@@ -37,7 +40,6 @@ class Samples:
     def __init__(
         self,
         executions: Executions,
-        reference: str | None,
         device: str,
         count: int,
         batch_size: int,
@@ -46,14 +48,14 @@ class Samples:
     ) -> None:
         batches = max(1, -(-count // batch_size))
         self.per_batch = -(-floor_images // batches)
-        self.reference, self.wanted = reference, code_images
+        self.wanted = code_images
         self.every = max(1, batches // max(1, code_images))
         self.codes_per_batch = max(1, -(-code_images // batches))
         self.kept: list[FloatArray] = []
         self.first: FloatArray | None = None
         self.batches = 0
         self.meter: FloorMeter | None = None
-        if reference == FAKE_QUANT and floor_images:
+        if FAKE_QUANT in executions.names and floor_images:
             backend = next(e for e in executions.backends if e.name == FAKE_QUANT)
             self.meter = FloorMeter(backend.module, device)  # type: ignore[attr-defined]
 
@@ -70,27 +72,43 @@ class Samples:
 
 
 def locate(
-    run: Run, executions: Executions, reference: str | None, kept: list[FloatArray], device: str
+    run: Run, references: Mapping[str, str], kept: Sequence[FloatArray], device: str
 ) -> list[Location]:
-    """Codes of model.onnx on the kept images; once, because graph optimisations do not change what the file says."""
-    names = [n for n in executions.names if n in DEPLOYED and n.startswith("onnxruntime")]
-    if reference not in (FAKE_QUANT, FAKE_QUANT_FP16) or not names or not kept:
+    """Codes of every quantized file on the kept images; once, because graph optimisations do not change what a file says.
+
+    Args:
+        run: exported.
+        references: deployed execution -> what it is compared with.
+        kept: images, (n, C, H, W) each; none leaves the comparison out.
+        device: torch device.
+    """
+    onnx = [name for name in references if name.startswith("onnxruntime")]
+    torch_side = [name for name in onnx if references[name] in (FAKE_QUANT, FAKE_QUANT_FP16)]
+    files = dict.fromkeys(QUANTIZED_HALF_ONNX if n == QDQ_FP16 else QUANTIZED_ONNX for n in torch_side)
+    if not files or not kept:
         return []
+    reference, sample = _reference(run), np.concatenate(list(kept))
+    return [_locate(run.file(name), reference, sample, device) for name in files]
+
+
+def _reference(run: Run) -> Reference:
     graph, slices = run.quantized_graph(), run.manifest.slices
-    torch_side = Reference(
+    return Reference(
         network=graph.module,
         exact=copy.deepcopy(graph.module).double(),
         original=run.captured(),
         slices=[(s.name, s.end) for s in slices],
         slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
     )
+
+
+def _locate(path: Path, reference: Reference, sample: FloatArray, device: str) -> Location:
     provider = "cuda" if device.startswith("cuda") else "cpu"
-    probed = open_probed(run.file(QUANTIZED_ONNX), torch_side.wanted, optimize=False, provider=provider)
-    locator, sample = Locator(torch_side, probed, QUANTIZED_ONNX), np.concatenate(kept)
-    size = probed.batch_size or _LOCATION_BATCH
+    probed = open_probed(path, reference.wanted, optimize=False, provider=provider)
+    locator, size = Locator(reference, probed, path.name), probed.batch_size or _LOCATION_BATCH
     for start in range(0, max(len(sample) - size + 1, 1), size):
         part = sample[start : start + size]
         if len(part) < size and probed.batch_size:
             part = part[np.arange(size) % len(part)]
         locator.add(part)
-    return [locator.result()]
+    return locator.result()

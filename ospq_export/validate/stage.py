@@ -73,7 +73,8 @@ def validate(
         floor_images: images on which the noise floor is measured, spread over all; 0 leaves it out.
         code_images: images on which codes are compared, spread over all; 0 leaves that out.
         latency_batches: batch sizes to time every execution at, and the float baselines that were exported.
-        float_type: "fp32" or "fp16": the float parts of the fake-quantized network that is the reference.
+        float_type: "fp16" adds model_qdq_fp16.onnx and the fake-quantized network with FP16 float parts, which it and the engines
+            are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
         progress: where to show a progress bar.
 
@@ -89,9 +90,9 @@ def validate(
     check_preprocessing(run, images.config)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
-    reference = executions.reference(float_type)
+    references = executions.references(float_type)
     count = len(images) if limit is None else min(limit, len(images))
-    samples = Samples(executions, reference, device, count, batch_size, floor_images, code_images)
+    samples = Samples(executions, device, count, batch_size, floor_images, code_images)
     everything = [*executions.backends, *others]
     collector, seconds = _collect(everything, images, batch_size, count, workers, progress, samples)
     evidence = Evidence(
@@ -100,9 +101,10 @@ def validate(
         backends=everything,
         skipped=executions.skipped,
         unreadable=images.skipped,
-        reference=reference,
+        references=references,
+        uncompared=executions.uncompared(float_type),
         floor=None if samples.meter is None else samples.meter.result(),
-        locations=locate(run, executions, reference, samples.kept, device),
+        locations=locate(run, references, samples.kept, device),
     )
     report = assemble(run, evidence, limits, baseline)
     if latency_batches and samples.first is not None:
