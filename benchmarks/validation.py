@@ -153,18 +153,23 @@ def main() -> None:
         folder = Path(shutil.copytree(args.run, Path(temporary) / "run"))
         memory = measure_memory(folder, (args.images, args.many), args.batch_size)
         times = measure_time(Run.open(folder), args.images, args.batch_size, args.repeats)
-        name = Run.open(folder).manifest
-    text = (
+    text = page(Run.open(args.run), args, times, memory)
+    _TARGET.write_text(text)
+    Console().print(text)
+
+
+def page(run: Run, args: argparse.Namespace, times: list[list[Any]], memory: list[list[Any]]) -> str:
+    """docs/validation.md."""
+    header = ["", "seconds", "wall time over the bare loop", "processor time over the bare loop"]
+    return (
         f"# What validation costs\n\nWritten by `benchmarks/validation.py` on {machine_name()}: "
-        f"{name.model.name}, {name.recipe.name}, ONNX Runtime, batches of {args.batch_size}.\n\n"
-        f"## Time\n\n{args.images:,} preprocessed images; median of {args.repeats} turns in one process. The pages are written "
+        f"{run.manifest.model.name}, {run.manifest.recipe.name}, ONNX Runtime, batches of {args.batch_size}.\n\n"
+        f"## Time\n\n{args.images:,} preprocessed images; medians of {args.repeats} turns in one process. The pages are written "
         f"once per validation, whatever the number of images.\n\n"
-        f"{table(['', 'seconds', 'wall time over the bare loop', 'processor time over the bare loop'], times)}\n"
+        f"{table(header, times)}\n"
         f"## Memory\n\nPeak resident set of a fresh process; what has to be kept is the logits and labels of every image.\n\n"
         f"{table(['images', 'peak, MiB', 'growth, MiB', 'logits and labels, MiB'], memory)}"
     )
-    _TARGET.write_text(text)
-    Console().print(text)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def _svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Ids of groups ("figure_1") repeat from plot to plot; nothing refers to them.
-    text = re.sub(r'<g id="[a-z]+[A-Za-z0-9]*_\d+">', "<g>", text)
+    # Ids of groups ("axes_1") repeat from plot to plot; nothing refers to them.
+    text = re.sub(r'<g id="[^"]*_\d+">', "<g>", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
