@@ -241,7 +241,9 @@ def test_an_engine_without_its_sidecar(run_copy):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_sound_engine_without_a_gpu_is_skipped_with_the_reason(run_copy):
+def test_a_sound_engine_without_a_gpu_is_skipped_with_the_reason(run_copy, monkeypatch):
+    for network in ("float_network", "fake_quant_network"):
+        monkeypatch.setattr(Run, network, lambda self: nn.Identity())
     plant_engine(run_copy, onnx_sha256=artifact.sha256(run_copy / "model.onnx"))
     found = open_executions(Run.open(run_copy), None, "cpu", "fp32")
     assert {"tensorrt", "tensorrt-rtx"} <= set(found.skipped)

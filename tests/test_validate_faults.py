@@ -180,6 +180,7 @@ def test_preprocessing_changed_after_the_export(run_copy):
         report_of(run_copy)
 
 
+@pytest.mark.slow
 def test_the_pages_point_at_the_slice(run_copy):
     plant(run_copy, scale_off_by_two_percent)
     report = report_of(run_copy)
