@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadsco
 .PHONY: help install demo test test-fast lint format clean
 
 help:
-	@echo "make demo       calibrate, export and validate the packaged network, on the CPU"
+	@echo "make demo       calibrate, export and validate the packaged network, on the CPU; ends with the report's path"
 	@echo "make test       lint, type check and every test"
 	@echo "make test-fast  the tests that are not marked slow"
 	@echo "make lint       ruff and mypy"

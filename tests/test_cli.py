@@ -204,6 +204,8 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", *loose]
     status, stdout, _ = run(capsys, *options)
     assert status == 0 and "parity: the deployed files predict" in stdout and "fake_quant" in stdout
+    assert "".join(stdout.split()).endswith(f"report:{copy / 'report.html'}")
+    assert "Parity" in (copy / "report.html").read_text() and (copy / "report.md").is_file()
     report = json.loads((copy / "report.json").read_text())
     assert report["verdict"]["parity"] and not report["verdict"]["reasons"] and report["images"] == 24
     assert {b["name"] for b in report["backends"]} == {
@@ -219,6 +221,8 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     onnx.save(model, str(copy / "model.onnx"))
     assert_refused(run(capsys, *options), "model.onnx was changed or truncated")
     artifact.record_files(copy, artifact.read_manifest(copy), "model.onnx")
+    assert_refused(run(capsys, *options, "--baseline", images), "not a run directory")
+    assert_refused(run(capsys, *options, "--significance", 1), "--significance 1")
     status, stdout, _ = run(capsys, *options)
     assert status == 1 and "no parity: onnxruntime" in stdout
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]

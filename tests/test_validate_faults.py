@@ -1,18 +1,21 @@
 """Planted faults in an exported file: each is caught, and the report points at the slice."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from conftest import calibrated_demo
 from onnx import numpy_helper
 
 from ospq_export import artifact
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
+from ospq_export.export import export
 from ospq_export.run import Run
-from ospq_export.validate import validate
-from ospq_export.validate.executions import FAKE_QUANT, UNOPTIMIZED
+from ospq_export.validate import validate, write_documents
+from ospq_export.validate.executions import FAKE_QUANT, OPTIMIZED, UNOPTIMIZED
 
 SLICE = "layers.1.blocks.2"
 
@@ -119,13 +122,36 @@ def test_missing_clip_at_four_bits(finished_runs, tmp_path):
     assert not report.verdict and report.locations[0].first_diverging == SLICE
 
 
+@pytest.fixture(scope="module", params=["w8a8", "w6a6", "w4a8", "w4a4"])
+def sound(request, finished_runs, tmp_path_factory):
+    """A function of the network's name that gives a finished run without a fault."""
+    recipe, folder = request.param, tmp_path_factory.mktemp(request.param)
+
+    def make(network):
+        if network == "swin" and recipe in finished_runs:
+            return Path(shutil.copytree(finished_runs[recipe], folder / network))
+        calibrated_demo(network, recipe, folder / network)
+        export(folder / network)
+        return folder / network
+
+    return make
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
-def test_unfaulted_run_has_no_fault(finished_runs, tmp_path, recipe):
-    report = report_of(shutil.copytree(finished_runs[recipe], tmp_path / "run"))
-    assert report.locations[0].faults == [] and report.locations[0].unknown == []
-    assert max(q.excess for q in report.locations[0].quantizers) < 1e-3
-    assert report.verdict, report.verdict.reasons
+@pytest.mark.parametrize("network", ["swin", "vit"])
+def test_unfaulted_run_has_parity(sound, network):
+    """With optimisations off and on, at two batch sizes."""
+    run = Run.open(sound(network))
+    images = demo_images("test", run.manifest.data)
+    chosen = [FAKE_QUANT, UNOPTIMIZED, OPTIMIZED]
+    for batch_size in (100, 32):
+        # The floor is measured on all images: a few hundred are too few to judge from a part of them.
+        options = {"batch_size": batch_size, "limit": 400, "floor_images": 400, "code_images": 4}
+        report = validate(run, images, backends=chosen, **options)
+        assert report.verdict, report.verdict.reasons
+        assert [c.deployed for c in report.comparisons] == [UNOPTIMIZED, OPTIMIZED]
+        assert report.locations[0].faults == [] and report.locations[0].unknown == []
+        assert max(q.excess for q in report.locations[0].quantizers) < 1e-3
 
 
 def test_file_of_another_run(run_copy, finished_runs):
@@ -135,7 +161,9 @@ def test_file_of_another_run(run_copy, finished_runs):
         report_of(run_copy)
 
 
-@pytest.mark.parametrize("change", [{"mean": (0.5,)}, {"interpolation": "nearest"}])
+@pytest.mark.parametrize(
+    "change", [{"mean": (0.5,)}, {"std": (0.5,)}, {"interpolation": "nearest"}, {"crop_pct": 0.9}]
+)
 def test_wrong_preprocessing(run_copy, change):
     run = Run.open(run_copy)
     images = demo_images("test", run.manifest.data.model_copy(update=change))
@@ -143,9 +171,37 @@ def test_wrong_preprocessing(run_copy, change):
         validate(run, images, limit=10)
 
 
-def test_truncated_file(run_copy):
+def test_preprocessing_changed_after_the_export(run_copy):
+    """The manifest and the images agree with each other, and not with what the file was made for."""
+    manifest = artifact.read_manifest(run_copy)
+    data = manifest.data.model_copy(update={"std": (0.5,)})
+    artifact.write_manifest(run_copy, manifest.model_copy(update={"data": data}))
+    with pytest.raises(InputError, match="another preprocessing"):
+        report_of(run_copy)
+
+
+@pytest.mark.slow
+def test_the_pages_point_at_the_slice(run_copy):
+    plant(run_copy, scale_off_by_two_percent)
+    report = report_of(run_copy)
+    run = Run.open(run_copy)
+    page = write_documents(run, report, demo_images("test", run.manifest.data)).read_text()
+    assert f"The first slice that diverges is {SLICE}." in page and ">No parity<" in page
+    text = (run_copy / "report.md").read_text()
+    assert f"The first slice that diverges is {SLICE}." in text and text.startswith("# No parity")
+
+
+def test_changed_file_without_its_hash(run_copy):
+    with (run_copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(InputError, match=r"model\.onnx was changed or truncated"):
+        report_of(run_copy)
+
+
+@pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.99])
+def test_truncated_file(run_copy, keep):
     path = run_copy / "model.onnx"
-    path.write_bytes(path.read_bytes()[:5000])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     artifact.record_files(run_copy, artifact.read_manifest(run_copy), "model.onnx")
     with pytest.raises(InputError, match=r"model\.onnx"):
         report_of(run_copy)

@@ -69,7 +69,7 @@ def demo(
     run_export(folder, None, quiet, overwrite=True)
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)
-    report = run_validate(run, images, 0.1, None, quiet, limit=limit, device=device)
+    report = run_validate(run, images, quiet, limit=limit, device=device)
     raise typer.Exit(0 if report.verdict else 1)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from ospq_export.data import ImageSet
+    from ospq_export.validate import Thresholds
     from ospq_export.validate.report import Report
 
 
@@ -31,6 +35,10 @@ def validate(
             min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits."
         ),
     ] = None,
+    significance: Annotated[
+        float,
+        typer.Option(help="Parity: level of the exact tests against the noise floor, above 0 and below 1."),
+    ] = 0.01,
     floor_images: Annotated[
         int, typer.Option(min=0, help="Images the noise floor is measured on; 0 leaves it out.")
     ] = 1000,
@@ -41,8 +49,15 @@ def validate(
         list[int] | None,
         typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Another run, to compare with on the same images.")
+    ] = None,
     fp16: Annotated[
-        bool, typer.Option("--fp16", help="Compare with FP16 float parts, as an FP16 file is deployed.")
+        bool,
+        typer.Option(
+            "--fp16",
+            help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
+        ),
     ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
@@ -57,9 +72,12 @@ def validate(
     report = run_validate(
         opened,
         images,
-        max_top1_difference,
-        min_agreement,
         quiet,
+        limits={
+            "max_top1_difference": max_top1_difference,
+            "min_agreement": min_agreement,
+            "significance": significance,
+        },
         backends=backends or None,
         batch_size=batch_size,
         limit=limit,
@@ -67,6 +85,7 @@ def validate(
         code_images=code_images,
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
+        baseline=None if baseline is None else Run.open(baseline),
         device=device,
         workers=workers,
     )
@@ -74,23 +93,46 @@ def validate(
 
 
 def run_validate(
-    run: Any,
-    images: ImageSet,
-    max_top1_difference: float,
-    min_agreement: float | None,
-    quiet: bool,
-    **options: Any,
+    run: Any, images: ImageSet, quiet: bool, limits: Mapping[str, float | None] | None = None, **options: Any
 ) -> Report:
-    """Validate with a progress bar, and print the report."""
-    from ospq_export.progress import stage_progress
-    from ospq_export.validate import default_thresholds, render, validate
+    """Validate with a progress bar, print the report, and write it for people.
 
-    thresholds = default_thresholds(run.manifest.recipe.activation_bits, run.manifest.recipe.weight_bits)
-    changes = {"max_top1_difference": max_top1_difference, "min_agreement": min_agreement}
-    thresholds = thresholds.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    Args:
+        run: exported.
+        images: labelled.
+        quiet: no progress bar.
+        limits: fields of `Thresholds`; None means the default.
+        options: of `validate`; None means the default.
+
+    Raises:
+        InputError: a threshold is impossible; and as `validate`.
+    """
+    from ospq_export.progress import stage_progress
+    from ospq_export.validate import render, validate, write_documents
+
+    thresholds = _thresholds(run, limits or {})
     given = {key: value for key, value in options.items() if value is not None}
     with stage_progress(disable=quiet) as progress:
         report = validate(run, images, thresholds=thresholds, progress=progress, **given)
+    page = write_documents(run, report, images)
     console().print(render(report))
-    console().print(f"report: {run.path / 'report.json'}")
+    console().print(f"report: {page}", soft_wrap=True)
     return report
+
+
+def _thresholds(run: Any, limits: Mapping[str, float | None]) -> Thresholds:
+    from pydantic import ValidationError
+
+    from ospq_export.validate import Thresholds, default_thresholds
+
+    recipe = run.manifest.recipe
+    values = default_thresholds(recipe.activation_bits, recipe.weight_bits).model_dump()
+    values |= {key: value for key, value in limits.items() if value is not None}
+    try:
+        return Thresholds.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise InputError(
+            first["msg"], where=f"{option} {first['input']}", mend="choose another value"
+        ) from error

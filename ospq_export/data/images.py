@@ -144,6 +144,11 @@ class ImageSet:
         """How many images there are, readable or not."""
         return len(self._source.ids)
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """Their names, readable or not, in order."""
+        return self._source.ids
+
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None, workers: int = 0
     ) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ospq_export.artifact import QUANTIZED_TENSORS
 from ospq_export.errors import InputError
 from ospq_export.validate.backends import Backend, OnnxRuntimeBackend, TorchBackend
-from ospq_export.validate.engines import PACKAGES, EngineBackend, engine_file
+from ospq_export.validate.engines import ENGINE, PACKAGES, EngineBackend, engine_file
 from ospq_export.validate.half import HalfNetwork
 from ospq_export.validate.probes import read_proto
 
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from ospq_export.run import Run
 
 FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "float", "fake_quant", "fake_quant-fp16"
-OPTIMIZED, UNOPTIMIZED, FP32 = "onnxruntime", "onnxruntime-unoptimised", "onnxruntime-fp32"
+OPTIMIZED, UNOPTIMIZED = "onnxruntime", "onnxruntime-unoptimised"
+QDQ_FP16, FP32, FP16 = "onnxruntime-qdq-fp16", "onnxruntime-fp32", "onnxruntime-fp16"
 CUDA, TENSORRT_PROVIDER = "onnxruntime-cuda", "onnxruntime-tensorrt"
 ENGINES = tuple(PACKAGES)
 DEFAULT_BACKENDS = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
-ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, FP32)
-DEPLOYED = (UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES)
-QUANTIZED_ONNX, FLOAT_ONNX = "model.onnx", "model_fp32.onnx"
+ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, QDQ_FP16, FP32, FP16)
+DEPLOYED = (UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES, QDQ_FP16)
+QUANTIZED_ONNX, FLOAT_ONNX, HALF_ONNX = "model.onnx", "model_fp32.onnx", "model_fp16.onnx"
+QUANTIZED_HALF_ONNX = "model_qdq_fp16.onnx"
+BASELINES = {FP32: FLOAT_ONNX, FP16: HALF_ONNX}
 
 
 @dataclass
@@ -46,16 +49,29 @@ class Executions:
         """Names of what runs."""
         return [b.name for b in self.backends]
 
-    def reference(self, float_type: str) -> str | None:
-        """What the deployed executions are compared with.
+    def references(self, float_type: str) -> dict[str, str]:
+        """Deployed execution -> what it is compared with; those that nothing here can be compared with are left out.
 
-        The fake-quantized network; without torch's side, ONNX Runtime without optimisations where something else is deployed.
+        The fake-quantized network with float parts of the deployed file's own type; without torch's side, ONNX Runtime without
+        optimisations stands in for it.
+
+        Args:
+            float_type: "fp32", or "fp16" where engines were built with FP16 float parts.
         """
-        wanted = FAKE_QUANT_FP16 if float_type == "fp16" else FAKE_QUANT
-        if wanted in self.names:
-            return wanted
-        others = [n for n in self.names if n in DEPLOYED and n != UNOPTIMIZED]
-        return UNOPTIMIZED if UNOPTIMIZED in self.names and others else None
+        result = {}
+        for name in (n for n in self.names if n in DEPLOYED):
+            half = name == QDQ_FP16 or (name in ENGINES and float_type == "fp16")
+            for reference in (FAKE_QUANT_FP16 if half else FAKE_QUANT, UNOPTIMIZED):
+                if reference in self.names and reference != name:
+                    result[name] = reference
+                    break
+        return result
+
+    def uncompared(self, float_type: str) -> list[str]:
+        """Deployed executions that are neither compared with something nor what others are compared with."""
+        references = self.references(float_type)
+        used = {*references, *references.values()}
+        return [n for n in self.names if n in DEPLOYED and n not in used]
 
 
 def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
@@ -65,7 +81,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         run: exported.
         names: out of `ALL_BACKENDS`; None takes the defaults.
         device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
-        float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts.
+        float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts and the file that is deployed so.
 
     Raises:
         InputError: an unknown name, a named execution that is not available, or a file of another run.
@@ -76,10 +92,19 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         raise InputError(
             f"there is no execution {unknown[0]!r}", mend=f"use some of {', '.join(ALL_BACKENDS)}"
         )
-    if float_type == "fp16" and FAKE_QUANT_FP16 not in wanted:
-        wanted.append(FAKE_QUANT_FP16)
-    if any(name in DEPLOYED for name in wanted):
+    if float_type == "fp16":
+        wanted += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in wanted]
+    if any(name in DEPLOYED and name != QDQ_FP16 for name in wanted):
         check_origin(run)
+    if QDQ_FP16 in wanted:
+        if QUANTIZED_HALF_ONNX not in run.manifest.files:
+            raise InputError(
+                f"the run has no {QUANTIZED_HALF_ONNX}", where=run.path, mend="export it with --fp16"
+            )
+        check_origin(run, QUANTIZED_HALF_ONNX)
+    if (run.path / ENGINE).is_file() and any(name in ENGINES for name in wanted):
+        # Not being able to run an engine here is one thing; a damaged one must not pass for that.
+        engine_file(run.path)
     result = Executions()
     for name in wanted:
         try:
@@ -109,17 +134,17 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
     provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(
         name, "cuda" if device.startswith("cuda") else "cpu"
     )
-    file = run.file(FLOAT_ONNX if name == FP32 else QUANTIZED_ONNX)
+    file = run.file({**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX))
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
 
 
-def check_origin(run: Run) -> None:
-    """Hold model.onnx to the run it lies in: the same integers, the same preprocessing.
+def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
+    """Hold a quantized file to the run it lies in: the same integers, the same preprocessing.
 
     Raises:
         InputError: it was exported from another run, or the run's preprocessing was changed since.
     """
-    path: Path = run.file(QUANTIZED_ONNX)
+    path: Path = run.file(file)
     metadata = {p.key: p.value for p in read_proto(path).metadata_props}
     if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
         raise InputError("the file was exported from another run", where=path, mend="export this run again")

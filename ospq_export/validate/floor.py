@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ospq_export.validate.backends import FloatArray
-from ospq_export.validate.parity import predictions
+from ospq_export.validate.parity import finite, predictions
 from ospq_export.validate.verdict import FloorVariation, NoiseFloor
 
 Execution = Callable[[FloatArray], FloatArray]
@@ -87,7 +87,7 @@ class FloorMeter:
                 name=name,
                 images=self.images[name],
                 flips=self.flips[name],
-                mean_logit_difference=self.difference[name] / max(self.images[name], 1),
+                mean_logit_difference=finite(self.difference[name] / max(self.images[name], 1)),
             )
             for name in self.variations
         ]

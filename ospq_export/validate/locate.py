@@ -95,20 +95,22 @@ class Location(_Record):
 
 
 @dataclass
-class _Power:
+class Power:
     """Signal and noise power, summed batch by batch in float64."""
 
     signal: float = 0.0
     noise: float = 0.0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
+        """Add a batch; both of one shape."""
         ours, difference = reference.double(), reference.double() - other.double()
         self.signal += float((ours * ours).sum())
         self.noise += float((difference * difference).sum())
 
     @property
     def decibel(self) -> float:
-        if not np.isfinite(self.noise):
+        """10 log10(signal / noise), within -200 and 200."""
+        if not np.isfinite(self.noise + self.signal):
             return -_NO_NOISE
         if self.noise <= 0 or self.signal <= 0:
             return _NO_NOISE if self.noise <= 0 else -_NO_NOISE
@@ -206,8 +208,8 @@ class Locator:
         self.images = 0
         self.free: dict[str, _Codes] = {}
         self.equal: dict[str, _Codes] = {}
-        self.quality: dict[str, _Power] = {}
-        self.power: dict[tuple[str, str], _Power] = {}
+        self.quality: dict[str, Power] = {}
+        self.power: dict[tuple[str, str], Power] = {}
 
     def add(self, images: FloatArray) -> None:
         """Compare on a batch (B, C, H, W) float32."""
@@ -225,7 +227,7 @@ class Locator:
     ) -> None:
         for name, value in ours.items():
             pair = (others[name], value) if swap else (value, others[name])
-            self.power.setdefault((kind, name), _Power()).add(*pair)
+            self.power.setdefault((kind, name), Power()).add(*pair)
 
     def _plain(self, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
@@ -241,7 +243,7 @@ class Locator:
         outputs: dict[str, Tensor] = {}
 
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> None:
-            self.quality.setdefault(quantizer.name, _Power()).add(value, quantizer(value))
+            self.quality.setdefault(quantizer.name, Power()).add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
                 pair = scaled_codes(quantizer, value), torch.from_numpy(codes).float()
@@ -251,7 +253,7 @@ class Locator:
             outputs[name] = value
             given = self._given(name, tensors)
             if given is not None:
-                self.power.setdefault(("deployed", name), _Power()).add(value, given)
+                self.power.setdefault(("deployed", name), Power()).add(value, given)
 
         _Tap(self.reference.network, self.ends, on_codes, on_end).run(x)
         return outputs
@@ -270,7 +272,7 @@ class Locator:
             given = self._given(name, tensors)
             if given is None:
                 return None
-            self.power.setdefault(("equal_input", name), _Power()).add(value, given)
+            self.power.setdefault(("equal_input", name), Power()).add(value, given)
             return given.double()
 
         _Tap(self.reference.exact, self.ends, on_codes, on_end).run(x.double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from ospq_export.validate.statistics import ClassChange, McNemar, Rate, class_ch
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+_MARGIN_BINS = 40
+# JSON has neither infinity nor NaN: the largest float32 stands for both.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class _Record(BaseModel):
@@ -19,7 +23,10 @@ class _Record(BaseModel):
 
 
 class Flip(_Record):
-    """An image that two executions classify differently; margins are between the first and second logit."""
+    """An image that two executions classify differently.
+
+    Margins are between the first and second logit, 3.4e38 where that is not finite.
+    """
 
     id: str
     label: int
@@ -29,8 +36,22 @@ class Flip(_Record):
     deployed_margin: float
 
 
+class MarginHistogram(_Record):
+    """Images by the reference's margin.
+
+    Attributes:
+        edges: of the bins, ascending, evenly spaced on a logarithmic scale; the first bin takes what lies below, too.
+        images: how many fall into each bin; infinite margins and NaN are left out.
+        flips: how many of those the deployed execution classifies otherwise.
+    """
+
+    edges: list[float]
+    images: list[int]
+    flips: list[int]
+
+
 class Comparison(_Record):
-    """A deployed execution against a reference, on the same images."""
+    """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite."""
 
     reference: str
     deployed: str
@@ -41,7 +62,13 @@ class Comparison(_Record):
     max_logit_difference: float
     mean_logit_difference: float
     flips: list[Flip]
+    margins: MarginHistogram
     classes: list[ClassChange]
+
+
+def finite(value: float | np.floating[Any]) -> float:
+    """The value, or the largest float32 in place of infinity and NaN."""
+    return float(np.nan_to_num(value, nan=LARGEST, posinf=LARGEST, neginf=-LARGEST))
 
 
 def predictions(logits: FloatArray) -> IntArray:
@@ -75,6 +102,21 @@ def margins(logits: FloatArray) -> FloatArray:
     return result
 
 
+def margin_histogram(reference: FloatArray, deployed: FloatArray) -> MarginHistogram:
+    """Images and flips by the reference's margin, in up to 40 bins over its last five decades; logits (N, K)."""
+    found = margins(reference)
+    finite = np.isfinite(found)
+    differ = (predictions(reference) != predictions(deployed)) & finite
+    largest = float(found[finite].max()) if finite.any() else 0.0
+    if largest <= 0:
+        return MarginHistogram(edges=[], images=[], flips=[])
+    # One float32 step above the largest, so that it falls inside.
+    edges = np.geomspace(largest * 1e-5, largest * (1 + 1e-6), _MARGIN_BINS + 1)
+    values = np.clip(found.astype(np.float64), edges[0], None)
+    counts = [np.histogram(values[chosen], edges)[0].tolist() for chosen in (finite, differ)]
+    return MarginHistogram(edges=edges.tolist(), images=counts[0], flips=counts[1])
+
+
 def agreement(first: FloatArray, second: FloatArray) -> float:
     """Percent of images with equal predictions."""
     return float((predictions(first) == predictions(second)).mean() * 100.0)
@@ -92,8 +134,8 @@ def flipped(reference: FloatArray, deployed: FloatArray, labels: IntArray, ids: 
             label=int(labels[i]),
             reference=int(ours[i]),
             deployed=int(theirs[i]),
-            reference_margin=float(our_margins[i]),
-            deployed_margin=float(their_margins[i]),
+            reference_margin=finite(our_margins[i]),
+            deployed_margin=finite(their_margins[i]),
         )
         for i in order
     ]
@@ -113,9 +155,10 @@ def compare(
         agreement=agreement(ours, theirs),
         agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
         mcnemar=mcnemar(*correct),
-        max_logit_difference=float(difference.max()),
-        mean_logit_difference=float(difference.mean()),
+        max_logit_difference=finite(difference.max()),
+        mean_logit_difference=finite(difference.mean()),
         flips=flipped(ours, theirs, labels, ids),
+        margins=margin_histogram(ours, theirs),
         classes=class_changes(*correct, labels),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Group
@@ -15,6 +16,7 @@ from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import Comparison
 from ospq_export.validate.statistics import Rate
 from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict
+from ospq_export.validate.weights import WeightComparison
 
 _SHOWN_FLIPS = 5
 
@@ -46,17 +48,31 @@ class Provenance(_Record):
     weight_bits: int
     activation_bits: int
     files: dict[str, str]
+    file_bytes: dict[str, int]
     versions: dict[str, str]
     machine: str
 
 
-class Report(_Record):
-    """The outcome of a validation; `report.json` is its JSON form, `Report.model_json_schema()` its schema."""
+class BaselineResult(_Record):
+    """Another run on the same images; its executions are the references, this run's are what `deployed` names."""
 
-    schema_version: int = 2
+    run: str
+    model: str
+    recipe: str
+    weight_bits: int
+    activation_bits: int
+    files: dict[str, str]
+    comparisons: list[Comparison]
+
+
+class Report(_Record):
+    """The outcome of a validation; `report.json` is its JSON form, docs/report.schema.json its schema."""
+
+    schema_version: Literal[3] = 3
     verdict: Verdict
     thresholds: Thresholds
     images: int
+    class_names: list[str] = []
     skipped: list[str]
     executions_skipped: dict[str, str] = {}
     backends: list[BackendResult]
@@ -65,6 +81,8 @@ class Report(_Record):
     floor: NoiseFloor | None = None
     locations: list[Location] = []
     latencies: list[Latency] = []
+    weights: list[WeightComparison] = []
+    baseline: BaselineResult | None = None
     provenance: Provenance
 
 
@@ -86,11 +104,12 @@ def machine_name() -> str:
 
 def render(report: Report) -> Group:
     """Table of executions, flipped images, verdict last."""
+    references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
     table = Table(
         title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
-        caption="percent; ± Top-1, agreement and flips: against fake_quant",
+        caption=f"percent; ± Top-1, agreement and flips: against {references or 'nothing'}",
     )
-    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agreement", "flips", "img/s"):
+    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
         table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
     compared = {c.deployed: c for c in report.comparisons}
     for result in report.backends:
@@ -105,9 +124,29 @@ def render(report: Report) -> Group:
             *numbers,
             f"{result.images_per_second:.0f}",
         )
-    return Group(
-        table, *_flip_lines(report), *_skipped_lines(report), *_criterion_lines(report), _verdict_line(report)
-    )
+    lines = [
+        *_baseline_lines(report),
+        *_flip_lines(report),
+        *_skipped_lines(report),
+        *_criterion_lines(report),
+    ]
+    return Group(table, *lines, _verdict_line(report))
+
+
+def _baseline_lines(report: Report) -> list[Text]:
+    if report.baseline is None:
+        return []
+    other, lines = report.baseline, []
+    for c in other.comparisons:
+        test = c.mcnemar
+        lines.append(
+            Text(
+                f"  {c.deployed}: {c.top1_difference:+.2f} points of Top-1 against {other.run} ({other.recipe}), "
+                f"{c.agreement:.2f} % agreement; right here only: {test.only_deployed}, right there only: "
+                f"{test.only_reference}, McNemar p = {test.p_value:.3g}"
+            )
+        )
+    return lines
 
 
 def _flip_lines(report: Report) -> list[Text]:

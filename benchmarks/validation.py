@@ -1,0 +1,176 @@
+"""What validation costs beside executing the file: time against a bare loop, and peak memory as the images grow.
+
+    ospq-export demo
+    python benchmarks/validation.py --run runs/demo-vit-w8a8
+
+Writes docs/validation.md. Time: `validate` with ONNX Runtime alone against a loop that only executes the same file, over the same
+preprocessed tensors, by turns in one process. Memory: peak resident set of a fresh process each, over 10,000 and 50,000 images
+(the 10,000 repeated), decoded as they are needed. Only ratios and differences travel to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from networks import table
+from rich.console import Console
+
+from ospq_export.data import Batch, ImageSet
+from ospq_export.demo import demo_images
+from ospq_export.run import Run
+from ospq_export.validate import Report, validate, write_documents
+from ospq_export.validate.executions import OPTIMIZED, open_execution
+from ospq_export.validate.report import machine_name
+
+_MIB = 1024.0
+_TARGET = Path(__file__).parents[1] / "docs" / "validation.md"
+
+
+class Preprocessed:
+    """An image set whose tensors lie in memory, so that decoding is in neither of the two times."""
+
+    def __init__(self, images: ImageSet, batch_size: int, limit: int) -> None:
+        self.config, self.class_to_idx, self.skipped = images.config, images.class_to_idx, []
+        self.ids = list(images.ids[:limit])
+        self.held = list(images.batches(batch_size, range(limit)))
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.ids)
+
+    def batches(self, *_: Any) -> Iterator[Batch]:
+        """The held batches."""
+        return iter(self.held)
+
+
+class Repeated:
+    """An image set several times over, decoded anew each time."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        self.images, self.count = images, count
+        self.config, self.class_to_idx, self.skipped = images.config, images.class_to_idx, images.skipped
+        self.ids: Sequence[str] = images.ids
+
+    def __len__(self) -> int:
+        """How many images there are, repetitions counted."""
+        return self.count
+
+    def batches(self, batch_size: int, indices: Sequence[int], workers: int = 0) -> Iterator[Batch]:
+        """As `ImageSet.batches`; `indices` begin at 0 and leave nothing out."""
+        size = len(self.images)
+        for start in range(0, len(indices), size):
+            yield from self.images.batches(batch_size, range(min(size, len(indices) - start)), workers)
+
+
+def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time (of all threads) of one call."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def measure_time(run: Run, count: int, batch_size: int, repeats: int) -> list[list[Any]]:
+    """Rows of the table: seconds and ratios, medians."""
+    images: Any = Preprocessed(demo_images("test", run.manifest.data), batch_size, count)
+    session = open_execution(run, OPTIMIZED, "cpu")
+    tensors = [batch.images.numpy() for batch in images.held]
+    reports: list[Report] = []
+
+    def bare() -> None:
+        for part in tensors:
+            session(part)
+
+    def whole() -> None:
+        reports.append(validate(run, images, backends=[OPTIMIZED], batch_size=batch_size))
+
+    def pages() -> None:
+        write_documents(run, reports[-1], demo_images("test", run.manifest.data))
+
+    works = {"bare loop": bare, "validate": whole, "report.md and report.html": pages}
+    session(tensors[0])
+    turns = [{name: seconds_of(work) for name, work in works.items()} for _ in range(repeats)]
+    return [[name, *_summary(turns, name)] for name in works]
+
+
+def _summary(turns: list[dict[str, tuple[float, float]]], name: str) -> list[str]:
+    """Median wall seconds, and medians of the ratios to the same turn's bare loop: wall time, processor time."""
+    ratios = [[turn[name][i] / turn["bare loop"][i] for turn in turns] for i in (0, 1)]
+    wall = statistics.median(turn[name][0] for turn in turns)
+    return [f"{wall:.1f}", *(f"{statistics.median(r):.3f}" for r in ratios)]
+
+
+def peak(run: Run, count: int, batch_size: int) -> dict[str, float]:
+    """Peak resident set in MiB of this process after a validation; called in a process of its own."""
+    images: Any = Repeated(demo_images("test", run.manifest.data), count)
+    validate(run, images, backends=[OPTIMIZED], batch_size=batch_size)
+    return {"count": count, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB}
+
+
+def measure_memory(folder: Path, counts: Sequence[int], batch_size: int) -> list[list[Any]]:
+    """Rows of the table, each from a fresh process."""
+    rows: list[list[Any]] = []
+    first = 0.0
+    for count in counts:
+        command = [sys.executable, __file__, "--run", str(folder), "--peak", str(count)]
+        command += ["--batch-size", str(batch_size)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        mib = json.loads(done.stdout.splitlines()[-1])["mib"]
+        first = first or mib
+        # Per image: float32 logits, an int64 label.
+        kept = count * (10 * 4 + 8) / 2**20
+        rows.append([f"{count:,}", f"{mib:.0f}", f"{mib - first:+.1f}", f"{kept:.1f}"])
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="what `ospq-export demo` left")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--many", type=int, default=50_000)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print(json.dumps(peak(Run.open(args.run), args.peak, args.batch_size)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        # The run's own report stays as it is.
+        folder = Path(shutil.copytree(args.run, Path(temporary) / "run"))
+        memory = measure_memory(folder, (args.images, args.many), args.batch_size)
+        times = measure_time(Run.open(folder), args.images, args.batch_size, args.repeats)
+    text = page(Run.open(args.run), args, times, memory)
+    _TARGET.write_text(text)
+    Console().print(text)
+
+
+def page(run: Run, args: argparse.Namespace, times: list[list[Any]], memory: list[list[Any]]) -> str:
+    """docs/validation.md."""
+    header = ["", "seconds", "wall time over the bare loop", "processor time over the bare loop"]
+    return (
+        f"# What validation costs\n\nWritten by `benchmarks/validation.py` on {machine_name()}: "
+        f"{run.manifest.model.name}, {run.manifest.recipe.name}, ONNX Runtime, batches of {args.batch_size}.\n\n"
+        f"## Time\n\n{args.images:,} preprocessed images; medians of {args.repeats} turns in one process. The pages are written "
+        f"once per validation, whatever the number of images.\n\n"
+        f"{table(header, times)}\n"
+        f"## Memory\n\nPeak resident set of a fresh process; what has to be kept is the logits and labels of every image.\n\n"
+        f"{table(['images', 'peak, MiB', 'growth, MiB', 'logits and labels, MiB'], memory)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

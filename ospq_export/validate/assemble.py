@@ -1,0 +1,173 @@
+"""From the logits of all executions to the report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ospq_export.validate.backends import Backend
+from ospq_export.validate.baseline import PREFIX
+from ospq_export.validate.executions import FAKE_QUANT, FLOAT
+from ospq_export.validate.locate import Location
+from ospq_export.validate.parity import Collector, Comparison, compare, predictions, topk_accuracy
+from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report, machine_name
+from ospq_export.validate.statistics import expected_calibration_error, wilson
+from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict, judge
+from ospq_export.validate.weights import weight_comparisons
+
+if TYPE_CHECKING:
+    from ospq_export.run import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Evidence:
+    """What one pass over the images found.
+
+    Attributes:
+        collector: logits of every execution, labels and ids.
+        seconds: spent in each execution.
+        backends: all executions, this run's and the baseline's.
+        skipped: executions that this machine lacks, with the reasons.
+        unreadable: images that could not be read.
+        references: deployed execution -> what it is compared with.
+        uncompared: deployed executions that nothing here can be compared with.
+        floor: the noise floor; None where it was not measured.
+        locations: comparisons of codes.
+    """
+
+    collector: Collector
+    seconds: dict[str, float]
+    backends: list[Backend]
+    skipped: dict[str, str]
+    unreadable: list[str]
+    references: dict[str, str]
+    uncompared: list[str]
+    floor: NoiseFloor | None
+    locations: list[Location] = field(default_factory=list)
+
+    def names(self, *, baseline: bool) -> list[str]:
+        """Executions of the baseline, or of the run itself."""
+        return [b.name for b in self.backends if b.name.startswith(PREFIX) is baseline]
+
+    def pair(self, reference: str, deployed: str) -> Comparison:
+        """One execution against another."""
+        logits = self.collector.logits
+        return compare(
+            (reference, logits(reference)),
+            (deployed, logits(deployed)),
+            self.collector.labels(),
+            self.collector.ids,
+        )
+
+
+def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | None = None) -> Report:
+    """All statistics, and the verdict.
+
+    Args:
+        run: what was validated.
+        evidence: what the pass over the images found.
+        thresholds: what counts as parity.
+        other: the baseline.
+    """
+    names, logits = evidence.names(baseline=False), evidence.collector.logits
+    images = len(evidence.collector.labels())
+    _warn_about_classes(run, logits(names[0]).shape[1])
+    comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
+    not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
+    return Report(
+        verdict=_verdict(comparisons, not_finite, thresholds, evidence, images),
+        thresholds=thresholds,
+        images=images,
+        class_names=_class_names(run),
+        skipped=evidence.unreadable,
+        executions_skipped=evidence.skipped,
+        backends=[_result(b, evidence) for b in evidence.backends],
+        floor=evidence.floor,
+        locations=evidence.locations,
+        comparisons=comparisons,
+        quantization=evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None,
+        baseline=None if other is None else _baseline(other, evidence),
+        weights=weight_comparisons(run),
+        provenance=_provenance(run),
+    )
+
+
+def _verdict(
+    comparisons: list[Comparison],
+    not_finite: list[str],
+    thresholds: Thresholds,
+    evidence: Evidence,
+    images: int,
+) -> Verdict:
+    found = judge(comparisons, not_finite, thresholds, evidence.floor, evidence.locations, images)
+    reasons = [f"{name} was compared with nothing" for name in evidence.uncompared if comparisons]
+    return found.model_copy(
+        update={"parity": found.parity and not reasons, "reasons": [*found.reasons, *reasons]}
+    )
+
+
+def _class_names(run: Run) -> list[str]:
+    known = run.manifest.class_to_idx
+    return sorted(known, key=known.__getitem__)
+
+
+def _warn_about_classes(run: Run, classes: int) -> None:
+    if len(run.manifest.class_to_idx) != classes:
+        log.warning(
+            "the run knows %d classes and the network has %d: Top-1 means something only if folder i is class i",
+            len(run.manifest.class_to_idx),
+            classes,
+        )
+
+
+def _baseline(other: Run, evidence: Evidence) -> BaselineResult:
+    recipe = other.manifest.recipe
+    pairs = [(name, name.removeprefix(PREFIX)) for name in evidence.names(baseline=True)]
+    return BaselineResult(
+        run=other.path.name,
+        model=other.manifest.model.name,
+        recipe=recipe.name,
+        weight_bits=recipe.weight_bits,
+        activation_bits=recipe.activation_bits,
+        files=other.manifest.files,
+        comparisons=[evidence.pair(theirs, ours) for theirs, ours in pairs],
+    )
+
+
+def _result(execution: Backend, evidence: Evidence) -> BackendResult:
+    logits, labels = evidence.collector.logits(execution.name), evidence.collector.labels()
+    seconds, hits = evidence.seconds[execution.name], int((predictions(logits) == labels).sum())
+    top5 = topk_accuracy(logits, labels, 5)
+    return BackendResult(
+        name=execution.name,
+        detail=execution.detail,
+        top1=topk_accuracy(logits, labels, 1),
+        top1_interval=wilson(hits, len(labels)),
+        top5=top5,
+        top5_interval=wilson(round(top5 * len(labels) / 100), len(labels)),
+        calibration_error=expected_calibration_error(logits, labels),
+        seconds=round(seconds, 3),
+        images_per_second=round(len(labels) / max(seconds, 1e-9), 1),
+    )
+
+
+def _provenance(run: Run) -> Provenance:
+    manifest = run.manifest
+    names = ("ospq-export", "torch", "timm", "onnx", "numpy")
+    return Provenance(
+        run=run.path.name,
+        model=manifest.model.name,
+        recipe=manifest.recipe.name,
+        weight_bits=manifest.recipe.weight_bits,
+        activation_bits=manifest.recipe.activation_bits,
+        files=manifest.files,
+        file_bytes={name: (run.path / name).stat().st_size for name in manifest.files},
+        versions={name: metadata.version(name) for name in names},
+        machine=machine_name(),
+    )

@@ -1,0 +1,153 @@
+"""report.md and report.html: what report.json and the manifest say, for people; one self-contained file each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospq_export.artifact import replacing
+from ospq_export.validate.thumbnails import thumbnails
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from ospq_export.artifact import Manifest
+    from ospq_export.data import ImageSet
+    from ospq_export.run import Run
+    from ospq_export.validate.parity import Comparison, Flip
+    from ospq_export.validate.report import Report
+
+MARKDOWN, HTML = "report.md", "report.html"
+_THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
+
+
+def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
+    """Write report.md and report.html into the run directory.
+
+    Args:
+        run: what was validated.
+        report: the outcome.
+        images: what it was validated on; flipped ones are shown.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    context = _context(run.manifest, report)
+    _write(run.path / MARKDOWN, "report.md.jinja", context)
+    shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
+    context |= {"plots": _plots(run.manifest, report), "pictures": thumbnails(images, shown)}
+    _write(run.path / HTML, "report.html.jinja", context)
+    return run.path / HTML
+
+
+def _write(path: Path, template: str, context: Mapping[str, Any]) -> None:
+    text = _environment().get_template(template).render(context)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("ospq_export.validate"),
+        autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+        "kib": lambda count: f"{count / 1024:,.0f}",
+    }
+    return environment
+
+
+def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
+    return {
+        "report": report,
+        "manifest": manifest,
+        "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
+        "compared": {c.deployed: c for c in report.comparisons},
+        "latencies": _latencies(report),
+        "batch_sizes": sorted({x.batch_size for x in report.latencies}),
+        "flips": [_Flips(c, report.class_names) for c in report.comparisons if c.flips],
+        "classes": _class_rows(report)[:_CLASSES],
+        "all_classes": len(_class_rows(report)),
+        "recipe_json": json.dumps(manifest.recipe.model_dump(mode="json"), indent=2),
+        "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
+        "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
+    }
+
+
+class _Flips:
+    """The flips of one execution, with the names of their classes."""
+
+    def __init__(self, comparison: Comparison, names: Sequence[str]) -> None:
+        self.deployed, self.total = comparison.deployed, len(comparison.flips)
+        self.listed = comparison.flips[:_LISTED_FLIPS]
+        self.names = names
+
+    def name(self, label: int) -> str:
+        """A class's name, or its index."""
+        return _class_name(self.names, label)
+
+    def kind(self, flip: Flip) -> str:
+        """What the flip did to the prediction."""
+        if flip.deployed == flip.label:
+            return "mended"
+        return "lost" if flip.reference == flip.label else "wrong both times"
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def _latencies(report: Report) -> dict[str, dict[int, Any]]:
+    rows: dict[str, dict[int, Any]] = {}
+    for latency in report.latencies:
+        rows.setdefault(latency.name, {})[latency.batch_size] = latency
+    return rows
+
+
+def _class_rows(report: Report) -> list[tuple[str, float | None, float | None]]:
+    """(class, change by quantization, change by the deployment that changes it most), the most changed first; points."""
+    quantized = {c.label: c for c in report.quantization.classes} if report.quantization else {}
+    deployed: dict[int, float] = {}
+    for change in (c for comparison in report.comparisons for c in comparison.classes):
+        points = change.deployed - change.reference
+        deployed[change.label] = max(deployed.get(change.label, 0.0), points, key=abs)
+    rows = []
+    for label in sorted({*quantized, *deployed}):
+        by_bits = quantized[label].deployed - quantized[label].reference if label in quantized else None
+        rows.append((_class_name(report.class_names, label), by_bits, deployed.get(label)))
+    return sorted(rows, key=lambda r: -max(abs(r[1] or 0), abs(r[2] or 0)))
+
+
+def _plots(manifest: Manifest, report: Report) -> dict[str, Any]:
+    """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
+    from ospq_export.validate import plots
+
+    location = report.locations[0] if report.locations else None
+    found: dict[str, Any] = {
+        "margins": [(c, svg) for c in report.comparisons if (svg := plots.margin_plot(c)) is not None],
+        "sqnr": [(x, plots.sqnr_plot(x)) for x in report.locations],
+        "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
+        "activations": None,
+        "weights": None,
+        "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
+        "losses": plots.loss_plot(manifest.slices),
+        "classes": plots.class_plot(rows) if (rows := _class_rows(report)[:_CLASSES]) else None,
+    }
+    if location and location.quantizers:
+        worst = sorted(location.quantizers, key=lambda q: q.sqnr)[:_WORST]
+        found["activations"] = plots.histogram_plot(worst, "activation codes")
+    if report.weights:
+        weights = sorted(report.weights, key=lambda w: w.sqnr)[:_WORST]
+        found["weights"] = plots.histogram_plot(weights, "weight codes")
+    return found

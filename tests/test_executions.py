@@ -1,0 +1,252 @@
+"""Noise floor, latency, FP16 float parts, and which executions a validation opens."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ospq_export import artifact
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.export.stage import Extras
+from ospq_export.run import Run
+from ospq_export.validate import latency, validate, write_documents
+from ospq_export.validate.backends import TorchBackend
+from ospq_export.validate.executions import (
+    ALL_BACKENDS,
+    BASELINES,
+    FAKE_QUANT,
+    FAKE_QUANT_FP16,
+    FLOAT,
+    OPTIMIZED,
+    QDQ_FP16,
+    UNOPTIMIZED,
+    Executions,
+    open_execution,
+    open_executions,
+)
+from ospq_export.validate.floor import FloorMeter
+from ospq_export.validate.half import HalfNetwork
+
+IMAGES = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype(np.float32)
+
+
+class Edge(nn.Module):
+    """Two logits; the second wins only where the sum is computed as float64, or in batches of fewer than 10."""
+
+    def __init__(self, depends_on: str) -> None:
+        super().__init__()
+        self.depends_on = depends_on
+
+    def forward(self, x):
+        moved = {"float64": x.dtype == torch.float64, "batch split": len(x) < 10, "nothing": False}
+        flag = torch.full((len(x),), float(moved[self.depends_on]))
+        return torch.stack([torch.full((len(x),), 0.5), flag], 1).to(x.dtype)
+
+
+@pytest.mark.parametrize("cause", ["float64", "batch split", "nothing"])
+def test_floor_counts_the_flips_of_each_variation(cause):
+    module = Edge(cause)
+    meter = FloorMeter(module, "cpu")
+    reference = TorchBackend("t", module)(IMAGES)
+    meter.add(IMAGES, reference)
+    meter.add(IMAGES, reference)
+    found = {v.name: v for v in meter.result().variations}
+    assert {v.images for v in found.values()} == {40} and set(found) == {
+        "batch split",
+        "float64",
+        "thread count",
+    }
+    assert {name: v.flips for name, v in found.items() if v.flips} == (
+        {} if cause == "nothing" else {cause: 40}
+    )
+    worst = meter.result().worst
+    assert worst is not None and worst.agreement == (100 if cause == "nothing" else 0)
+    if cause != "nothing":
+        assert found[cause].mean_logit_difference == pytest.approx(0.5), "one logit of two moves by 1"
+
+
+class OnlyFloat32(nn.Module):
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("float32 only\nand more")
+        return x.flatten(1)[:, :3]
+
+
+def test_floor_says_what_it_could_not_run():
+    meter = FloorMeter(OnlyFloat32(), "cpu")
+    meter.add(IMAGES, TorchBackend("t", OnlyFloat32())(IMAGES))
+    found = {v.name: v for v in meter.result().variations}
+    assert found["float64"].skipped == "float32 only" and found["float64"].images == 0
+    assert found["batch split"].images == 20
+
+
+def test_threads_are_set_back():
+    before = torch.get_num_threads()
+    FloorMeter(Edge("nothing"), "cpu").add(IMAGES, np.zeros((20, 2), np.float32))
+    assert torch.get_num_threads() == before
+
+
+def test_latency_by_a_clock_of_its_own(monkeypatch):
+    """Calls take 10 ms but for every fifth, which takes 30: medians and percentiles follow, and the batch is filled up."""
+    now, calls = [0.0], []
+
+    class Execution:
+        name, detail = "x", {}
+
+        def __call__(self, batch):
+            calls.append(batch.shape)
+            now[0] += 0.03 if len(calls) % 5 == 0 else 0.01
+            return batch
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    found = latency.measure(Execution(), IMAGES[:3], 8)
+    assert set(calls) == {(8, 1, 4, 4)} and len(calls) == found.calls + 2
+    assert found.median_ms == pytest.approx(10) and found.p90_ms == pytest.approx(30)
+    assert found.images_per_second == pytest.approx(800) and found.calls == 50
+
+
+def test_latency_of_something_slow_takes_three_calls(monkeypatch):
+    now = [0.0]
+
+    class Slow:
+        name, detail = "x", {}
+
+        def __call__(self, batch):
+            now[0] += 5.0
+            return batch
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    assert latency.measure(Slow(), IMAGES, 1).calls == 3
+
+
+def test_fp16_float_parts(finished_runs):
+    """Close to float32, not equal to it, and the quantizers keep their float32 scales."""
+    run = Run.open(finished_runs["w8a8"])
+    graph = run.quantized_graph()
+    scales = {name: a.scale.clone() for name, a in graph.activations.items()}
+    x = torch.randn(4, *run.manifest.data.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        single, half = graph.module(x), HalfNetwork(graph.module)(x)
+    assert half.dtype == torch.float32 and torch.equal(half, half.half().float()), "logits are FP16 values"
+    error = float((single - half).norm() / single.norm())
+    assert 0 < error < 0.1
+    assert all(
+        a.scale.dtype == torch.float32 and torch.equal(a.scale, scales[n])
+        for n, a in graph.activations.items()
+    )
+
+
+def test_all_that_is_here(finished_runs):
+    run = Run.open(finished_runs["w8a8"])
+    found = open_executions(run, None, "cpu", "fp32")
+    assert {FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED} <= set(found.names)
+    assert "no model.engine" in found.skipped["tensorrt"]
+    assert set(found.names) | set(found.skipped) <= set(ALL_BACKENDS)
+    assert found.references("fp32") == {UNOPTIMIZED: FAKE_QUANT, OPTIMIZED: FAKE_QUANT}
+    assert FAKE_QUANT_FP16 not in found.names
+    with pytest.raises(InputError, match=r"no model_qdq_fp16\.onnx.*--fp16"):
+        open_executions(run, None, "cpu", "fp16")
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("names", "float_type", "references", "uncompared"),
+    [
+        ([FAKE_QUANT, UNOPTIMIZED, OPTIMIZED], "fp32", {UNOPTIMIZED: FAKE_QUANT, OPTIMIZED: FAKE_QUANT}, []),
+        ([FLOAT, UNOPTIMIZED, OPTIMIZED], "fp32", {OPTIMIZED: UNOPTIMIZED}, []),
+        ([FLOAT, OPTIMIZED], "fp32", {}, [OPTIMIZED]),
+        ([FAKE_QUANT, FAKE_QUANT_FP16, "tensorrt"], "fp32", {"tensorrt": FAKE_QUANT}, []),
+        ([FAKE_QUANT, FAKE_QUANT_FP16, "tensorrt"], "fp16", {"tensorrt": FAKE_QUANT_FP16}, []),
+        (
+            [FAKE_QUANT, FAKE_QUANT_FP16, OPTIMIZED, QDQ_FP16],
+            "fp16",
+            {OPTIMIZED: FAKE_QUANT, QDQ_FP16: FAKE_QUANT_FP16},
+            [],
+        ),
+        ([FAKE_QUANT_FP16, OPTIMIZED, QDQ_FP16], "fp16", {QDQ_FP16: FAKE_QUANT_FP16}, [OPTIMIZED]),
+    ],
+)
+def test_like_is_compared_with_like(names, float_type, references, uncompared):
+    found = Executions(backends=[Named(name) for name in names])
+    assert found.references(float_type) == references
+    assert found.uncompared(float_type) == uncompared
+
+
+@pytest.mark.slow
+def test_an_fp16_file_against_fp16_float_parts(run_copy):
+    """Logits nearer to the FP16 than to the FP32 network, codes at rounding edges, and a verdict."""
+    export(run_copy, extras=Extras(fp16=True), deploy_batch_size=None)
+    run = Run.open(run_copy)
+    images = demo_images("test", run.manifest.data)
+    chosen = [FAKE_QUANT, OPTIMIZED]
+    report = validate(run, images, backends=chosen, limit=200, code_images=4, float_type="fp16")
+    pairs = {c.deployed: c for c in report.comparisons}
+    assert {n: c.reference for n, c in pairs.items()} == {OPTIMIZED: FAKE_QUANT, QDQ_FP16: FAKE_QUANT_FP16}
+    assert pairs[QDQ_FP16].agreement > 98
+    found = {x.deployed: x for x in report.locations}
+    assert set(found) == {"model.onnx", "model_qdq_fp16.onnx"}
+    assert found["model_qdq_fp16.onnx"].max_excess > found["model.onnx"].max_excess
+    assert [x.faults for x in found.values()] == [[], []]
+    page = write_documents(run, report, images).read_text()
+    assert "model_qdq_fp16.onnx: signal-to-quantization-noise" in page
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", *list(BASELINES)[1:]])
+def test_asked_for_by_name_and_not_there(finished_runs, name):
+    with pytest.raises(InputError, match=r"model\.engine|model_fp16\.onnx"):
+        open_executions(Run.open(finished_runs["w8a8"]), [name], "cpu", "fp32")
+
+
+def test_the_float_baseline_is_the_float_network(finished_runs):
+    run = Run.open(finished_runs["w8a8"])
+    x = np.random.default_rng(0).normal(size=(3, *run.manifest.data.input_size)).astype(np.float32)
+    ours, theirs = (open_execution(run, name, "cpu")(x) for name in (FLOAT, "onnxruntime-fp32"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def plant_engine(folder, content=b"an engine", **sidecar):
+    (folder / "model.engine").write_bytes(content)
+    sidecar = {"engine_sha256": artifact.sha256(folder / "model.engine"), "onnx": "model.onnx", **sidecar}
+    (folder / "model.engine.json").write_text(json.dumps(sidecar))
+
+
+def test_a_truncated_engine_is_bad_input_and_never_a_skip(run_copy):
+    """Also where no GPU could run it: by default what is missing is skipped, and a damaged engine must not hide there."""
+    plant_engine(run_copy)
+    path = run_copy / "model.engine"
+    path.write_bytes(path.read_bytes()[:4])
+    with pytest.raises(InputError, match=r"model\.engine is not the one"):
+        open_executions(Run.open(run_copy), None, "cpu", "fp32")
+
+
+def test_an_engine_of_another_file(run_copy):
+    plant_engine(run_copy, onnx_sha256="0" * 64)
+    with pytest.raises(InputError, match=r"model\.onnx is not the one"):
+        open_executions(Run.open(run_copy), None, "cpu", "fp32")
+
+
+def test_an_engine_without_its_sidecar(run_copy):
+    plant_engine(run_copy)
+    (run_copy / "model.engine.json").unlink()
+    with pytest.raises(InputError, match="sidecar cannot be read"):
+        open_executions(Run.open(run_copy), None, "cpu", "fp32")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_sound_engine_without_a_gpu_is_skipped_with_the_reason(run_copy, monkeypatch):
+    for network in ("float_network", "fake_quant_network"):
+        monkeypatch.setattr(Run, network, lambda self: nn.Identity())
+    plant_engine(run_copy, onnx_sha256=artifact.sha256(run_copy / "model.onnx"))
+    found = open_executions(Run.open(run_copy), None, "cpu", "fp32")
+    assert {"tensorrt", "tensorrt-rtx"} <= set(found.skipped)
+    assert all(
+        "CUDA" in found.skipped[n] or "installed" in found.skipped[n] for n in ("tensorrt", "tensorrt-rtx")
+    )

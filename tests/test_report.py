@@ -1,0 +1,389 @@
+"""report.json, report.md and report.html of a real validation; a baseline; a copied run directory without anything else."""
+
+import base64
+import importlib.util
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from ospq_export import artifact
+from ospq_export.artifact import OutlierRecord
+from ospq_export.data import ImageSet
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.run import Run
+from ospq_export.validate import Report, plots, render, validate, write_documents
+from ospq_export.validate.executions import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.parity import Flip, margin_histogram
+from ospq_export.validate.thumbnails import data_url
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def validated(finished_runs, tmp_path_factory):
+    """A W4A4 run validated with the W8A8 run as its baseline, with latency; and its images."""
+    folder = tmp_path_factory.mktemp("validated")
+    run = Run.open(shutil.copytree(finished_runs["w4a4"], folder / "run"))
+    other = Run.open(finished_runs["w8a8"])
+    images = demo_images("test", run.manifest.data)
+    chosen = [FLOAT, FAKE_QUANT, OPTIMIZED]
+    options = {
+        "limit": LIMIT,
+        "floor_images": 20,
+        "code_images": 2,
+        "latency_batches": (2,),
+        "batch_size": 30,
+    }
+    report = validate(run, images, backends=chosen, baseline=other, **options)
+    # A flip shows what flips look like, whatever this machine's rounding gives.
+    flip = Flip(id="test/00007", label=1, reference=1, deployed=6, reference_margin=0.25, deployed_margin=0.5)
+    comparison = report.comparisons[0].model_copy(update={"flips": [flip]})
+    shown = report.model_copy(update={"comparisons": [comparison]})
+    write_documents(run, shown, images)
+    return run, report, shown
+
+
+class Page(HTMLParser):
+    """Collects the tags, the attributes that load something, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loads, self.text, self.open = [], [], "", []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(run):
+    page = Page()
+    page.feed((run.path / "report.html").read_text(encoding="utf-8"))
+    return page
+
+
+def test_report_json_is_the_report(validated):
+    run, report, _ = validated
+    text = (run.path / "report.json").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse)["schema_version"] == 3
+    assert Report.model_validate_json(text) == report
+
+
+def test_published_schema_is_the_models():
+    spec = importlib.util.spec_from_file_location("report_schema", ROOT / "scripts" / "report_schema.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.TARGET.read_text() == script.schema_text(), "run: python scripts/report_schema.py"
+
+
+def test_a_real_report_meets_the_published_schema(validated):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    values = json.loads((validated[0].path / "report.json").read_text())
+    validator.validate(values)
+    del values["verdict"]["parity"]
+    assert not validator.is_valid(values)
+
+
+def test_the_page_is_complete_and_self_contained(validated):
+    run, _, shown = validated
+    page = page_of(run)
+    assert [v for v in page.loads if not v.startswith(("data:", "#"))] == [], "nothing is fetched"
+    assert "script" not in page.tags and "link" not in page.tags
+    # Slices, margins, classes, outliers, errors, losses, activation codes, weight codes.
+    assert page.tags.count("svg") == 8 and page.tags.count("img") == 1
+    headings = [
+        "Executions",
+        "Noise floor",
+        "Latency",
+        "Where they part",
+        "Flipped by",
+        "Classes",
+        "Provenance",
+    ]
+    places = [page.text.index(h) for h in ["Parity" if shown.verdict else "No parity", *headings]]
+    assert places == sorted(places)
+    for piece in (*run.manifest.files.values(), *(c.text for c in shown.verdict.criteria), "test/00007"):
+        assert piece in page.text
+    assert "Trouser" in page.text and run.manifest.graph_fingerprint in page.text
+
+
+def test_ids_are_unique_and_colours_are_the_pages(validated):
+    text = (validated[0].path / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:xlink:href|href)="#([^"]+)"|url\(#([^)]+)\)', text)
+    assert references and {a or b for a, b in references} <= set(ids)
+    variables = set(re.findall(r"var\(--([a-z0-9]+)\)", text))
+    light, dark = (text.split("prefers-color-scheme: dark")[i].split("}")[0] for i in (0, 1))
+    assert variables >= {"ink", "s1", "s2"}
+    assert all(f"--{v}:" in light for v in variables - {"mark"}) and all(
+        f"--{v}:" in dark for v in variables - {"mark"}
+    )
+    assert not re.search(r"#0000[01][0-9]", text), "a placeholder colour was left"
+
+
+def test_the_flipped_image_is_the_one_of_the_data_set(validated):
+    run, _, _ = validated
+    images = demo_images("test", run.manifest.data)
+    text = (run.path / "report.html").read_text()
+    png = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text).group(1))
+    shown = np.asarray(Image.open(io.BytesIO(png)))
+    original = images._source.images[images.ids.index("test/00007")]
+    assert np.abs(shown.astype(int) - original).max() <= 1
+
+
+def test_thumbnails_of_colour_images_are_small(tmp_path):
+    from ospq_export.data import DataConfig
+
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    config = DataConfig(
+        input_size=(3, 224, 200),
+        mean=mean,
+        std=std,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+    )
+    pixels = np.full((200, 224, 3), (200, 100, 50), np.uint8)
+    tensor = (np.moveaxis(pixels / 255, -1, 0) - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    import torch
+
+    url = data_url(torch.from_numpy(tensor).float(), config)
+    picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+    assert max(picture.size) == 112 and picture.getpixel((50, 50)) == (200, 100, 50)
+
+
+def test_markdown_says_the_same(validated):
+    run, _, shown = validated
+    text = (run.path / "report.md").read_text()
+    assert text.startswith("# Parity" if shown.verdict else "# No parity")
+    for b in shown.backends:
+        assert (
+            f"| {b.name} | {b.top1:.2f} | {b.top1_interval.low:.2f} to {b.top1_interval.high:.2f} |" in text
+        )
+    for s in shown.locations[0].slices:
+        assert f"| {s.name} | {s.quantization:.1f} |" in text
+    assert "| test/00007 | Trouser | Trouser | 0.2500 | Shirt | 0.5000 | lost |" in text
+    # Every row of a table has as many cells as its header.
+    for block in re.split(r"\n\n", text):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1, block
+
+
+def test_names_from_outside_cannot_inject_markup(validated):
+    run, _, shown = validated
+    nasty = '<script>alert("x")</script>|'
+    flip = shown.comparisons[0].flips[0].model_copy(update={"id": nasty})
+    report = shown.model_copy(
+        update={"comparisons": [shown.comparisons[0].model_copy(update={"flips": [flip]})]}
+    )
+    copy = Run(Path(shutil.copytree(run.path, run.path.parent / "nasty")), run.manifest)
+    write_documents(copy, report, demo_images("test", run.manifest.data))
+    page = page_of(copy)
+    assert "script" not in page.tags and nasty in page.text
+
+
+def test_nothing_is_left_half_written(validated, monkeypatch):
+    run, _, shown = validated
+    before = (run.path / "report.html").read_bytes()
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(InputError, match=r"No space left.*report\.md"):
+        write_documents(run, shown, demo_images("test", run.manifest.data))
+    assert (run.path / "report.html").read_bytes() == before
+    assert not [p for p in run.path.iterdir() if p.suffix == ".tmp"]
+
+
+def test_weights_in_the_report(validated):
+    run, report, _ = validated
+    tensors, _ = artifact.read_tensors(run.path / "quantized.safetensors")
+    floats, _ = artifact.read_tensors(run.path / "float.safetensors")
+    constants = {q.name: q.constant for q in run.manifest.quantizers if q.kind == "weight"}
+    assert {w.name for w in report.weights} == set(constants)
+    for w in report.weights[:3]:
+        codes, weight = tensors[f"{w.name}.codes"].numpy(), floats[constants[w.name]].numpy().astype(float)
+        scale = tensors[f"{w.name}.scale"].numpy().reshape(-1, *[1] * (codes.ndim - 1))
+        noise = ((weight - codes * scale) ** 2).sum()
+        assert w.sqnr == pytest.approx(10 * np.log10((weight**2).sum() / noise), abs=1e-3)
+        assert [w.histogram[c + 128] for c in range(-128, 128)] == [
+            int((codes == c).sum()) for c in range(-128, 128)
+        ]
+
+
+def test_latencies_have_the_float_baseline_beside_them(validated):
+    found = {(x.name, x.batch_size) for x in validated[1].latencies}
+    assert found >= {(OPTIMIZED, 2), ("onnxruntime-fp32", 2), (FLOAT, 2)}
+
+
+def test_baseline_is_compared_image_by_image(validated, finished_runs):
+    _, report, _ = validated
+    found = report.baseline
+    assert found is not None and found.recipe == "w8a8" and found.run == "w8a8"
+    pairs = [(c.reference, c.deployed) for c in found.comparisons]
+    assert pairs == [(f"baseline/{n}", n) for n in (FAKE_QUANT, OPTIMIZED)]
+    top1 = {b.name: b.top1 for b in report.backends}
+    for c in found.comparisons:
+        assert c.top1_difference == pytest.approx(top1[c.deployed] - top1[c.reference])
+        won, lost = c.mcnemar.only_deployed, c.mcnemar.only_reference
+        assert (won - lost) / LIMIT * 100 == pytest.approx(c.top1_difference)
+    assert all(not c.deployed.startswith("baseline/") for c in report.verdict.criteria)
+    alone = Run.open(finished_runs["w8a8"])
+    images = demo_images("test", alone.manifest.data)
+    copy = Run(Path(shutil.copytree(alone.path, validated[0].path.parent / "alone")), alone.manifest)
+    again = validate(copy, images, backends=[FAKE_QUANT], limit=LIMIT, floor_images=0, batch_size=20)
+    assert again.backends[0].top1 == top1[f"baseline/{FAKE_QUANT}"]
+
+
+def test_baseline_in_the_terminal(validated):
+    from rich.console import Console
+
+    console = Console(width=100, file=io.StringIO())
+    console.print(render(validated[1]))
+    text = " ".join(console.file.getvalue().split())
+    assert "against w8a8 (w8a8)" in text and "McNemar p =" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: {"data": m.data.model_copy(update={"crop_pct": 0.5})}, "another crop_pct"),
+        (lambda m: {"class_to_idx": {}}, "other classes"),
+    ],
+)
+def test_baselines_that_cannot_be_compared(finished_runs, run_copy, change, message):
+    run, other = Run.open(finished_runs["w4a4"]), Run.open(run_copy)
+    other.manifest = other.manifest.model_copy(update=change(other.manifest))
+    images = demo_images("test", run.manifest.data)
+    with pytest.raises(InputError, match=message):
+        validate(run, images, backends=[OPTIMIZED], baseline=other, limit=10)
+
+
+def test_a_baseline_needs_something_in_common(finished_runs, run_copy):
+    run = Run.open(finished_runs["w4a4"])
+    images = demo_images("test", run.manifest.data)
+    with pytest.raises(InputError, match="nothing to compare"):
+        validate(run, images, backends=[UNOPTIMIZED], baseline=Run.open(run_copy), limit=10)
+
+
+@pytest.mark.slow
+def test_a_copied_directory_needs_no_weights_and_no_network(run_copy, tmp_path, monkeypatch):
+    """On another machine: no calibration data, no pretrained weights, no checkpoint."""
+    manifest = artifact.read_manifest(run_copy)
+    gone = manifest.model.model_copy(update={"checkpoint": "/gone/model.safetensors", "pretrained": True})
+    artifact.write_manifest(run_copy, manifest.model_copy(update={"model": gone}))
+    create = timm.create_model
+
+    def offline(*args, **kwargs):
+        assert not kwargs.get("pretrained") and not kwargs.get("checkpoint_path"), "weights were asked for"
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    run = Run.open(run_copy)
+    images = demo_images("test", run.manifest.data)
+    report = validate(run, images, limit=20, batch_size=20, floor_images=0, code_images=0)
+    assert {b.name for b in report.backends} >= {FLOAT, FAKE_QUANT, OPTIMIZED, UNOPTIMIZED}
+    assert write_documents(run, report, images).is_file()
+
+
+def test_without_the_torch_side(run_copy, monkeypatch):
+    """Another timm may capture another graph: the ONNX file is then compared with itself, unoptimised, and it is said."""
+
+    def refuse(self):
+        raise InputError("the model's graph is not the calibrated one", where=self.path)
+
+    monkeypatch.setattr(Run, "_recaptured", refuse)
+    run = Run.open(run_copy)
+    images = demo_images("test", run.manifest.data)
+    report = validate(run, images, limit=20, batch_size=20)
+    assert {FLOAT, FAKE_QUANT} <= set(report.executions_skipped)
+    assert [(c.reference, c.deployed) for c in report.comparisons] == [(UNOPTIMIZED, OPTIMIZED)]
+    assert report.locations == [] and report.floor is None
+    page = write_documents(run, report, images).read_text()
+    assert "not the calibrated one" in page
+
+
+def test_margins_are_counted_once():
+    rng = np.random.default_rng(0)
+    ours = rng.normal(size=(500, 5)).astype(np.float32)
+    theirs = ours + rng.normal(size=ours.shape).astype(np.float32) * 0.3
+    found = margin_histogram(ours, theirs)
+    ordered = np.sort(ours, axis=1)
+    gap = ordered[:, -1] - ordered[:, -2]
+    flips = ours.argmax(1) != theirs.argmax(1)
+    assert sum(found.images) == 500 and sum(found.flips) == flips.sum()
+    middle = found.edges[30]
+    assert (
+        sum(found.images[30:]) == (gap >= middle).sum()
+        and sum(found.flips[30:]) == (flips & (gap >= middle)).sum()
+    )
+    assert margin_histogram(ours[:, :1], theirs[:, :1]).images == []
+
+
+def test_logits_that_are_not_finite_still_give_json():
+    from ospq_export.validate.parity import compare
+
+    logits = np.array([[np.nan, 1], [np.inf, 2], [3, 1]], np.float32)
+    c = compare(("a", np.eye(3, 2, dtype=np.float32)), ("b", logits), np.array([0, 1, 0]), list("xyz"))
+    json.loads(json.dumps(c.model_dump(mode="json"), allow_nan=False))
+    assert c.max_logit_difference > 1e38
+
+
+def test_plots_of_many_slices_name_some_of_them(validated):
+    location = validated[1].locations[0]
+    many = [
+        location.slices[0].model_copy(update={"name": f"a.very.long.path.to.blocks.{i}"}) for i in range(150)
+    ]
+    svg = plots.sqnr_plot(location.model_copy(update={"slices": many}))
+    shown = re.findall(r"blocks\.(\d+)", svg)
+    assert 30 < len(shown) <= 40 and shown[0] == "0"
+
+
+def test_outlier_plot_marks_the_slices_that_were_chosen(validated):
+    run, _, _ = validated
+    record = OutlierRecord(
+        name="x", kind="cut", max_over_std=5, kurtosis=3, largest_share=0.1, channel_share=0.2
+    )
+    profile = [record.model_copy(update={"name": s.end}) for s in run.manifest.slices[:3]] + [record]
+    dotted = re.findall(r"stroke-dasharray", plots.outlier_plot(profile, run.manifest.slices))
+    assert len(dotted) == 2 * 3
+
+
+def test_a_folder_of_files(tmp_path):
+    """Ids are found again in a folder, where some files cannot be read."""
+    from ospq_export.data import DataConfig
+    from ospq_export.validate.thumbnails import thumbnails
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), (10, 20, 30)).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "0.png").write_bytes(b"damaged")
+    config = DataConfig(
+        input_size=(3, 32, 32),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        interpolation="bilinear",
+        crop_pct=1.0,
+        crop_mode="center",
+    )
+    images = ImageSet.from_folder(tmp_path, config)
+    assert set(thumbnails(images, ["b/1.png", "a/1.png", "nowhere"])) == {"a/1.png", "b/1.png"}
