@@ -14,7 +14,7 @@ from ospq_export.graph.slicing import Slice
 from ospq_export.recipes import Reconstruction
 
 # A learning step costs a fake-quantized forward pass and a backward pass of about twice its work; a float forward pass over
-# the same images takes about a fifth of both together (measured with benchmarks/reconstruction.py's slices).
+# the same images is taken for a fifth of both together: a rule of thumb, good for an order of magnitude.
 _STEP_IN_PASSES = 5.0
 # Passes over all images per slice besides the steps: float, quantized, and three of the error.
 _FIXED_PASSES = 5.0
