@@ -245,7 +245,8 @@ Our int8 ONNX file beside what others make of the same float network. Written by
 how; machine: {machine}; onnxruntime {ort}, {modelopt}. ViT-S has random weights. Latency is ONNX Runtime's on the CPU, one
 thread, over that of FP32 (below 1 is faster); it says nothing about GPUs. The last columns are read from the plan that
 TensorRT-RTX compiles for {target} without a GPU, batch 1; products inside a fused attention count as Int8 where that kernel is.
-Rows with FP16 around are files for TensorRT; ONNX Runtime has no FP16 kernels on the CPU.
+Rows with FP16 around are files for TensorRT; ONNX Runtime has no FP16 kernels on the CPU. A QOperator file consists of integer
+operators: there is nothing to count in it.
 
 """
 

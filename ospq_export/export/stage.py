@@ -43,8 +43,8 @@ class Extras:
         debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
         int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
         uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
-        uint8_activations: model_uint8_activations.onnx, whose activations have the same codes as uint8, 128 higher: what ONNX
-            Runtime's kernels for x86 take; not for TensorRT.
+        uint8_activations: model_uint8_activations.onnx, whose activations have the same codes as uint8, 128 higher, for
+            processors whose kernels multiply uint8 by int8 only; not for TensorRT.
     """
 
     fp16: bool = False

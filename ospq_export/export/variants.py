@@ -58,8 +58,8 @@ def _int4_zeros(graph: Any, zero_point: Any, made: dict[str, Any]) -> Any:
 def shift_activations(model: Any) -> None:
     """Store activations' codes as uint8 with a zero_point of 128 instead of int8 with 0, in place.
 
-    The codes are the same, 128 higher: round(x/s) + 128 saturates in [0, 255] where round(x/s) does in [-128, 127]. ONNX
-    Runtime's kernels for x86 multiply uint8 by int8. TensorRT refuses the zero point.
+    The codes are the same, 128 higher: round(x/s) + 128 saturates in [0, 255] where round(x/s) does in [-128, 127]. Some
+    of ONNX Runtime's kernels multiply uint8 by int8 only. TensorRT refuses the zero point.
 
     Args:
         model: an onnx_ir model whose quantizers all have int8 zero points of 0.
