@@ -106,12 +106,13 @@ def test_thresholds_by_bits():
     ]
 
 
-def test_collector_joins_batches_in_order():
-    collector = Collector()
+@pytest.mark.parametrize("capacity", [6, 9])
+def test_collector_joins_batches_in_order(capacity):
+    """Also where fewer images can be read than there are."""
+    collector = Collector(capacity)
     rows = np.arange(12, dtype=np.float32).reshape(6, 2)
     for start in (0, 4):
         part = rows[start : start + 4]
         collector.add({"x": part}, np.arange(start, start + len(part)), [str(i) for i in range(len(part))])
-    np.testing.assert_array_equal(collector.logits("x"), rows)
     np.testing.assert_array_equal(collector.logits("x"), rows)
     assert collector.labels().tolist() == [0, 1, 2, 3, 4, 5] and len(collector.ids) == 6

@@ -164,26 +164,36 @@ def compare(
 
 
 class Collector:
-    """Keeps the logits of every execution, batch by batch; memory grows with the logits only."""
+    """Keeps the logits of every execution, batch by batch; memory grows with the logits only.
 
-    def __init__(self) -> None:
-        self._logits: dict[str, list[FloatArray]] = {}
-        self._labels: list[IntArray] = []
+    Everything is allocated at once: small arrays kept from batch to batch would lie between the large ones that are freed, and
+    the holes that those leave could not be used again.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Make room.
+
+        Args:
+            capacity: images that may be added, at most.
+        """
         self.ids: list[str] = []
+        self._logits: dict[str, FloatArray] = {}
+        self._labels = np.empty(capacity, np.int64)
 
     def add(self, logits: Mapping[str, FloatArray], labels: IntArray, ids: Sequence[str]) -> None:
         """Add one batch: logits (B, K) per execution, labels (B,), ids."""
+        place = slice(len(self.ids), len(self.ids) + len(ids))
         for name, values in logits.items():
-            self._logits.setdefault(name, []).append(values)
-        self._labels.append(labels)
+            if name not in self._logits:
+                self._logits[name] = np.empty((len(self._labels), values.shape[1]), np.float32)
+            self._logits[name][place] = values
+        self._labels[place] = labels
         self.ids += ids
 
     def logits(self, name: str) -> FloatArray:
         """All logits of one execution, (N, K)."""
-        joined = np.concatenate(self._logits[name])
-        self._logits[name] = [joined]
-        return joined
+        return self._logits[name][: len(self.ids)]
 
     def labels(self) -> IntArray:
         """All labels, (N,)."""
-        return np.concatenate(self._labels)
+        return self._labels[: len(self.ids)]

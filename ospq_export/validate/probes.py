@@ -81,11 +81,9 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
     half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
         n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
     )
-    known = {v.name: v for v in proto.graph.value_info}
+    known = _element_types(proto)
     for name in present:
-        fallback = TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT
-        found = known.get(name)
-        kind = found.type.tensor_type.elem_type if found is not None else fallback
+        kind = known.get(name, TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT)
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     session = open_session(proto.SerializeToString(), path, optimize=optimize, provider=provider)
     feed, outputs = session.get_inputs()[0].name, [logits, *present]
@@ -95,3 +93,14 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
 
     size = session.get_inputs()[0].shape[0]
     return Probed(run, frozenset(present), logits, half, size if isinstance(size, int) else None)
+
+
+def _element_types(proto: Any) -> dict[str, int]:
+    """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
+    from onnx import ModelProto, shape_inference
+
+    bare = ModelProto()
+    bare.CopyFrom(proto)
+    del bare.graph.value_info[:]
+    inferred = shape_inference.infer_shapes(bare).graph.value_info
+    return {v.name: v.type.tensor_type.elem_type for v in inferred}

@@ -134,7 +134,7 @@ def _collect(
     samples: Samples | None = None,
 ) -> tuple[Collector, dict[str, float]]:
     advance = stepper(progress, "validate", -(-count // batch_size))
-    collector = Collector()
+    collector = Collector(count)
     seconds = {execution.name: 0.0 for execution in executions}
     for batch in images.batches(batch_size, range(count), workers):
         tensors = np.ascontiguousarray(batch.images.numpy())
