@@ -30,7 +30,7 @@ from ospq_export.export.build import BuildSettings
 from ospq_export.export.engine import EngineRecord, build_engine
 from ospq_export.export.kernels import Kernels, integer_kernels
 from ospq_export.export.products import Product
-from ospq_export.graph.quantizers import Bits
+from ospq_export.graph.insertion import Bits
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.validate.report import machine_name

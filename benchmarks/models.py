@@ -29,7 +29,7 @@ from ospq_export.export.build import BuildSettings
 from ospq_export.export.engine import build_engine
 from ospq_export.export.fusion import Fusion
 from ospq_export.export.products import Product
-from ospq_export.graph.quantizers import Bits
+from ospq_export.graph.insertion import Bits
 from ospq_export.models import ModelSpec
 from ospq_export.validate.locate import Locator, Reference
 from ospq_export.validate.probes import open_probed

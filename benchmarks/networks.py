@@ -17,7 +17,8 @@ from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations
 from ospq_export.graph.capture import capture
-from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models import ModelSpec, create_model
 
 _VALUES_PER_TENSOR = 1 << 14

@@ -34,7 +34,8 @@ from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
 from ospq_export.demo import demo_spec
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import Reconstruction, load_recipe

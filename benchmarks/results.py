@@ -27,7 +27,8 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe

@@ -21,7 +21,8 @@ from torch import Tensor
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import ImageSet, resolve_data_config
 from ospq_export.graph.capture import capture
-from ospq_export.graph.quantizers import Bits, Mode, QuantizedGraph, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 
 

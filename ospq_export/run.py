@@ -14,15 +14,14 @@ from ospq_export import artifact
 from ospq_export.artifact import Manifest, QuantizerRecord
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
+from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantize import Grid, Levels
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
-    Bits,
     CorrectedBias,
     Mode,
     QuantizedGraph,
     WeightQuantizer,
-    insert_quantizers,
 )
 from ospq_export.graph.slicing import Slice
 from ospq_export.models import create_model

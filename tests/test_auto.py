@@ -15,7 +15,7 @@ from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.quantizers import Bits, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run

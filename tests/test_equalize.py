@@ -10,7 +10,8 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.channels import find_sites
 from ospq_export.graph.equalize import rescale
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.models import ModelSpec, create_model
 
 FAMILIES = {

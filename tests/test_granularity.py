@@ -11,7 +11,8 @@ from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers, own_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode, own_quantizers
 from ospq_export.graph.slicing import Slice, atoms, extract, run_slice
 from ospq_export.models import ModelSpec, create_model
 

@@ -13,7 +13,8 @@ from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
 from ospq_export.calibrate.walk import walk
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.quantizers import ActivationQuantizer, Bits, Mode, insert_quantizers, quantizers_of
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, quantizers_of
 from ospq_export.graph.slicing import extract, run_slice
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe

@@ -10,8 +10,9 @@ from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
+from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.outliers import inject_outliers, twin_state_dict
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.models import ModelSpec, create_model
 
 SIZE = (1, 28, 28)

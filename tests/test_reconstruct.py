@@ -11,14 +11,8 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import walk
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
-    Bits,
-    Mode,
-    WeightQuantizer,
-    insert_quantizers,
-    quantizers_of,
-)
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.recipes import load_recipe
 from ospq_export.run import quantizer_tensors

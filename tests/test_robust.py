@@ -21,7 +21,8 @@ from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers, quantizers_of
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe

@@ -24,7 +24,8 @@ from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.plan import layers_from_inspector, layers_from_log
 from ospq_export.export.products import Product
 from ospq_export.graph.capture import capture
-from ospq_export.graph.quantizers import Bits, Mode, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.models import ModelSpec, create_model
 
 RTX = pytest.mark.skipif(

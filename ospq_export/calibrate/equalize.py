@@ -18,14 +18,8 @@ from torch import Tensor, fx
 from ospq_export.artifact import EqualizedSite
 from ospq_export.graph.channels import Site, find_sites
 from ospq_export.graph.equalize import bias_of, column_values, rescale, scaled_weight, weight_of
-from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
-    Bits,
-    Mode,
-    QuantizedGraph,
-    WeightQuantizer,
-    insert_quantizers,
-)
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.range_search import compress, search_activation_range
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.artifact import OutlierRecord
-from ospq_export.graph.quantizers import Bits, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.slicing import cut_points
 
 _LARGEST, _WORST = 0.001, 0.01

@@ -25,7 +25,8 @@ from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.quantizers import Bits, QuantizedGraph, insert_quantizers
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.models import ModelSpec, torch_device
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
