@@ -183,7 +183,7 @@ def test_like_is_compared_with_like(names, float_type, references, uncompared):
 @pytest.mark.slow
 def test_an_fp16_file_against_fp16_float_parts(run_copy):
     """Logits nearer to the FP16 than to the FP32 network, codes at rounding edges, and a verdict."""
-    export(run_copy, extras=Extras(fp16=True), deploy_batch_size=None)
+    export(run_copy, overwrite=True, extras=Extras(fp16=True), deploy_batch_size=None)
     run = Run.open(run_copy)
     images = demo_images("test", run.manifest.data)
     chosen = [FAKE_QUANT, OPTIMIZED]
