@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import HERE, Network, demo_network, own_network
+from networks import table as markdown
+from results import HERE, Network, demo_network, finished_run, own_network
 from safetensors.torch import save_file
 
 from ospq_export.artifact import write_json
@@ -94,9 +95,8 @@ def measure(
     recipe = load_recipe("w4a4", [*widths, *args.set, *overrides])
     folder = Path(args.runs) / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}"
     images = network.calibration.sample(recipe.calibration_images, seed=seed)
-    try:
-        run = Run.open(folder)
-    except Exception:
+    run = finished_run(folder)
+    if run is None:
         with stage_progress() as progress:
             run = calibrate(
                 network.model,
@@ -130,13 +130,14 @@ def table(rows_at: Path, methods: Sequence[str]) -> list[str]:
     groups: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["network"], row["bits"]][row["method"]].append(row["top1"])
-    lines = ["| network | bits | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
-    for (network, bits), found in sorted(groups.items()):
-        cells = [_cell(found.get(method, [])) for method in methods]
-        lines.append(f"| {network} | {bits.upper()} | " + " | ".join(cells) + " |")
+    cells = [
+        [network, bits.upper(), *(_cell(found.get(method, [])) for method in methods)]
+        for (network, bits), found in sorted(groups.items())
+    ]
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     steps = ", ".join(sorted({str(row["recipe"]["reconstruction"]["iterations"]) for row in rows}, key=int))
-    return [*lines, "", f"Steps per slice: {steps} (0 is RTN). Machine: {machines}."]
+    lines = markdown(["network", "bits", *methods], cells)
+    return [lines, f"Steps per slice: {steps} (0 is RTN). Machine: {machines}."]
 
 
 def document() -> str:
@@ -161,19 +162,15 @@ def choices() -> list[str]:
     rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*-auto-*.json"))]
     if not rows:
         return []
-    lines = [
-        "## What `auto` chose",
-        "",
-        "| network | bits | seed | choice | slices | trials (KL, nats, held-out) |",
-    ]
-    lines.append("|---|---|---|---|---|---|")
+    cells = []
     for row in rows:
         found = row["slicing"]
         tried = sorted(found["candidates"], key=lambda c: (-len(c["divergence"]), c["divergence"][-1:]))
         scores = ", ".join(f"{c['name']} " + " / ".join(f"{d:.4f}" for d in c["divergence"]) for c in tried)
-        cells = [row["network"], row["bits"].upper(), row["seed"], found["choice"], row["slices"], scores]
-        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
-    return [*lines, ""]
+        facts = [row["network"], row["bits"].upper(), row["method"], row["seed"]]
+        cells.append([*facts, found["choice"], row["slices"], scores])
+    header = ["network", "bits", "method", "seed", "choice", "slices", "trials (KL, nats, held-out)"]
+    return ["## What `auto` chose", "", markdown(header, cells)]
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import table as markdown
 
 from ospq_export.artifact import write_json
 from ospq_export.calibrate import calibrate
@@ -93,14 +94,10 @@ def measure(args: argparse.Namespace, budget: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, in MB."""
-    lines = [
-        "| model | images | budget | foreseen | held in memory | on disk | growth of resident memory | peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        columns = ("budget", "foreseen", "host", "disk", "growth", "peak")
-        lines.append(f"| {r['model']} | {r['images']} | {' | '.join(f'{r[c] / 1e6:.0f}' for c in columns)} |")
-    return "\n".join(lines) + "\n"
+    header = ["model", "images", "budget", "foreseen", "held in memory", "on disk"]
+    columns = ("budget", "foreseen", "host", "disk", "growth", "peak")
+    cells = [[r["model"], r["images"], *(f"{r[c] / 1e6:.0f}" for c in columns)] for r in rows]
+    return markdown([*header, "growth of resident memory", "peak"], cells)
 
 
 def main() -> None:

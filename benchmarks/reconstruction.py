@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from floor import Clock, Machine, synchronize, work_of
+from networks import table as markdown
 from plain import PlainLoop
 
 from ospq_export.artifact import installed_versions, write_json
@@ -181,18 +182,23 @@ def _work(piece: torch.fx.GraphModule, data: SliceData, learner: Learner, settin
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| slice | machine | batch | plain it/s | engine it/s | ratio | floor ms | share of floor | plain loss | engine loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    header = ["slice", "machine", "batch", "plain it/s", "engine it/s", "ratio", "floor ms", "share of floor"]
+    cells = [
+        [
+            r["title"],
+            f"{r['device']}, {r['threads']} threads, {r['clock']} time",
+            r["batch_size"],
+            f"{r['plain_per_second']:.2f}",
+            f"{r['per_second']:.2f}",
+            f"{r['ratio']:.2f}",
+            f"{1e3 * r['floor_seconds']:.1f}",
+            f"{r['share_of_floor']:.0%}",
+            f"{r['plain_loss']:.4f}",
+            f"{r['loss']:.4f}",
+        ]
+        for r in rows
     ]
-    for r in rows:
-        lines.append(
-            f"| {r['title']} | {r['device']}, {r['threads']} threads, {r['clock']} time | {r['batch_size']} | "
-            f"{r['plain_per_second']:.2f} | "
-            f"{r['per_second']:.2f} | {r['ratio']:.2f} | {1e3 * r['floor_seconds']:.1f} | {r['share_of_floor']:.0%} | "
-            f"{r['plain_loss']:.4f} | {r['loss']:.4f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown([*header, "plain loss", "engine loss"], cells)
 
 
 def main() -> None:

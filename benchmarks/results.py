@@ -26,6 +26,7 @@ from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
@@ -109,7 +110,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
     base, overrides = RECIPES[bits]
     recipe = load_recipe(base, [*overrides, *args.set])
     folder = Path(args.runs) / f"{network.name}-{bits}"
-    if not _finished(folder):
+    if finished_run(folder) is None:
         images = network.calibration.sample(recipe.calibration_images, seed=0)
         with stage_progress() as progress:
             calibrate(network.model, network.spec, images, network.config, recipe, folder, progress=progress)
@@ -171,12 +172,12 @@ def _float_top1(name: str, weights: str, limit: int | None) -> float | None:
     return None
 
 
-def _finished(folder: Path) -> bool:
+def finished_run(folder: Path) -> Run | None:
+    """The run in a folder; None where there is none yet, or an interrupted one."""
     try:
-        Run.open(folder)
-    except Exception:
-        return False
-    return True
+        return Run.open(folder)
+    except InputError:
+        return None
 
 
 def table() -> str:

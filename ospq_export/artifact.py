@@ -233,10 +233,15 @@ def remove_temporary(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def json_text(value: object) -> str:
+    """JSON as every file of a run directory has it, indented."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically, indented."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json_text(value))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:

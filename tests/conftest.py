@@ -14,6 +14,7 @@ from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantize import Levels
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
@@ -33,6 +34,19 @@ def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
     chosen = load_recipe(recipe, [*SHORT, *overrides])
     sample = images.sample(chosen.calibration_images, seed=0)
     return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+
+
+def straight_through(
+    x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None, kept: Tensor | None
+) -> Tensor:
+    """The fake-quantizer written as autograd would differentiate it: round as the straight-through estimator."""
+    scaled = (x if offset is None else x - offset) / scale
+    rounded = torch.round(scaled).detach()
+    inside = (rounded >= levels.lo) & (rounded <= levels.hi)
+    codes = torch.where(inside, scaled + (rounded - scaled).detach(), rounded.clamp(levels.lo, levels.hi))
+    real = codes * scale
+    real = real if offset is None else real + offset
+    return real if kept is None else torch.where(kept > 0, real, x)
 
 
 @pytest.fixture(scope="session")

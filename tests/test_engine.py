@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import straight_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -14,17 +15,6 @@ from ospq_export.calibrate.rounding import SoftRounding
 from ospq_export.graph import quantize as q
 from ospq_export.graph.fused import BLOCK, blocks, lerp_mask
 from ospq_export.graph.quantizers import WeightQuantizer
-
-
-def chain(x, scale, levels, offset, kept):
-    """The fake-quantizer as autograd differentiates it, with rounding as the straight-through estimator."""
-    scaled = (x if offset is None else x - offset) / scale
-    rounded = torch.round(scaled).detach()
-    inside = (rounded >= levels.lo) & (rounded <= levels.hi)
-    codes = torch.where(inside, scaled + (rounded - scaled).detach(), rounded.clamp(levels.lo, levels.hi))
-    real = codes * scale
-    real = real if offset is None else real + offset
-    return real if kept is None else torch.where(kept > 0, real, x)
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,7 +32,7 @@ def test_blocks_give_the_chains_values_and_gradients(size, scale, offset, bits, 
     source, weight = torch.randn(size, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
     kept = q.random_kept(source, drop)
     results = []
-    for function in (q.fake_quantize, chain):
+    for function in (q.fake_quantize, straight_through):
         x = source.clone().requires_grad_()
         s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
         k = None if offset is None else torch.tensor(offset, dtype=torch.float64, requires_grad=True)
@@ -137,7 +127,6 @@ def test_settling_hardens_every_part_of_v():
     rounding.refresh()
     rounding.collect(0.1, 2.0)
     floors = [w.floor.clone() for w in quantizers]
-    rounding.settle()
     ups = torch.cat([torch.zeros(0)])
     for quantizer, floor in zip(quantizers, floors, strict=True):
         quantizer.settle()

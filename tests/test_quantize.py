@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import straight_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -104,24 +105,13 @@ def test_division_not_multiplication_by_the_inverse():
     np.testing.assert_array_equal(codes.numpy(), divided)
 
 
-def chain(x, scale, levels, offset, kept):
-    """The fake-quantizer written as autograd would differentiate it: round as the straight-through estimator."""
-    scaled = (x if offset is None else x - offset) / scale
-    rounded = torch.round(scaled).detach()
-    inside = (rounded >= levels.lo) & (rounded <= levels.hi)
-    codes = torch.where(inside, scaled + (rounded - scaled).detach(), rounded.clamp(levels.lo, levels.hi))
-    real = codes * scale
-    real = real if offset is None else real + offset
-    return real if kept is None else kept * real + (1 - kept) * x
-
-
 @pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("with_kept", [False, True])
 def test_gradients_against_an_autograd_chain(with_offset, with_kept):
     generator = torch.Generator().manual_seed(1)
     levels = q.Levels(-3, 12)
     results = []
-    for function in (q.fake_quantize, chain):
+    for function in (q.fake_quantize, straight_through):
         x = torch.randn(500, generator=generator.manual_seed(1)).requires_grad_()
         scale = torch.tensor(0.11, requires_grad=True)
         offset = torch.tensor(0.3, requires_grad=True) if with_offset else None

@@ -169,8 +169,7 @@ class _Trials:
         self.train, self.judge = images[: min(_PILOT_IMAGES, len(images) - held)], images[-held:]
         network.set_mode(Mode.FLOAT)
         self.reference = self._logits()
-        blocks = Candidate("block", slicing_of(graph, "block"))
-        self._walk(blocks, _refinement(recipe.reconstruction))
+        self._walk(slicing_of(graph, "block"), _refinement(recipe.reconstruction))
         self.initial = network.state()
 
     def _logits(self) -> Tensor:
@@ -179,18 +178,17 @@ class _Trials:
 
     def run(self, candidate: Candidate, iterations: int, batch_size: int) -> tuple[float, list[Tensor]]:
         """KL divergence of the logits (nats), and the state that was learned."""
-        self._walk(candidate, _trial(self.recipe.reconstruction, iterations, batch_size))
+        self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size))
         self.network.set_mode(Mode.QUANTIZE)
         divergence = float(kl_divergence(self._logits(), self.reference))
         learned = self.network.state()
         self.network.load_state(self.initial)
         return divergence, learned
 
-    def _walk(self, candidate: Candidate, settings: Reconstruction) -> None:
-        slices, train = candidate.slices, self.train
+    def _walk(self, slices: Sequence[Slice], settings: Reconstruction) -> None:
         reconstructor = Reconstructor(settings, self.device, self.advance, _PILOT_ERROR_IMAGES)
-        make = objectives(self.network, slices, train, settings, self.device, self.seed)
-        for _ in walk(self.network, slices, train, reconstructor, self.seed, make_objective=make):
+        make = objectives(self.network, slices, self.train, settings, self.device, self.seed)
+        for _ in walk(self.network, slices, self.train, reconstructor, self.seed, make_objective=make):
             continue
 
 

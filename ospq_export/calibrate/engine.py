@@ -65,13 +65,7 @@ class Learner:
             rate: what both learning rates are multiplied by.
             world: who shares the batches; all have drawn the same random numbers so far.
         """
-        self.piece, self.data, self.objective, self.settings, self.device = (
-            piece,
-            data,
-            objective,
-            settings,
-            device,
-        )
+        self.piece, self.objective, self.settings = piece, objective, settings
         self.rate, self.world = rate, world
         # Of a generator of its own: the next batch can be fetched while this step draws what it drops.
         self.batches = Batches(data, settings.batch_size, device, int(torch.randint(2**62, ())), world)
@@ -157,7 +151,5 @@ class Learner:
     def settle(self) -> None:
         """Harden: the quantizers hold integer codes and constant scales afterwards."""
         self.batches.close()
-        if self.rounding is not None:
-            self.rounding.settle()
         for quantizer in self.own:
             quantizer.settle()

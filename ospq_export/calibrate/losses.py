@@ -54,9 +54,10 @@ def channel_weight(target: Tensor, axis: int) -> Tensor:
 
 
 class Objective:
-    """Reconstruction loss plus rounding term of one slice, in the recipe's normalisation.
+    """Reconstruction loss of one slice, and the weight of its rounding term, in the recipe's normalisation.
 
     Attributes:
+        rounding_weight: of the rounding term summed over all weights of the slice.
         weight: float32 that broadcasts with the slice's output, for `channel` and `fisher`; None where all elements count alike.
         kl: whether the output is the network's logits and is judged by its KL divergence.
     """
@@ -69,7 +70,7 @@ class Objective:
         weight: Tensor | None = None,
         kl: bool = False,
     ) -> None:
-        self.settings, self.weights, self.weight, self.kl = settings, weights, weight, kl
+        self.settings, self.weight, self.kl = settings, weight, kl
         self.normaliser = 1.0
         self.rounding_weight = settings.rounding_weight
         if settings.loss != "literal":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,8 +22,8 @@ def peak_memory(device: torch.device) -> int:
 def available_memory() -> int:
     """Bytes of host memory that are free or can be freed."""
     try:
-        with open("/proc/meminfo") as file:  # noqa: PTH123
-            fields = dict(line.split(":", 1) for line in file)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -84,11 +84,6 @@ class SoftRounding:
             slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0).mul_(q.STRETCH)
             part.mul_(slope.mul_(clipped.neg_().add_(1.0)))
 
-    def settle(self) -> None:
-        """Give up the soft weights; the quantizers harden their own parts of V."""
-        for quantizer in self.quantizers:
-            quantizer.soft = None
-
 
 def _rounding_slope(h: Tensor, beta: float | Tensor) -> Tensor:
     """|2h - 1|^(beta - 1) sign(2h - 1), with h taken into [0, 1]."""

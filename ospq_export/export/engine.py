@@ -108,7 +108,7 @@ def build_engine(
     ):
         plan.write_bytes(built.plan)
         record = _record(onnx_file, plan, model, settings, built, seconds)
-        sidecar.write_text(json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+        sidecar.write_text(artifact.json_text(record.model_dump(mode="json")))
         log.write_text("".join(f"[{m.severity}] {m.text}\n" for m in built.log))
     return record
 

@@ -173,9 +173,9 @@ class WeightQuantizer(nn.Module):
         """The weight as the mode says: float, dequantized codes, or softly rounded while learning."""
         if self.mode in (Mode.FLOAT, Mode.OBSERVE):
             return weight
-        scale = q.per_channel(self.scale, weight.dim())
         if self.mode is Mode.LEARN and self.soft is not None:
             return self.soft
+        scale = q.per_channel(self.scale, weight.dim())
         if self.mode is Mode.LEARN and self.v is not None and self.floor is not None:
             return q.soft_quantize_weight(self.floor, self.v, scale, self.levels)
         return q.dequantize(self.codes.to(scale.dtype), scale)

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ospq_export.errors import InputError
 
+# Too long a number and too deep a list are no TOMLDecodeError.
+_UNREADABLE = (ValueError, RecursionError)
 _GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
 
 
@@ -133,10 +135,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
         )
     try:
         return tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # too long a number, or too deep a list, besides TOMLDecodeError
+    except _UNREADABLE as error:
         raise InputError(f"the recipe is not valid TOML: {error}", where=name_or_path) from error
 
 
@@ -156,5 +155,5 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # too long a number, or too deep a list, besides TOMLDecodeError
+    except _UNREADABLE:
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -127,15 +127,9 @@ def _warn_about_classes(run: Run, classes: int) -> None:
 
 
 def _baseline(other: Run, evidence: Evidence) -> BaselineResult:
-    recipe = other.manifest.recipe
     pairs = [(name, name.removeprefix(PREFIX)) for name in evidence.names(baseline=True)]
     return BaselineResult(
-        run=other.path.name,
-        model=other.manifest.model.name,
-        recipe=recipe.name,
-        weight_bits=recipe.weight_bits,
-        activation_bits=recipe.activation_bits,
-        files=other.manifest.files,
+        **_identity(other),
         comparisons=[evidence.pair(theirs, ours) for theirs, ours in pairs],
     )
 
@@ -157,17 +151,24 @@ def _result(execution: Backend, evidence: Evidence) -> BackendResult:
     )
 
 
+def _identity(run: Run) -> dict[str, Any]:
+    """What a report says of every run in it."""
+    recipe = run.manifest.recipe
+    return {
+        "run": run.path.name,
+        "model": run.manifest.model.name,
+        "recipe": recipe.name,
+        "weight_bits": recipe.weight_bits,
+        "activation_bits": recipe.activation_bits,
+        "files": run.manifest.files,
+    }
+
+
 def _provenance(run: Run) -> Provenance:
-    manifest = run.manifest
     names = ("ospq-export", "torch", "timm", "onnx", "numpy")
     return Provenance(
-        run=run.path.name,
-        model=manifest.model.name,
-        recipe=manifest.recipe.name,
-        weight_bits=manifest.recipe.weight_bits,
-        activation_bits=manifest.recipe.activation_bits,
-        files=manifest.files,
-        file_bytes={name: (run.path / name).stat().st_size for name in manifest.files},
+        **_identity(run),
+        file_bytes={name: (run.path / name).stat().st_size for name in run.manifest.files},
         versions={name: metadata.version(name) for name in names},
         machine=machine_name(),
     )

@@ -11,6 +11,7 @@ from ospq_export.validate.executions import (
     FAKE_QUANT,
     OPTIMIZED,
     QUANTIZED_ONNX,
+    changed_preprocessing,
     check_origin,
     open_execution,
 )
@@ -56,12 +57,11 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
 
 def _check_comparable(run: Run, other: Run) -> None:
     ours, theirs = run.manifest, other.manifest
-    a, b = ours.data.model_dump(), theirs.data.model_dump()
-    changed = [key for key in a if a[key] != b[key]]
-    if changed:
-        key = changed[0]
+    changed = changed_preprocessing(ours.data, theirs.data)
+    if changed is not None:
+        key, mine, others = changed
         raise InputError(
-            f"the other run prepares its images with another {key} ({b[key]}, this one {a[key]})",
+            f"the other run prepares its images with another {key} ({others}, this one {mine})",
             where=f"--baseline {other.path}",
             mend="compare runs with the same preprocessing",
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ospq_export.validate.parity import Comparison, Flip
     from ospq_export.validate.report import Report
 
+_ClassRow = tuple[str, float | None, float | None]
 MARKDOWN, HTML = "report.md", "report.html"
 _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 
@@ -40,7 +41,10 @@ def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
     context = _context(run.manifest, report)
     _write(run.path / MARKDOWN, "report.md.jinja", context)
     shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
-    context |= {"plots": _plots(run.manifest, report), "pictures": thumbnails(images, shown)}
+    context |= {
+        "plots": _plots(run.manifest, report, context["classes"]),
+        "pictures": thumbnails(images, shown),
+    }
     _write(run.path / HTML, "report.html.jinja", context)
     return run.path / HTML
 
@@ -69,6 +73,7 @@ def _environment() -> Environment:
 
 
 def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
+    rows = _class_rows(report)
     return {
         "report": report,
         "manifest": manifest,
@@ -77,8 +82,8 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
         "latencies": _latencies(report),
         "batch_sizes": sorted({x.batch_size for x in report.latencies}),
         "flips": [_Flips(c, report.class_names) for c in report.comparisons if c.flips],
-        "classes": _class_rows(report)[:_CLASSES],
-        "all_classes": len(_class_rows(report)),
+        "classes": rows[:_CLASSES],
+        "all_classes": len(rows),
         "recipe_json": json.dumps(manifest.recipe.model_dump(mode="json"), indent=2),
         "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
         "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
@@ -115,7 +120,7 @@ def _latencies(report: Report) -> dict[str, dict[int, Any]]:
     return rows
 
 
-def _class_rows(report: Report) -> list[tuple[str, float | None, float | None]]:
+def _class_rows(report: Report) -> list[_ClassRow]:
     """(class, change by quantization, change by the deployment that changes it most), the most changed first; points."""
     quantized = {c.label: c for c in report.quantization.classes} if report.quantization else {}
     deployed: dict[int, float] = {}
@@ -129,7 +134,7 @@ def _class_rows(report: Report) -> list[tuple[str, float | None, float | None]]:
     return sorted(rows, key=lambda r: -max(abs(r[1] or 0), abs(r[2] or 0)))
 
 
-def _plots(manifest: Manifest, report: Report) -> dict[str, Any]:
+def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> dict[str, Any]:
     """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
     from ospq_export.validate import plots
 
@@ -142,7 +147,7 @@ def _plots(manifest: Manifest, report: Report) -> dict[str, Any]:
         "weights": None,
         "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
         "losses": plots.loss_plot(manifest.slices),
-        "classes": plots.class_plot(rows) if (rows := _class_rows(report)[:_CLASSES]) else None,
+        "classes": plots.class_plot(classes) if classes else None,
     }
     if location and location.quantizers:
         worst = sorted(location.quantizers, key=lambda q: q.sqnr)[:_WORST]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ospq_export.artifact import QUANTIZED_TENSORS
 from ospq_export.errors import InputError
@@ -131,11 +131,14 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
         return makers[name]()
     if name in ENGINES:
         return EngineBackend(name, engine_file(run.path))
-    provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(
-        name, "cuda" if device.startswith("cuda") else "cpu"
-    )
+    provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device))
     file = run.file({**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX))
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
+
+
+def provider_of(device: str) -> str:
+    """ONNX Runtime's provider that goes with a torch device."""
+    return "cuda" if device.startswith("cuda") else "cpu"
 
 
 def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
@@ -156,18 +159,23 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
         )
 
 
+def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
+    """The first setting in which two preprocessings differ, with both values; None where they are the same."""
+    a, b = ours.model_dump(), theirs.model_dump()
+    return next(((key, a[key], b[key]) for key in a if a[key] != b[key]), None)
+
+
 def check_preprocessing(run: Run, config: DataConfig) -> None:
     """Hold the images to the run's preprocessing.
 
     Raises:
         InputError: they are prepared differently.
     """
-    ours, theirs = run.manifest.data.model_dump(), config.model_dump()
-    changed = [key for key in ours if ours[key] != theirs[key]]
-    if changed:
-        key = changed[0]
+    changed = changed_preprocessing(run.manifest.data, config)
+    if changed is not None:
+        key, ours, theirs = changed
         raise InputError(
-            f"the images are prepared with another {key} ({theirs[key]}) than the run was calibrated with ({ours[key]})",
+            f"the images are prepared with another {key} ({theirs}) than the run was calibrated with ({ours})",
             where="--data",
             mend="use the preprocessing in the manifest",
         )

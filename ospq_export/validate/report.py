@@ -39,29 +39,26 @@ class BackendResult(_Record):
     images_per_second: float
 
 
-class Provenance(_Record):
-    """What was compared, and where."""
-
+class _RunIdentity(_Record):
     run: str
     model: str
     recipe: str
     weight_bits: int
     activation_bits: int
     files: dict[str, str]
+
+
+class Provenance(_RunIdentity):
+    """What was compared, and where."""
+
     file_bytes: dict[str, int]
     versions: dict[str, str]
     machine: str
 
 
-class BaselineResult(_Record):
+class BaselineResult(_RunIdentity):
     """Another run on the same images; its executions are the references, this run's are what `deployed` names."""
 
-    run: str
-    model: str
-    recipe: str
-    weight_bits: int
-    activation_bits: int
-    files: dict[str, str]
     comparisons: list[Comparison]
 
 

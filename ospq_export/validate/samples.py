@@ -17,6 +17,7 @@ from ospq_export.validate.executions import (
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
     Executions,
+    provider_of,
 )
 from ospq_export.validate.floor import FloorMeter
 from ospq_export.validate.locate import Location, Locator, Reference
@@ -103,8 +104,7 @@ def _reference(run: Run) -> Reference:
 
 
 def _locate(path: Path, reference: Reference, sample: FloatArray, device: str) -> Location:
-    provider = "cuda" if device.startswith("cuda") else "cpu"
-    probed = open_probed(path, reference.wanted, optimize=False, provider=provider)
+    probed = open_probed(path, reference.wanted, optimize=False, provider=provider_of(device))
     locator, size = Locator(reference, probed, path.name), probed.batch_size or _LOCATION_BATCH
     for start in range(0, max(len(sample) - size + 1, 1), size):
         part = sample[start : start + size]
