@@ -25,6 +25,7 @@ from networks import table as markdown
 
 from ospq_export.artifact import write_json
 from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.memory import process_bytes
 from ospq_export.calibrate.store import parse_bytes
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
@@ -32,12 +33,6 @@ from ospq_export.recipes import load_recipe
 from ospq_export.validate.report import machine_name
 
 ROWS = Path(__file__).parent / "memory.json"
-
-
-def resident() -> int:
-    """Bytes of resident memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 class Watch:
@@ -49,7 +44,7 @@ class Watch:
 
     def _watch(self) -> None:
         while self.running:
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, process_bytes("VmRSS"))
             time.sleep(0.02)
 
 
@@ -69,7 +64,7 @@ def measure(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     def listen(event: str, found: dict[str, Any]) -> None:
         facts[event] = found
         if event == "cost":
-            facts["before"] = resident()
+            facts["before"] = process_bytes("VmRSS")
             watch.thread.start()
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

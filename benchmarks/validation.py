@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,9 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from networks import table
 from rich.console import Console
 
+from ospq_export.calibrate.memory import peak_memory
 from ospq_export.data import Batch, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.run import Run
@@ -33,7 +34,7 @@ from ospq_export.validate import Report, validate, write_documents
 from ospq_export.validate.executions import OPTIMIZED, open_execution
 from ospq_export.validate.report import machine_name
 
-_MIB = 1024.0
+_MIB = 1 << 20
 _TARGET = Path(__file__).parents[1] / "docs" / "validation.md"
 
 
@@ -114,7 +115,7 @@ def peak(run: Run, count: int, batch_size: int) -> dict[str, float]:
     """Peak resident set in MiB of this process after a validation; called in a process of its own."""
     images: Any = Repeated(demo_images("test", run.manifest.data), count)
     validate(run, images, backends=[OPTIMIZED], batch_size=batch_size)
-    return {"count": count, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB}
+    return {"count": count, "mib": peak_memory(torch.device("cpu")) / _MIB}
 
 
 def measure_memory(folder: Path, counts: Sequence[int], batch_size: int) -> list[list[Any]]:
@@ -128,7 +129,7 @@ def measure_memory(folder: Path, counts: Sequence[int], batch_size: int) -> list
         mib = json.loads(done.stdout.splitlines()[-1])["mib"]
         first = first or mib
         # Per image: float32 logits, an int64 label.
-        kept = count * (10 * 4 + 8) / 2**20
+        kept = count * (10 * 4 + 8) / _MIB
         rows.append([f"{count:,}", f"{mib:.0f}", f"{mib - first:+.1f}", f"{kept:.1f}"])
     return rows
 

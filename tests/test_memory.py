@@ -4,6 +4,8 @@ import errno
 import gc
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.cost import cost_of
 from ospq_export.calibrate.events import json_lines
+from ospq_export.calibrate.memory import peak_memory, process_bytes
 from ospq_export.calibrate.store import Store, parse_bytes
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
@@ -148,3 +151,14 @@ def test_batches_depend_on_their_seed_alone():
         drawn.append(torch.cat([p.target for p in parts]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert Batches(data, 64, CPU, 0).next().images == 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_this_processs_and_not_its_parents():
+    held = bytearray(600 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    code = "import torch; from ospq_export.calibrate.memory import peak_memory as p; print(p(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    mine = process_bytes("VmRSS")
+    assert len(held) < mine <= peak_memory(CPU)
+    assert 0 < int(done.stdout) < mine
