@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
     chosen = load_recipe(recipe, [*SHORT, *overrides])
     sample = images.sample(chosen.calibration_images, seed=0)
     return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+
+
+def computed(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of slices without what is measured, times and memory: what two runs that are the same have in common."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "peak_bytes")} for record in slices]
 
 
 def straight_through(
