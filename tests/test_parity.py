@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ospq_export.validate import statistics
 from ospq_export.validate.parity import (
     Collector,
     agreement,
@@ -87,6 +88,22 @@ def test_verdict_without_evidence():
     assert not judge([], [], Thresholds())
     verdict = judge([one_flip(10_000)], ["onnxruntime"], Thresholds())
     assert not verdict and "not finite" in verdict.reasons[0]
+
+
+def test_more_images_than_are_looked_at_at_once():
+    generator = np.random.default_rng(0)
+    count = 2 * statistics._ROWS + 5
+    ours, theirs = generator.integers(-3, 4, (2, count, 7)).astype(np.float32)
+    labels = generator.integers(0, 7, count)
+    order = np.argsort(-ours, axis=1, kind="stable")
+    assert topk_accuracy(ours, labels, 3) == pytest.approx(
+        (order[:, :3] == labels[:, None]).any(1).mean() * 100
+    )
+    assert (predictions(ours) == order[:, 0]).all()
+    assert (margins(ours) == np.diff(np.sort(ours, axis=1)[:, -2:])[:, 0]).all()
+    found = compare(("a", ours), ("b", theirs), labels, [str(i) for i in range(count)])
+    assert found.max_logit_difference == 6.0
+    assert found.mean_logit_difference == pytest.approx(np.abs(ours - theirs).mean())
 
 
 def test_nan_never_counts_as_a_match():

@@ -205,6 +205,21 @@ def test_divergence_at_both_rates_leaves_the_best_state(block):
     assert all(quantizer.mode is Mode.QUANTIZE for quantizer in quantizers_of(piece))
 
 
+def test_a_loss_that_begins_at_zero_may_grow():
+    # An input on the grid and float weights to start from: the first loss is the sums' rounding, any step is a thousand times it.
+    network = capture(create_model(SPEC), (1, 32, 32))
+    graph = insert_quantizers(network, Bits(3, 3))
+    images = torch.randint(-127, 128, (16, 1, 32, 32), generator=torch.Generator().manual_seed(1)) / 127.0
+    observe(graph, images, batch_size=16, seed=0)
+    piece = extract(graph.module, block_slicing(network.graph)[0])
+    x = forward(piece, (images,), Mode.FLOAT, CPU, 16)[0]
+    settings = load_recipe("w4a4", ["reconstruction.iterations=20", "reconstruction.drop_probability=0"])
+    learned = Reconstructor(settings.reconstruction, CPU).run(
+        piece, SliceData((images,), (images,), x, 16), seed=0
+    )
+    assert learned.losses[0] < 1e-3 and learned.warning == ""
+
+
 def test_a_warning_reaches_the_manifest(tmp_path):
     run = tiny(tmp_path / "run", "reconstruction.learning_rate_scale=1e5")
     assert any("diverged" in record.warning for record in run.manifest.slices)

@@ -33,7 +33,7 @@ _SEEDS_APART = 7_919_000_003
 LOOKS = 50
 """How often, at most, the host looks at the loss in one slice."""
 DIVERGED = 1000.0
-"""Growth of the loss over its first value that counts as divergence."""
+"""Growth of the loss, over its first value and over that of nearest rounding, that counts as divergence."""
 
 
 class Learner:
@@ -103,7 +103,7 @@ class Learner:
         return torch.optim.Adam(groups, fused=True) if groups else None
 
     def step(self, index: int) -> bool:
-        """One optimisation step; False where the loss is looked at and is no number, or a thousand times the first one."""
+        """One optimisation step; False where the loss is looked at and has diverged."""
         inputs, target, images = self._batch()
         if self.rounding is not None:
             self.rounding.refresh()
@@ -121,7 +121,9 @@ class Learner:
     def _look(self, index: int, loss: float, *, keep: bool) -> bool:
         if keep:
             self.losses.append(loss)
-        if math.isfinite(loss) and loss <= DIVERGED * max(self.losses[0], 1e-12):
+        # Soft rounding begins at the float weights: where no input is quantized or dropped, its first loss is all but zero.
+        start = max(self.losses[0], self.objective.before, 1e-12)
+        if math.isfinite(loss) and loss <= DIVERGED * start:
             return True
         self.diverged_at = index
         return False

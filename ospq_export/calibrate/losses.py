@@ -60,6 +60,7 @@ class Objective:
         rounding_weight: of the rounding term summed over all weights of the slice.
         weight: float32 that broadcasts with the slice's output, for `channel` and `fisher`; None where all elements count alike.
         kl: whether the output is the network's logits and is judged by its KL divergence.
+        before: the reconstruction loss with nearest rounding, before learning; 0 until `normalise_by` has said.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Objective:
     ) -> None:
         self.settings, self.weight, self.kl = settings, weight, kl
         self.normaliser = 1.0
+        self.before = 0.0
         self.rounding_weight = settings.rounding_weight
         if settings.loss != "literal":
             # Mean instead of sum: the balance of both terms then depends neither on a slice's size nor on a layout.
@@ -81,6 +83,7 @@ class Objective:
         """Divide the reconstruction loss by its value before learning (APHQ-ViT); the literal form stays as it is."""
         if self.settings.loss != "literal":
             self.normaliser = max(initial, 1e-12)
+        self.before = initial / self.normaliser
 
     def raw(self, output: Tensor, target: Tensor) -> Tensor:
         """The reconstruction loss of a batch, not normalised; scalar, a mean over the images."""

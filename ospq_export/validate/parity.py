@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ospq_export.validate.statistics import ClassChange, McNemar, Rate, class_changes, mcnemar, wilson
+from ospq_export.validate.statistics import (
+    ClassChange,
+    McNemar,
+    Rate,
+    class_changes,
+    mcnemar,
+    row_parts,
+    wilson,
+)
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -73,7 +81,9 @@ def finite(value: float | np.floating[Any]) -> float:
 
 def predictions(logits: FloatArray) -> IntArray:
     """Class of the largest logit, (N,); ties go to the lowest index, NaN counts as smallest."""
-    result: IntArray = np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=1)
+    result: IntArray = np.empty(len(logits), np.int64)
+    for part in row_parts(len(logits)):
+        result[part] = np.argmax(_nan_as_smallest(logits[part]), axis=1)
     return result
 
 
@@ -85,20 +95,31 @@ def topk_accuracy(logits: FloatArray, labels: IntArray, k: int) -> float:
         labels: (N,).
         k: 1 or more.
     """
-    safe = np.where(np.isnan(logits), -np.inf, logits)
-    rows = np.arange(len(labels))
-    own = safe[rows, labels][:, None]
+    hits = sum(int((_ranks(logits[part], labels[part]) < k).sum()) for part in row_parts(len(labels)))
+    return hits / len(labels) * 100.0
+
+
+def _nan_as_smallest(logits: FloatArray) -> FloatArray:
+    return np.where(np.isnan(logits), np.float32(-np.inf), logits)
+
+
+def _ranks(logits: FloatArray, labels: IntArray) -> IntArray:
+    """How many classes come before the label, (N,)."""
+    safe = _nan_as_smallest(logits)
+    own = np.take_along_axis(safe, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
-    rank = ((safe > own) | ((safe == own) & earlier)).sum(axis=1)
-    return float((rank < k).mean() * 100.0)
+    ranks: IntArray = ((safe > own) | ((safe == own) & earlier)).sum(axis=1)
+    return ranks
 
 
 def margins(logits: FloatArray) -> FloatArray:
     """Difference of the largest and second largest logit, (N,); infinite for a single class."""
     if logits.shape[1] < 2:
         return np.full(len(logits), np.inf, np.float32)
-    top = np.partition(logits, -2, axis=1)
-    result: FloatArray = top[:, -1] - top[:, -2]
+    result = np.empty(len(logits), np.float32)
+    for part in row_parts(len(logits)):
+        top = np.partition(logits[part], -2, axis=1)
+        result[part] = top[:, -1] - top[:, -2]
     return result
 
 
@@ -146,7 +167,7 @@ def compare(
 ) -> Comparison:
     """All statistics of one pair; logits (N, K) under their names."""
     (reference_name, ours), (deployed_name, theirs) = reference, deployed
-    difference = np.abs(ours.astype(np.float64) - theirs)
+    largest, mean = _logit_difference(ours, theirs)
     correct = predictions(ours) == labels, predictions(theirs) == labels
     return Comparison(
         reference=reference_name,
@@ -155,12 +176,22 @@ def compare(
         agreement=agreement(ours, theirs),
         agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
         mcnemar=mcnemar(*correct),
-        max_logit_difference=finite(difference.max()),
-        mean_logit_difference=finite(difference.mean()),
+        max_logit_difference=finite(largest),
+        mean_logit_difference=finite(mean),
         flips=flipped(ours, theirs, labels, ids),
         margins=margin_histogram(ours, theirs),
         classes=class_changes(*correct, labels),
     )
+
+
+def _logit_difference(first: FloatArray, second: FloatArray) -> tuple[float, float]:
+    """Largest and mean absolute difference; NaN where there is one."""
+    largest, total = 0.0, 0.0
+    for part in row_parts(len(first)):
+        difference = np.abs(first[part].astype(np.float64) - second[part])
+        largest = float(np.maximum(largest, difference.max()))
+        total += float(difference.sum())
+    return largest, total / first.size
 
 
 class Collector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 CONFIDENCE = 0.95
 _ROWS = 4096
+
+
+def row_parts(count: int) -> Iterator[slice]:
+    """Slices of a few thousand rows that cover `count`: copies of all logits would be what a validation's memory peaks at."""
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(count, start + _ROWS))
 
 
 class _Record(BaseModel):
@@ -105,9 +112,8 @@ def expected_calibration_error(logits: FloatArray, labels: IntArray, bins: int =
         bins: 1 or more.
     """
     gaps = np.zeros(bins)
-    # Part by part: copies of all logits in float64 would be what a validation's memory peaks at.
-    for start in range(0, len(labels), _ROWS):
-        gaps += _calibration_gaps(logits[start : start + _ROWS], labels[start : start + _ROWS], bins)
+    for part in row_parts(len(labels)):
+        gaps += _calibration_gaps(logits[part], labels[part], bins)
     return float(np.abs(gaps).sum() / len(labels) * 100.0)
 
 
