@@ -63,7 +63,7 @@ def test_floor_counts_the_flips_of_each_variation(cause):
     assert {name: v.flips for name, v in found.items() if v.flips} == (
         {} if cause == "nothing" else {cause: 40}
     )
-    worst = meter.result().worst
+    worst = meter.result().worst(FAKE_QUANT)
     assert worst is not None and worst.agreement == (100 if cause == "nothing" else 0)
     if cause != "nothing":
         assert found[cause].mean_logit_difference == pytest.approx(0.5), "one logit of two moves by 1"
@@ -191,6 +191,8 @@ def test_an_fp16_file_against_fp16_float_parts(run_copy):
     pairs = {c.deployed: c for c in report.comparisons}
     assert {n: c.reference for n, c in pairs.items()} == {OPTIMIZED: FAKE_QUANT, QDQ_FP16: FAKE_QUANT_FP16}
     assert pairs[QDQ_FP16].agreement > 98
+    assert report.floor.worst(FAKE_QUANT_FP16).images == 200
+    assert report.floor.worst(FAKE_QUANT).reference == FAKE_QUANT
     found = {x.deployed: x for x in report.locations}
     assert set(found) == {"model.onnx", "model_qdq_fp16.onnx"}
     assert found["model_qdq_fp16.onnx"].max_excess > found["model.onnx"].max_excess

@@ -81,7 +81,7 @@ def test_report_json_is_the_report(validated):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(text, parse_constant=refuse)["schema_version"] == 3
+    assert json.loads(text, parse_constant=refuse)["schema_version"] == 4
     assert Report.model_validate_json(text) == report
 
 

@@ -70,6 +70,17 @@ def test_more_flips_than_the_floor():
     assert not found and "worse than the floor's 98.00 %" in found.reasons[0]
 
 
+def test_every_reference_has_its_own_floor():
+    chaotic = FloorVariation(
+        name="other", reference="fake_quant-fp16", images=IMAGES, flips=20, mean_logit_difference=0.1
+    )
+    noise = NoiseFloor(variations=[*floor(0).variations, chaotic])
+    single = comparison(20, harmful=10)
+    half = single.model_copy(update={"reference": "fake_quant-fp16"})
+    assert verdict(half, noise) and not verdict(single, noise)
+    assert not verdict(half, floor(20)), "what float32 may do says nothing about FP16"
+
+
 def test_significance_moves_the_line():
     # Fisher's exact test of 34 against 20 of 1,000: p is about 0.03.
     assert verdict(comparison(34, harmful=17), floor(20), thresholds=Thresholds(significance=0.01))

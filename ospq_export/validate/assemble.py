@@ -11,12 +11,12 @@ import numpy as np
 
 from ospq_export.validate.backends import Backend
 from ospq_export.validate.baseline import PREFIX
-from ospq_export.validate.executions import FAKE_QUANT, FLOAT
+from ospq_export.validate.executions import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import Collector, Comparison, compare, predictions, topk_accuracy
 from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report, machine_name
 from ospq_export.validate.statistics import expected_calibration_error, wilson
-from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict, judge
+from ospq_export.validate.verdict import FloorVariation, NoiseFloor, Thresholds, Verdict, judge
 from ospq_export.validate.weights import weight_comparisons
 
 if TYPE_CHECKING:
@@ -79,16 +79,17 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
     images = len(evidence.collector.labels())
     _warn_about_classes(run, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
+    floor = _whole_floor(evidence)
     not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
     return Report(
-        verdict=_verdict(comparisons, not_finite, thresholds, evidence, images),
+        verdict=_verdict(comparisons, not_finite, thresholds, evidence, floor, images),
         thresholds=thresholds,
         images=images,
         class_names=_class_names(run),
         skipped=evidence.unreadable,
         executions_skipped=evidence.skipped,
         backends=[_result(b, evidence) for b in evidence.backends],
-        floor=evidence.floor,
+        floor=floor,
         locations=evidence.locations,
         comparisons=comparisons,
         quantization=evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None,
@@ -103,13 +104,33 @@ def _verdict(
     not_finite: list[str],
     thresholds: Thresholds,
     evidence: Evidence,
+    floor: NoiseFloor | None,
     images: int,
 ) -> Verdict:
-    found = judge(comparisons, not_finite, thresholds, evidence.floor, evidence.locations, images)
+    found = judge(comparisons, not_finite, thresholds, floor, evidence.locations, images)
     reasons = [f"{name} was compared with nothing" for name in evidence.uncompared if comparisons]
     return found.model_copy(
         update={"parity": found.parity and not reasons, "reasons": [*found.reasons, *reasons]}
     )
+
+
+def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
+    """The noise floor, with that of FP16 float parts where they ran.
+
+    How many values between two quantizers are rounded to FP16 is up to whoever executes a file, from every one to none at all:
+    the two ends of that, both at hand on every image, are as far apart as legitimate executions get.
+    """
+    if evidence.floor is None or not {FAKE_QUANT, FAKE_QUANT_FP16} <= set(evidence.names(baseline=False)):
+        return evidence.floor
+    pair = evidence.pair(FAKE_QUANT_FP16, FAKE_QUANT)
+    variation = FloorVariation(
+        name="float32 between quantizers",
+        reference=FAKE_QUANT_FP16,
+        images=len(evidence.collector.ids),
+        flips=len(pair.flips),
+        mean_logit_difference=pair.mean_logit_difference,
+    )
+    return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
 
 def _class_names(run: Run) -> list[str]:

@@ -65,7 +65,7 @@ class BaselineResult(_RunIdentity):
 class Report(_Record):
     """The outcome of a validation; `report.json` is its JSON form, docs/report.schema.json its schema."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     verdict: Verdict
     thresholds: Thresholds
     images: int

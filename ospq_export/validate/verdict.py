@@ -46,9 +46,14 @@ class Thresholds(_Record):
 
 
 class FloorVariation(_Record):
-    """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run."""
+    """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run.
+
+    Attributes:
+        reference: the execution that it varies.
+    """
 
     name: str
+    reference: str = "fake_quant"
     images: int
     flips: int
     mean_logit_difference: float
@@ -65,10 +70,9 @@ class NoiseFloor(_Record):
 
     variations: list[FloorVariation]
 
-    @property
-    def worst(self) -> FloorVariation | None:
-        """The variation with the most flips; None where none was run."""
-        run = [v for v in self.variations if v.images]
+    def worst(self, reference: str) -> FloorVariation | None:
+        """The variation of an execution with the most flips; None where none was run."""
+        run = [v for v in self.variations if v.images and v.reference == reference]
         return max(run, key=lambda v: v.flips / v.images) if run else None
 
 
@@ -117,9 +121,9 @@ def judge(
         images: how many images the comparisons are on.
     """
     reasons = [f"{name} gives logits that are not finite" for name in not_finite]
-    worst = floor.worst if floor is not None else None
     criteria: list[Criterion] = []
     for c in comparisons:
+        worst = None if floor is None else floor.worst(c.reference)
         p_value = _p_value(c, worst, images)
         criteria += [_agreement(c, thresholds, worst, p_value), _top1(c, thresholds, p_value)]
     criteria += [_codes(location) for location in locations]
