@@ -43,7 +43,7 @@ from ospq_export.validate.report import machine_name
 
 ROWS = HERE / "granularity"
 DOCUMENT = HERE.parent / "docs" / "granularity.md"
-BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6)}
+BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6), "w8a8": (8, 8)}
 # The peers do without what is ours: no equalization.
 PLAIN = ["equalization=none"]
 METHODS: dict[str, list[str]] = {
@@ -190,6 +190,7 @@ def arguments(doc: str | None, methods: Sequence[str], runs: str) -> argparse.Na
     parser.add_argument(
         "--seeds", type=int, default=3, help="at the lowest bits of the packaged networks; else one"
     )
+    parser.add_argument("--no-twins", action="store_true", help="leave the outlier-injected twins out")
     parser.add_argument("--part", default="1/1", help="measure every n-th row: k/n")
     parser.add_argument("--runs", default=runs, help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides for all methods")
@@ -229,7 +230,11 @@ def measure_all(args: argparse.Namespace, methods: Mapping[str, Sequence[str]], 
 def _work(args: argparse.Namespace, folder: Path) -> list[tuple[Network, str, str, int]]:
     if args.what == "demo":
         plain = [demo_network(name) for name in args.only]
-        networks = [n for network in plain for n in (network, twin(network, folder))]
+        networks = [
+            n
+            for network in plain
+            for n in ((network,) if args.no_twins else (network, twin(network, folder)))
+        ]
         default = ["w3a3", "w4a4"]
     else:
         networks, default = [own_network(args)], ["w4a4", "w4a8", "w6a6"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ class Run:
 
     path: Path
     manifest: Manifest
+    _structure: fx.GraphModule | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -89,6 +91,15 @@ class Run:
         return graph
 
     def _recaptured(self) -> fx.GraphModule:
+        """The network's graph, whose constants are to be loaded; captured once, because that takes seconds."""
+        if self._structure is None:
+            structure = self._capture()
+            for buffer in structure.buffers():
+                _forget(buffer)
+            self._structure = structure
+        return copy.deepcopy(self._structure)
+
+    def _capture(self) -> fx.GraphModule:
         # The model is made for its graph alone: its memory is the graph's, then the run's tensors take their place.
         model = create_model(self.manifest.model, load_weights=False)
         graph = capture(model, self.manifest.data.input_size, share=True)
@@ -159,8 +170,9 @@ def _load_constants(
 
 
 def _forget(weight: Tensor) -> None:
-    """Free the memory of a weight that exists as codes only; whoever reads it all the same gets NaN."""
-    weight.set_(torch.full((), torch.nan).expand(weight.shape))  # type: ignore[call-overload]
+    """Free a constant's memory; whoever reads it all the same gets NaN, or 0 where it holds integers."""
+    nothing = torch.full((), torch.nan if weight.is_floating_point() else 0, dtype=weight.dtype)
+    weight.set_(nothing.expand(weight.shape))  # type: ignore[call-overload]
 
 
 def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:

@@ -1,11 +1,14 @@
 """Shared fixtures: one torch thread, small networks, and small finished runs that tests copy before they damage them."""
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, fx
 
 from ospq_export.calibrate import calibrate
@@ -23,6 +26,7 @@ from ospq_export.run import Run
 
 torch.set_num_threads(1)
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 SHORT = ["reconstruction.iterations=2", "calibration_images=32", "observation_images=32"]
 
 
@@ -35,6 +39,28 @@ def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
     chosen = load_recipe(recipe, [*SHORT, *overrides])
     sample = images.sample(chosen.calibration_images, seed=0)
     return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+
+
+class Captured(dict[str, tuple[fx.GraphModule, int]]):
+    """Captured networks with random weights and their image sizes by model name, each made when it is first asked for."""
+
+    def __init__(self, families: dict[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.families = families
+
+    def __missing__(self, name: str) -> tuple[fx.GraphModule, int]:
+        torch.manual_seed(0)
+        kwargs = self.families[name]
+        model = create_model(ModelSpec(name=name, kwargs={"num_classes": 5, **kwargs}))
+        size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-1]
+        self[name] = capture(model, (3, size, size)), size
+        return self[name]
+
+    @staticmethod
+    def parameters(families: dict[str, dict[str, Any]]) -> list[Any]:
+        """Their names for `parametrize`; whole networks are large for a unit test."""
+        large = [n for n in families if n.startswith(("levit", "xcit"))]
+        return [pytest.param(n, marks=pytest.mark.slow) if n in large else n for n in families]
 
 
 def computed(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -80,11 +106,23 @@ def observed_vit(small_vit: fx.GraphModule, noise: Tensor) -> QuantizedGraph:
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exported runs of the packaged Swin at W8A8 and W4A4; do not change them."""
-    folder = tmp_path_factory.mktemp("runs")
-    for recipe in ("w8a8", "w4a4"):
-        calibrated_demo("swin", recipe, folder / recipe)
-        export(folder / recipe)
-    return {recipe: folder / recipe for recipe in ("w8a8", "w4a4")}
+    # One set for all test processes: above a worker's own folder lies that of the whole session.
+    base = tmp_path_factory.getbasetemp()
+    runs = {recipe: (base.parent if WORKER else base) / "runs" / recipe for recipe in ("w8a8", "w4a4")}
+    # The second round waits for those that another worker was making in the first.
+    for timeout in (0, -1):
+        for recipe, run in runs.items():
+            with contextlib.suppress(Timeout), FileLock(f"{run}.lock", timeout=timeout):
+                _make_once(recipe, run)
+    return runs
+
+
+def _make_once(recipe: str, run: Path) -> None:
+    finished = run.with_suffix(".finished")
+    if not finished.exists():
+        calibrated_demo("swin", recipe, run)
+        export(run)
+        finished.touch()
 
 
 @pytest.fixture

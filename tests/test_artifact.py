@@ -1,14 +1,19 @@
 """The run directory: atomic writes, damage found, networks rebuilt from it alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import SHORT
 
 from ospq_export import artifact
+from ospq_export.calibrate import calibrate
+from ospq_export.data import Batch, resolve_data_config
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
-from ospq_export.models import create_model
+from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
 
 
@@ -102,40 +107,55 @@ def with_tensors(folder, change):
     artifact.record_files(folder, artifact.read_manifest(folder), artifact.QUANTIZED_TENSORS)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A calibrated ViT of one block at W4A4, which is quickly captured."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 1, "num_classes": 4, "embed_dim": 48, "num_heads": 3}
+    spec = ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)
+    model = create_model(spec)
+    images = Batch(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64), [str(i) for i in range(8)])
+    recipe = load_recipe("w4a4", [*SHORT, "calibration_images=8", "reconstruction.batch_size=8"])
+    folder = tmp_path_factory.mktemp("small") / "run"
+    calibrate(model, spec, images, resolve_data_config(model, spec, {}), recipe, folder)
+    return folder
+
+
+@pytest.fixture
+def small_copy(small, tmp_path):
+    return shutil.copytree(small, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda t: t.update({"head.fc.weight.scale": t["head.fc.weight.scale"][:-1]}),
-            r"head\.fc\.weight\.scale: expected",
+            lambda t: t.update({"head.weight.scale": t["head.weight.scale"][:-1]}),
+            r"head\.weight\.scale: expected",
         ),
-        (lambda t: t.pop("head.fc.weight.codes"), r"head\.fc\.weight\.codes: expected .* found nothing"),
-        (lambda t: t["head.fc.input.scale"].fill_(torch.nan), r"head\.fc\.input\.scale is not finite"),
-        (lambda t: t["head.fc.input.scale"].fill_(-1.0), r"head\.fc\.input\.scale is not positive"),
-        (lambda t: t.update({"head.fc.weight.codes": t["head.fc.weight.codes"].int()}), "torch.int8"),
-        (lambda t: t.pop("head.fc.bias"), r"head\.fc\.bias"),
+        (lambda t: t.pop("head.weight.codes"), r"head\.weight\.codes: expected .* found nothing"),
+        (lambda t: t["head.input.scale"].fill_(torch.nan), r"head\.input\.scale is not finite"),
+        (lambda t: t["head.input.scale"].fill_(-1.0), r"head\.input\.scale is not positive"),
+        (lambda t: t.update({"head.weight.codes": t["head.weight.codes"].int()}), "torch.int8"),
+        (lambda t: t.pop("head.bias"), r"head\.bias"),
     ],
 )
-def test_forged_tensors(run_copy, change, message):
-    with_tensors(run_copy, change)
+def test_forged_tensors(small_copy, change, message):
+    with_tensors(small_copy, change)
     with pytest.raises(InputError, match=message):
-        Run.open(run_copy).quantized_graph()
+        Run.open(small_copy).quantized_graph()
 
 
-def test_codes_outside_their_bits(finished_runs, tmp_path):
-    import shutil
-
-    folder = tmp_path / "run"
-    shutil.copytree(finished_runs["w4a4"], folder)
-    with_tensors(folder, lambda t: t["layers.0.blocks.0.mlp.fc1.weight.codes"].fill_(100))
+def test_codes_outside_their_bits(small_copy):
+    with_tensors(small_copy, lambda t: t["blocks.0.mlp.fc1.weight.codes"].fill_(100))
     with pytest.raises(InputError, match=r"codes leave \[-8, 7\]"):
-        Run.open(folder).quantized_graph()
+        Run.open(small_copy).quantized_graph()
 
 
-def test_another_structure_is_refused(run_copy):
-    edit(run_copy, lambda m: m["model"]["kwargs"].update(depths=[2, 2, 2]))
+def test_another_structure_is_refused(small_copy):
+    edit(small_copy, lambda m: m["model"]["kwargs"].update(depth=2))
     with pytest.raises(InputError, match="graph is not the calibrated one"):
-        Run.open(run_copy).quantized_graph()
+        Run.open(small_copy).quantized_graph()
 
 
 def test_both_networks_come_from_one_run(finished_runs):

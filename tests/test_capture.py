@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import Captured
 from torch import nn
 
 from ospq_export.errors import InputError
@@ -46,7 +47,7 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 def test_families_capture_exactly(name):
     kwargs = {**FAMILIES[name], "num_classes": 7}
     torch.manual_seed(0)

@@ -198,6 +198,7 @@ def test_damaged_runs(capsys, images, copy, tmp_path):
     assert_refused(run(capsys, "validate", copy, "--data", images), "manifest")
 
 
+@pytest.mark.slow
 def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
     loose = ["--min-agreement", 90, "--max-top1-difference", 10]
@@ -240,6 +241,7 @@ def test_backends_by_name(capsys, images, copy):
     assert_refused(run(capsys, *options, "--backend", "abacus"), "no execution 'abacus'")
 
 
+@pytest.mark.slow
 def test_labels_are_needed_and_must_fit(capsys, images, copy, tmp_path):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
     assert_refused(run(capsys, "validate", copy, "--data", images / "a", "--workers", 0), "no labels")

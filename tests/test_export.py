@@ -79,13 +79,18 @@ def test_initializers_are_the_artifacts_codes(finished_runs, recipe):
         assert helper.get_attribute_value(reader.attribute[0]) == (0 if codes.ndim == 4 else 1)
 
 
-@BOTH
-@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
-def test_onnx_runtime_computes_the_fake_quantized_network(finished_runs, images, recipe, level):
-    run = Run.open(finished_runs[recipe])
+@pytest.fixture(scope="module", params=["w8a8", "w4a4"])
+def logits(finished_runs, images, request):
+    """Of both networks of a run: fake-quantized and float."""
+    run = Run.open(finished_runs[request.param])
     with torch.no_grad():
-        expected = run.fake_quant_network()(torch.from_numpy(images)).numpy()
-        float_logits = run.float_network()(torch.from_numpy(images)).numpy()
+        networks = run.fake_quant_network(), run.float_network()
+        return run, *(network(torch.from_numpy(images)).numpy() for network in networks)
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_onnx_runtime_computes_the_fake_quantized_network(logits, images, level):
+    run, expected, float_logits = logits
     runtime = session(run.file("model.onnx"), getattr(onnxruntime.GraphOptimizationLevel, level))
     got = runtime.run(None, {"images": images})[0]
     # Both differ where a float sum lands on the other side of a rounding edge, by far less than quantization itself.
@@ -93,6 +98,7 @@ def test_onnx_runtime_computes_the_fake_quantized_network(finished_runs, images,
     assert (got.argmax(1) == expected.argmax(1)).mean() >= 62 / 64
 
 
+@pytest.mark.slow
 def test_planted_faults_stand_out(finished_runs, images):
     run = Run.open(finished_runs["w4a4"])
     x = torch.from_numpy(images)
@@ -139,6 +145,7 @@ def test_tensors_that_tell_where_executions_part_have_names(finished_runs, image
     np.testing.assert_array_equal(codes, first.codes(torch.from_numpy(images)).numpy())
 
 
+@pytest.mark.slow
 @BOTH
 def test_float_baseline_is_the_float_network(finished_runs, images, recipe):
     run = Run.open(finished_runs[recipe])
@@ -181,6 +188,7 @@ def test_scales_json_is_complete_and_exact(finished_runs):
         assert entry["hi"] - entry["lo"] == 2 ** entry["bits"] - 1 and entry["zero_point"] == 0
 
 
+@pytest.mark.slow
 def test_fixed_batch_size(run_copy, images):
     export(run_copy, batch_size=4, overwrite=True)
     runtime = session(run_copy / "model.onnx")
@@ -189,6 +197,7 @@ def test_fixed_batch_size(run_copy, images):
     assert Run.open(run_copy), "the manifest has the new hashes"
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(run_copy):
     before = {n: (run_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
     export(run_copy, overwrite=True)
@@ -204,6 +213,7 @@ def test_an_earlier_export_is_kept_unless_told(run_copy):
     assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_a_sound_run_and_is_repeated(run_copy, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -219,6 +229,7 @@ def test_an_interrupted_export_leaves_a_sound_run_and_is_repeated(run_copy, monk
     assert Run.open(run_copy)
 
 
+@pytest.mark.slow
 def test_no_space_leaves_nothing_half_written(run_copy, monkeypatch):
     from ospq_export.export import serialize
 

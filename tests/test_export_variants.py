@@ -67,6 +67,7 @@ def constants(path):
     return {t.name: t for t in onnx.load(str(path)).graph.initializer}
 
 
+@pytest.mark.slow
 def test_fp16_keeps_codes_scales_and_predictions(run, images):
     exact, half = constants(run.file("model.onnx")), constants(run.file("model_qdq_fp16.onnx"))
     tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
@@ -100,6 +101,7 @@ def test_fp16_keeps_codes_scales_and_predictions(run, images):
     )
 
 
+@pytest.mark.slow
 def test_debug_codes_are_the_fake_quantizers(run, images):
     path = run.file("model_debug.onnx")
     names = [o.name for o in onnx.load(str(path)).graph.output]
@@ -135,6 +137,7 @@ def test_debug_codes_are_the_fake_quantizers(run, images):
     np.testing.assert_allclose(got["logits"], logits, atol=1e-4 * float(logits.abs().max()))
 
 
+@pytest.mark.slow
 def test_uint8_activations_are_the_same_codes(run, images):
     path, original = run.file("model_uint8_activations.onnx"), run.file("model.onnx")
     zeros = {n: numpy_helper.to_array(t) for n, t in constants(path).items() if n.endswith(".zero_point")}
@@ -163,6 +166,7 @@ def with_outputs(path, names, images):
     return dict(zip(["logits", *names], session.run(["logits", *names], {"images": images}), strict=True))
 
 
+@pytest.mark.slow
 @RTX
 def test_uint8_activations_are_not_for_tensorrt(run, tmp_path):
     settings = BuildSettings(Product.TENSORRT_RTX, profile=(1, 1, 1), compute_capabilities=("SM89",))
@@ -173,6 +177,7 @@ def test_uint8_activations_are_not_for_tensorrt(run, tmp_path):
         CliRunner().invoke(app, options, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_integer_kernels_are_listed(run):
     kernels = Kernels.model_validate(json.loads(run.file("scales.json").read_text())["onnxruntime"])
     products = [
@@ -193,6 +198,7 @@ def test_integer_kernels_are_listed(run):
     )
 
 
+@pytest.mark.slow
 def test_int4_storage_has_the_same_values(run, images):
     small, full = run.file("model_int4.onnx"), run.file("model.onnx")
     packed, plain = constants(small), constants(full)
@@ -213,6 +219,7 @@ def test_int4_needs_four_bit_weights(run_copy):
     assert {p.name for p in run_copy.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_uint8_input_is_normalised_inside(run):
     data, pixels = run.manifest.data, np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
     outside = (pixels / 255 - np.array(data.mean)) / np.array(data.std)
@@ -222,6 +229,7 @@ def test_uint8_input_is_normalised_inside(run):
     assert np.abs(inside - expected).max() < 0.5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_metadata(run):
     properties = {p.key: p.value for p in onnx.load(str(run.file("model_qdq_fp16.onnx"))).metadata_props}
     bits = json.loads(properties["bits"])
@@ -230,6 +238,7 @@ def test_metadata(run):
     assert json.loads(properties["classes"])[9] == "Ankle boot" and properties["precision"] == "float16"
 
 
+@pytest.mark.slow
 def test_every_tensor_has_a_readable_name(run):
     model = onnx.load(str(run.file("model.onnx")))
     names = [o for n in model.graph.node for o in n.output] + list(constants(run.file("model.onnx")))
@@ -239,6 +248,7 @@ def test_every_tensor_has_a_readable_name(run):
     )
 
 
+@pytest.mark.slow
 def test_example_agrees_with_the_package(run, tmp_path):
     pixels = next(demo_images("test", run.manifest.data).batches(1)).images
     data = run.manifest.data
@@ -284,5 +294,6 @@ def test_examples_preprocessing_is_timms(tmp_path, crop, mode):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_reopens(run):
     assert Run.open(run.path)

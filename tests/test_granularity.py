@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import Captured
 
 from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
 from ospq_export.calibrate.profile import outlier_profile
@@ -14,7 +15,6 @@ from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, own_quantizers
 from ospq_export.graph.slicing import Slice, atoms, extract, run_slice
-from ospq_export.models import ModelSpec, create_model
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 FAMILIES = {
@@ -28,16 +28,10 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def networks():
-    result = {}
-    for name, kwargs in FAMILIES.items():
-        torch.manual_seed(0)
-        model = create_model(ModelSpec(name=name, kwargs={"num_classes": 5, **kwargs}))
-        size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-1]
-        result[name] = capture(model, (3, size, size)), size
-    return result
+    return Captured(FAMILIES)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 @pytest.mark.parametrize("granularity", UNIFORM)
 def test_every_granularity_is_a_partition_that_chains_to_the_network(networks, name, granularity):
     network, size = networks[name]
@@ -54,7 +48,7 @@ def test_every_granularity_is_a_partition_that_chains_to_the_network(networks, n
             assert torch.equal(tensors[0], network(x)) and len(tensors) == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 def test_every_quantizer_belongs_to_exactly_one_slice(networks, name):
     network, _ = networks[name]
     quantized = insert_quantizers(network, Bits(4, 4))

@@ -25,6 +25,7 @@ def twin(name, folder):
     return create_model(spec.model_copy(update={"checkpoint": str(folder / "twin.safetensors")}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_twin_is_the_same_function_with_outliers(name, tmp_path):
     model = create_model(demo_spec(name))
@@ -48,6 +49,10 @@ def test_bad_input():
         inject_outliers(network, share=0.0)
     with pytest.raises(ValueError, match="factor"):
         inject_outliers(network, factor=0.5)
+
+
+@pytest.mark.slow
+def test_a_network_without_layer_norms_has_no_twin():
     levit = create_model(ModelSpec(name="levit_128s", kwargs={"num_classes": 3}))
     with pytest.raises(InputError, match="no channels"):
         twin_state_dict(levit, (3, 224, 224))

@@ -61,6 +61,7 @@ def test_the_papers_settings():
     assert_papers(load_recipe("paper-w4a4").model_dump(), set())
 
 
+@pytest.mark.slow
 def test_a_run_with_the_papers_settings_has_them_in_its_manifest(tmp_path):
     """All of them at work but for the number of steps and of images."""
     changed = {"iterations": 2, "calibration_images": 64, "observation_images": 32}

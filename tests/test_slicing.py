@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import Captured
 
 from ospq_export.errors import InputError
-from ospq_export.graph.capture import capture, quantizable_nodes
+from ospq_export.graph.capture import quantizable_nodes
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.slicing import Slice, atoms, cut_points, extract, nodes_between
-from ospq_export.models import ModelSpec, create_model
 
 FAMILIES = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 3},
@@ -18,19 +18,12 @@ FAMILIES = {
 }
 
 
-def captured(name, **kwargs):
-    torch.manual_seed(0)
-    model = create_model(ModelSpec(name=name, kwargs={"num_classes": 5, **kwargs}))
-    size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-1]
-    return capture(model, (3, size, size)), size
-
-
 @pytest.fixture(scope="module")
 def networks():
-    return {name: captured(name, **kwargs) for name, kwargs in FAMILIES.items()}
+    return Captured(FAMILIES)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 @pytest.mark.parametrize("slicing", [atoms, block_slicing])
 def test_slices_chain_to_the_network(networks, name, slicing):
     network, size = networks[name]
@@ -43,7 +36,7 @@ def test_slices_chain_to_the_network(networks, name, slicing):
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 @pytest.mark.parametrize("slicing", [atoms, block_slicing])
 def test_every_operator_is_in_exactly_one_slice(networks, name, slicing):
     graph = networks[name][0].graph
@@ -58,7 +51,7 @@ def test_every_operator_is_in_exactly_one_slice(networks, name, slicing):
 
 
 def test_deit_tiny_has_26_atoms_and_14_blocks():
-    network, _ = captured("deit_tiny_patch16_224", img_size=32)
+    network, _ = Captured({"deit_tiny_patch16_224": {"img_size": 32}})["deit_tiny_patch16_224"]
     assert len(atoms(network.graph)) == 26
     names = [s.name for s in block_slicing(network.graph)]
     assert names == ["patch_embed.proj", *[f"blocks.{i}" for i in range(12)], "head"]

@@ -100,6 +100,7 @@ def test_float_products_are_named(tmp_path):
     assert fusion.not_int8["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
 
 
+@pytest.mark.slow
 @RTX
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 def test_command_on_the_demo(finished_runs, tmp_path, recipe):

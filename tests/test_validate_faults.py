@@ -108,6 +108,7 @@ def test_fault_is_located(run_copy, fault):
     assert any(SLICE in reason for reason in report.verdict.reasons)
 
 
+@pytest.mark.slow
 def test_missing_clip_at_four_bits(finished_runs, tmp_path):
     folder = shutil.copytree(finished_runs["w4a4"], tmp_path / "run")
 
