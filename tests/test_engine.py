@@ -105,7 +105,10 @@ def test_gradient_of_v_is_autograds(beta, strength, spread, seed):
     rounding.refresh()
     factors = [torch.randn_like(t) for t in tensors]
     sum((w.soft * f).sum() for w, f in zip(quantizers, factors, strict=True)).backward()
+    rounding.collect(torch.tensor(strength), torch.tensor(beta))
+    held = rounding.v.grad.clone()
     rounding.collect(strength, beta)
+    torch.testing.assert_close(held, rounding.v.grad, rtol=1e-5, atol=1e-6)
 
     v = rounding.v.detach().double().requires_grad_()
     total, start = torch.zeros((), dtype=torch.float64), 0

@@ -53,6 +53,16 @@ class SliceData:
         """The same in host memory that a GPU can copy from while it computes."""
         return self._map(Tensor.pin_memory)
 
+    def clone(self) -> SliceData:
+        """The same in memory of its own."""
+        return self._map(Tensor.clone)
+
+    def copy_(self, other: SliceData) -> None:
+        """Overwrite the tensors with those of data of the same shapes."""
+        ours, theirs = ((*d.float_input, *d.quantized_input, d.target) for d in (self, other))
+        for held, given in zip(ours, theirs, strict=True):
+            held.copy_(given, non_blocking=True)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
         return SliceData(
             tuple(function(t) for t in self.float_input),

@@ -7,13 +7,18 @@ and no value that the host waits for between two looks at the loss.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.batches import Batches
+from ospq_export.calibrate.graphed import Graphed, Step
 from ospq_export.calibrate.losses import Objective, annealed_beta
 from ospq_export.calibrate.rounding import SoftRounding
 from ospq_export.calibrate.world import SOLO, World
@@ -78,7 +83,12 @@ class Learner:
         weights = [m for m in self.own if isinstance(m, WeightQuantizer)]
         self.rounding = SoftRounding(piece, weights) if weights else None
         self.scales = self._start_scales()
-        self.optimizer = self._adam()
+        # A recorded step reads what changes from step to step out of the device's memory; elsewhere numbers are cheaper.
+        recorded = device.type == "cuda" and world.size == 1
+        start: Callable[[float], float | Tensor] = partial(torch.tensor, device=device) if recorded else float
+        self.strength, self.beta = start(0.0), start(2.0)
+        self.optimizer = self._adam(start(rate * settings.learning_rate_scale), recorded=recorded)
+        self.learn: Step = Graphed(self._learn) if recorded else self._learn
         set_mode(piece, Mode.LEARN)
 
     def _start_scales(self) -> list[nn.Parameter]:
@@ -91,30 +101,25 @@ class Learner:
                 quantizer.drop_probability = settings.drop_probability
         return found
 
-    def _adam(self) -> torch.optim.Adam | None:
+    def _adam(self, scale_rate: float | Tensor, *, recorded: bool) -> torch.optim.Adam | None:
         """One Adam: V at a constant rate, the scales with cosine decay (QDrop)."""
-        groups = []
+        groups: list[dict[str, Any]] = []
         if self.rounding is not None:
             groups.append(
                 {"params": [self.rounding.v], "lr": self.rate * self.settings.learning_rate_rounding}
             )
         if self.scales:
-            groups.append({"params": self.scales, "lr": self.rate * self.settings.learning_rate_scale})
-        return torch.optim.Adam(groups, fused=True) if groups else None
+            groups.append({"params": self.scales, "lr": scale_rate})
+        return torch.optim.Adam(groups, fused=True, capturable=recorded) if groups else None
 
     def step(self, index: int) -> bool:
         """One optimisation step; False where the loss is looked at and has diverged."""
-        inputs, target, images = self._batch()
-        if self.rounding is not None:
-            self.rounding.refresh()
-        loss = self.objective.reconstruction(run_slice(self.piece, inputs, images)[0], target)
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
-        self._descend(index)
+        self._anneal(index)
+        loss = self.learn(self.batches.next())
         last = index + 1 == self.settings.iterations
         if index % self.every and not last:
             return True
-        seen = loss.detach().clone()
+        seen = loss.clone()
         self.world.average([seen])
         return self._look(index, float(seen), keep=index % self.every == 0)
 
@@ -128,30 +133,68 @@ class Learner:
         self.diverged_at = index
         return False
 
-    def _descend(self, index: int) -> None:
+    def _anneal(self, index: int) -> None:
+        """Set what depends on the step: the rounding term's weight and exponent, and the rate of the scales."""
+        beta = annealed_beta(index, self.settings)
+        self.strength = _put(self.strength, 0.0 if beta is None else self.objective.rounding_weight)
+        self.beta = _put(self.beta, beta or 2.0)
+        if self.optimizer is not None and self.scales:
+            decay = 0.5 * (1.0 + math.cos(math.pi * index / self.settings.iterations))
+            group = self.optimizer.param_groups[-1]
+            group["lr"] = _put(group["lr"], self.rate * self.settings.learning_rate_scale * decay)
+
+    def _learn(self, part: SliceData) -> Tensor:
+        """Forward, backward and one step of Adam on a batch whose input mixes quantized and float elements (QDrop)."""
+        pairs = zip(part.quantized_input, part.float_input, strict=True)
+        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
         if self.rounding is not None:
-            beta = annealed_beta(index, self.settings)
-            strength = 0.0 if beta is None else self.objective.rounding_weight
-            self.rounding.collect(strength, beta or 2.0, self.world)
+            self.rounding.refresh()
+        with arithmetic(self.settings.precision, part.target.device):
+            output = run_slice(self.piece, inputs, part.images)[0]
+        loss = self.objective.reconstruction(output.to(part.target.dtype), part.target)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        self._descend()
+        return loss.detach()
+
+    def _descend(self) -> None:
+        if self.rounding is not None:
+            self.rounding.collect(self.strength, self.beta, self.world)
         if self.optimizer is None:
             return
         self.world.average([s.grad for s in self.scales if s.grad is not None])
-        if self.scales:
-            decay = 0.5 * (1.0 + math.cos(math.pi * index / self.settings.iterations))
-            self.optimizer.param_groups[-1]["lr"] = self.rate * self.settings.learning_rate_scale * decay
         self.optimizer.step()
         for scale in self.scales:
             scale.grad = None
-
-    def _batch(self) -> tuple[list[Tensor], Tensor, int]:
-        """A random batch whose input mixes quantized and float elements (QDrop), its target, and how many images it has."""
-        part = self.batches.next()
-        pairs = zip(part.quantized_input, part.float_input, strict=True)
-        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
-        return inputs, part.target, part.images
 
     def settle(self) -> None:
         """Harden: the quantizers hold integer codes and constant scales afterwards."""
         self.batches.close()
         for quantizer in self.own:
             quantizer.settle()
+
+
+def _put(held: float | Tensor, value: float) -> float | Tensor:
+    """The value, in the tensor that holds it where there is one."""
+    return held.fill_(value) if isinstance(held, Tensor) else value
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """How a slice's products are computed: in float32; with tf32's or bf16's factors and float32's sums.
+
+    Args:
+        precision: a recipe's `reconstruction.precision`.
+        device: where; tf32 is float32 on a device that lacks it.
+    """
+    if precision == "bf16":
+        # The cache would outlive a recorded step.
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -100,6 +100,9 @@ class ActivationQuantizer(nn.Module):
             assert self.observer is not None
             self.observer(x)
             return x
+        if x.dtype is torch.bfloat16:
+            # What a product gave under autocast; codes of 8 bits want more digits than it has.
+            x = x.float()
         kept = q.random_kept(x, self.drop_probability) if self.mode is Mode.LEARN else None
         return q.fake_quantize(x, self.current_scale(), self.levels, self.used_offset, kept)
 

@@ -56,6 +56,9 @@ class Reconstruction(BaseModel):
     bias_correction: bool = Field(description="whether biases take over what is shifted on average")
     bias_images: int = Field(ge=1, description="calibration images that the bias correction looks at")
     drop_probability: float = Field(ge=0, le=1, description="share of activation elements left float (QDrop)")
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32", description="of the factors of matrix products while learning; all else is float32"
+    )
 
 
 class Pilot(BaseModel):
