@@ -11,8 +11,8 @@ calibrations resume. Two processes may share the work: --part 1/2 and --part 2/2
     rtn       nearest rounding with the ranges that all start from
     adaround  every operator alone, no drop        brecq  block, Fisher-weighted, no drop        qdrop  block, drop 0.5
     layer .. model   the granularity, with the recipe's own loss and drop 0.5
-    auto      the granularity chosen by trials, whose cost comes on top
-    auto-plain   the same without equalization: what the choice alone is worth beside qdrop
+    auto      the granularity chosen by trials, whose cost comes on top (0.3 of 500 steps, of which 200 is what the rows have)
+    auto-plain   the same without equalization: what choice and loss are worth beside qdrop
 """
 
 from __future__ import annotations
@@ -44,18 +44,22 @@ from ospq_export.validate.report import machine_name
 ROWS = HERE / "granularity"
 DOCUMENT = HERE.parent / "docs" / "granularity.md"
 BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6), "w8a8": (8, 8)}
-# The peers do without what is ours: no equalization.
 PLAIN = ["equalization=none"]
+# The peers do without what is ours: no equalization, and the loss that their papers have.
+PEER = [*PLAIN, "reconstruction.loss=normalized"]
+# What 0.3 of the packaged recipes' 500 steps pays for: shorter runs of the benchmark try all candidates, too.
+AUTO = ["slicing=auto", "pilot.budget=0.6"]
 METHODS: dict[str, list[str]] = {
-    "rtn": ["slicing=block", "reconstruction.iterations=0", "reconstruction.refinement_images=0", *PLAIN],
-    "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PLAIN],
+    "rtn": ["slicing=block", "reconstruction.iterations=0", "reconstruction.refinement_images=0", *PEER],
+    "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PEER],
     "brecq": ["slicing=block", "reconstruction.drop_probability=0.0", "reconstruction.loss=fisher", *PLAIN],
-    "qdrop": ["slicing=block", *PLAIN],
+    "qdrop": ["slicing=block", *PEER],
     **{
         name: [f"slicing={name}"]
-        for name in ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model", "auto")
+        for name in ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
     },
-    "auto-plain": ["slicing=auto", *PLAIN],
+    "auto": AUTO,
+    "auto-plain": [*AUTO, *PLAIN],
 }
 
 

@@ -133,7 +133,8 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     case, device = CASES[name], torch.device(args.device)
     iterations = args.iterations or case.iterations
     piece, data = prepare(case, 2 * args.batch_size, device)
-    overrides = [f"reconstruction.iterations={iterations}", f"reconstruction.batch_size={args.batch_size}"]
+    changed = {"iterations": iterations, "batch_size": args.batch_size, "precision": args.precision}
+    overrides = [f"reconstruction.{key}={value}" for key, value in changed.items()]
     settings = load_recipe("w4a4", overrides).reconstruction
     judge = Reconstructor(settings, device)
     objective = Objective(settings, weight_quantizers(piece))
@@ -154,6 +155,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name(),
         "threads": torch.get_num_threads(),
         "clock": "processor" if args.cpu_time else "wall",
+        "precision": args.precision,
         "torch": installed_versions()["torch"],
         "batch_size": args.batch_size,
         "iterations": iterations,
@@ -182,11 +184,12 @@ def _work(piece: torch.fx.GraphModule, data: SliceData, learner: Learner, settin
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    header = ["slice", "machine", "batch", "plain it/s", "engine it/s", "ratio", "floor ms", "share of floor"]
+    header = ["slice", "machine", "products", "batch", "plain it/s", "engine it/s", "ratio", "floor ms", "share of floor"]
     cells = [
         [
             r["title"],
             f"{r['device']}, {r['threads']} threads, {r['clock']} time",
+            r["precision"],
             r["batch_size"],
             f"{r['plain_per_second']:.2f}",
             f"{r['per_second']:.2f}",
@@ -209,6 +212,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bf16"),
+        default="float32",
+        help="the engine's products; the plain loop's stay float32",
+    )
     parser.add_argument("--iterations", type=int, default=0, help="0: few enough for a CPU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -226,7 +235,8 @@ def main() -> None:
         print(f"peak {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
         for name in args.only:
             row = measure(name, args, machine)
-            write_json(ROWS / f"{name}-{args.device}-{args.threads}.json", row)
+            suffix = "" if args.precision == "float32" else f"-{args.precision}"
+            write_json(ROWS / f"{name}-{args.device}-{args.threads}{suffix}.json", row)
             print(table([row]), flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
     print(table(rows))

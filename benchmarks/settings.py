@@ -13,6 +13,7 @@ Rows in benchmarks/settings/*.json, as in granularity.py. The first column is th
     no-drop, fisher-no-drop   inputs are always the quantized ones
     bias      every operator's bias corrected  offsets   learned offsets of `shifted` grids (8-bit activations only)
     no-refinement        scales start from the searched ranges
+    bf16                 products of bf16 factors while learning
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ VARIANTS: dict[str, list[str]] = {
     "bias": [*BASE, "reconstruction.bias_correction=true"],
     "offsets": [*BASE, "reconstruction.learn_offsets=true"],
     "no-refinement": [*BASE, "reconstruction.refinement_images=0"],
+    "bf16": [*BASE, "reconstruction.precision=bf16"],
 }
 
 

@@ -3,8 +3,8 @@
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
 is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
 are refined once, block by block; from there each candidate is reconstructed briefly on a part of the calibration images and
-judged by the KL divergence of the network's logits on another part. The better half goes into a second, longer trial, and the
-best of that is taken, together with the activation scales that it learned.
+judged by the KL divergence of the network's logits on another part. The best quarter, two at the least, goes into a second, longer
+trial, and the best of that is taken, together with the activation scales that it learned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ospq_export.artifact import CandidateRecord, SlicingRecord
 from ospq_export.calibrate.losses import kl_divergence
-from ospq_export.calibrate.objective import objectives
+from ospq_export.calibrate.objective import fisher_weights, objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
 from ospq_export.calibrate.walk import walk
@@ -32,12 +32,17 @@ log = logging.getLogger(__name__)
 
 OUTLIER_AWARE = "outlier-aware"
 # Where the budget does not carry all candidates, those first in this list are tried.
-_PREFERENCE = ("block", "atom", OUTLIER_AWARE, "blocks:2", "layer", "stage", "blocks:4", "model")
+_PREFERENCE = ("block", "atom", OUTLIER_AWARE, "blocks:2", "stage", "blocks:4", "model", "layer")
 _MIN_ITERATIONS = 20
-_FIRST_RUNG = 0.4
-_PILOT_IMAGES = 128
+# The second trial's steps over the first's.
+_SECOND_RUNG = 1.5
+_PILOT_IMAGES = 256
 _PILOT_ERROR_IMAGES = 32
 _PILOT_REFINEMENT = 16
+# A step costs as much as so many images more, whatever its batch: about what it is on small networks, where it is most.
+_STEP_OVERHEAD = 8
+# A trial's few steps have to carry the rounding as far as the full run's many do.
+_TRIAL_RATE = 4.0
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,15 @@ class Plan:
 
 
 def _finalists(candidates: int) -> int:
-    """How many candidates go into the second trial."""
-    return max(1, (candidates + 1) // 2)
+    """How many candidates go into the second trial: few, so that a short run's budget carries many into the first."""
+    return min(candidates, max(2, -(-candidates // 4)))
 
 
 def image_steps(settings: Reconstruction, images: int, error_images: int | None = None) -> float:
     """Cost of a reconstruction of the whole network; a forward pass counts a third of a step.
 
-    Two passes over the images per slice, three for the errors, and the refinement of the scales come on top of the steps.
+    Two passes over the images per slice, three for the errors, and the refinement of the scales come on top of the steps; the
+    Fisher weights, which trials share, do not.
 
     Args:
         settings: the recipe's.
@@ -89,7 +95,7 @@ def image_steps(settings: Reconstruction, images: int, error_images: int | None 
     """
     judged = images if error_images is None else error_images
     passes = 2 * images + 3 * judged + settings.refinement_images * REFINEMENT_TRIALS
-    return settings.iterations * settings.batch_size + passes / 3
+    return settings.iterations * (settings.batch_size + _STEP_OVERHEAD) + passes / 3
 
 
 def candidates_of(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Candidate]:
@@ -110,19 +116,20 @@ def candidates_of(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Cand
 
 def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     """As many candidates, and as long trials, as the budget carries; where it carries no two, the first one untried."""
-    full = image_steps(recipe.reconstruction, images)
-    batch = max(1, recipe.reconstruction.batch_size // 4)
-    once = image_steps(_refinement(recipe.reconstruction), _PILOT_IMAGES, _PILOT_ERROR_IMAGES)
-    fixed = image_steps(_trial(recipe.reconstruction, 0, batch), _PILOT_IMAGES, _PILOT_ERROR_IMAGES)
+    settings, judging = recipe.reconstruction, recipe.pilot.held_out / 3
+    batch, seen = max(1, settings.batch_size // 4), min(_PILOT_IMAGES, images)
+    fisher = float(settings.loss == "fisher")
+    full = image_steps(settings, images) + fisher * images
+    once = image_steps(_refinement(settings), seen, _PILOT_ERROR_IMAGES) + fisher * seen + judging
+    fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
     for count in range(len(candidates), 1, -1):
         second = _finalists(count)
         left = recipe.pilot.budget * full - once - fixed * (count + second)
-        iterations = (
-            int(_FIRST_RUNG * left / (count * batch)),
-            int((1 - _FIRST_RUNG) * left / (second * batch)),
-        )
-        if min(iterations) >= _MIN_ITERATIONS:
-            steps = batch * (count * iterations[0] + second * iterations[1])
+        step = batch + _STEP_OVERHEAD
+        first = left / (step * (count + _SECOND_RUNG * second))
+        if first >= _MIN_ITERATIONS:
+            iterations = int(first), int(_SECOND_RUNG * first)
+            steps = step * (count * iterations[0] + second * iterations[1])
             spent = once + fixed * (count + second) + steps
             return Plan(list(candidates[:count]), iterations, batch, spent / full)
     return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
@@ -136,7 +143,10 @@ def _refinement(settings: Reconstruction) -> Reconstruction:
 
 
 def _trial(settings: Reconstruction, iterations: int, batch_size: int) -> Reconstruction:
+    rate = min(_TRIAL_RATE, max(1.0, settings.iterations / max(iterations, 1)))
     changes = {
+        "learning_rate_rounding": rate * settings.learning_rate_rounding,
+        "learning_rate_scale": rate**0.5 * settings.learning_rate_scale,
         "iterations": iterations,
         "batch_size": batch_size,
         "refinement_images": 0,
@@ -151,7 +161,8 @@ class _Trials:
     def __init__(
         self,
         network: QuantizedGraph,
-        graph: fx.Graph,
+        block: Sequence[Slice],
+        candidates: Sequence[Candidate],
         recipe: Recipe,
         images: Tensor,
         device: torch.device,
@@ -169,7 +180,11 @@ class _Trials:
         self.train, self.judge = images[: min(_PILOT_IMAGES, len(images) - held)], images[-held:]
         network.set_mode(Mode.FLOAT)
         self.reference = self._logits()
-        self._walk(slicing_of(graph, "block"), _refinement(recipe.reconstruction))
+        # The float network's alone: one pass serves the slices of all candidates.
+        ends = {s.end for slices in (block, *(c.slices for c in candidates)) for s in slices}
+        needed = recipe.reconstruction.loss == "fisher"
+        self.fisher = fisher_weights(network, ends, self.train, device, seed) if needed else None
+        self._walk(block, _refinement(recipe.reconstruction))
         self.initial = network.state()
 
     def _logits(self) -> Tensor:
@@ -187,7 +202,7 @@ class _Trials:
 
     def _walk(self, slices: Sequence[Slice], settings: Reconstruction) -> None:
         reconstructor = Reconstructor(settings, self.device, self.advance, _PILOT_ERROR_IMAGES)
-        make = objectives(self.network, slices, self.train, settings, self.device, self.seed)
+        make = objectives(self.network, slices, self.train, settings, self.device, self.seed, self.fisher)
         for _ in walk(self.network, slices, self.train, reconstructor, self.seed, make_objective=make):
             continue
 
@@ -231,7 +246,8 @@ def choose_slicing(
     if len(chosen.candidates) == 1:
         winner, records = chosen.candidates[0], [_record(chosen.candidates[0], [])]
     else:
-        trials = _Trials(network, graph, recipe, images, device, seed, advance_of(chosen.steps))
+        advance, block = advance_of(chosen.steps), slicing_of(graph, "block")
+        trials = _Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
         winner, records, state = _two_rungs(trials, chosen)
         network.load_state(state, scales_only=True)
     record = SlicingRecord(

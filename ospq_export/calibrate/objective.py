@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from ospq_export.calibrate.losses import Objective, channel_weight
 from ospq_export.calibrate.reconstruct import weight_quantizers
 from ospq_export.calibrate.walk import MakeObjective
 from ospq_export.graph.capture import QUANTIZABLE
-from ospq_export.graph.quantizers import Mode, QuantizedGraph, set_mode
-from ospq_export.graph.slicing import Slice, extract, run_slice
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
+from ospq_export.graph.slicing import Slice
 from ospq_export.recipes import Reconstruction
 
 aten = torch.ops.aten
@@ -29,6 +30,7 @@ def objectives(
     settings: Reconstruction,
     device: torch.device,
     seed: int,
+    fisher: Mapping[str, Tensor] | None = None,
 ) -> MakeObjective:
     """What `walk` asks for each slice's objective.
 
@@ -39,19 +41,19 @@ def objectives(
         settings: the recipe's.
         device: where the network lies.
         seed: of the labels that the Fisher information is sampled with.
+        fisher: the Fisher weights at all slices' ends, where they are at hand already.
     """
     nodes = {n.name: n for n in network.module.graph.nodes}
-    fisher = None
-    if settings.loss == "fisher":
-        fisher = fisher_weights(network, slices, images, device, seed)
+    if settings.loss == "fisher" and fisher is None:
+        fisher = fisher_weights(network, [s.end for s in slices], images, device, seed)
 
     def make(index: int, piece: fx.GraphModule, target: Tensor) -> Objective:
         last = index == len(slices) - 1
         weight = None
         if settings.loss == "channel":
             weight = channel_weight(target, channel_axis(nodes[slices[index].end])).to(device)
-        elif fisher is not None:
-            weight = fisher[index]
+        elif settings.loss == "fisher" and fisher is not None:
+            weight = fisher[slices[index].end]
         return Objective(
             settings,
             weight_quantizers(piece),
@@ -78,9 +80,9 @@ def channel_axis(node: fx.Node) -> int:
 
 
 def fisher_weights(
-    network: QuantizedGraph, slices: Sequence[Slice], images: Tensor, device: torch.device, seed: int
-) -> list[Tensor]:
-    """Diagonal Fisher information of every slice's output: the squared gradient of the log-likelihood of sampled labels.
+    network: QuantizedGraph, ends: Collection[str], images: Tensor, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """Diagonal Fisher information of the tensors at cut points: the squared gradient of the log-likelihood of sampled labels.
 
     BRECQ (Li et al. 2021, eq. 10) weighs each image's error by its own squared gradient; ours is the mean over the calibration
     images, so that one pass over the network serves all slices and no gradient is stored per image. Held above a twentieth of
@@ -88,29 +90,40 @@ def fisher_weights(
 
     Args:
         network: any mode; left in Mode.FLOAT.
-        slices: a slicing of the network.
+        ends: names of the cut points, from slices' ends.
         images: float32 (N, C, H, W).
         device: where the network lies.
         seed: of the sampled labels.
 
     Returns:
-        Per slice float32 (1, ...) of mean one, which broadcasts with the slice's output.
+        By cut point float32 (1, ...) of mean one, which broadcasts with the tensor there.
     """
     generator = torch.Generator().manual_seed(seed)
-    pieces = [extract(network.module, s) for s in slices]
-    set_mode(network.module, Mode.FLOAT)
-    sums: list[Tensor | float] = [0.0] * len(pieces)
+    network.set_mode(Mode.FLOAT)
+    sums: dict[str, Tensor | float] = dict.fromkeys(ends, 0.0)
     for batch in images.split(_FISHER_BATCH):
-        tensors: tuple[Tensor, ...] = (batch.to(device).requires_grad_(True),)
-        ends = []
-        for piece in pieces:
-            tensors = run_slice(piece, tensors, len(batch))
-            tensors[0].retain_grad()
-            ends.append(tensors[0])
-        labels = torch.multinomial(ends[-1].detach().cpu().softmax(-1), 1, generator=generator)
-        F.cross_entropy(ends[-1], labels.squeeze(1).to(device), reduction="sum").backward()
-        for index, end in enumerate(ends):
-            gradient = torch.zeros_like(end) if end.grad is None else end.grad
-            sums[index] = sums[index] + gradient.square().sum(0, keepdim=True)
-    weights = [torch.as_tensor(s) for s in sums]
-    return [(w / w.mean().clamp_min(1e-30)).clamp_min(_FISHER_FLOOR) for w in weights]
+        keeper = _Keeper(network.module, sums)
+        logits = keeper.run(batch.to(device).requires_grad_(True))
+        labels = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)
+        F.cross_entropy(logits, labels.squeeze(1).to(device), reduction="sum").backward()
+        for name, tensor in keeper.kept.items():
+            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            sums[name] = sums[name] + gradient.square().sum(0, keepdim=True)
+    weights = {name: torch.as_tensor(s) for name, s in sums.items()}
+    return {name: (w / w.mean().clamp_min(1e-30)).clamp_min(_FISHER_FLOOR) for name, w in weights.items()}
+
+
+class _Keeper(fx.Interpreter):
+    """Runs a graph and keeps the named tensors, whose gradients autograd is to keep as well."""
+
+    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.kept: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names:
+            result.retain_grad()
+            self.kept[n.name] = result
+        return result
