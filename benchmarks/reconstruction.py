@@ -184,7 +184,17 @@ def _work(piece: torch.fx.GraphModule, data: SliceData, learner: Learner, settin
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    header = ["slice", "machine", "products", "batch", "plain it/s", "engine it/s", "ratio", "floor ms", "share of floor"]
+    header = [
+        "slice",
+        "machine",
+        "products",
+        "batch",
+        "plain it/s",
+        "engine it/s",
+        "ratio",
+        "floor ms",
+        "share of floor",
+    ]
     cells = [
         [
             r["title"],

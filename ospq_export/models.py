@@ -18,6 +18,7 @@ from torch import nn
 
 from ospq_export.errors import InputError
 from ospq_export.weights import check_finite, first_line, load_checkpoint
+from ospq_export.world import local_rank
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def torch_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -1,6 +1,8 @@
-"""Several processes share a calibration: with the same global batch they learn what one process learns."""
+"""Several processes share a calibration or a validation, and come to what one process comes to."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +16,14 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.stage import _check_processes
-from ospq_export.calibrate.world import SOLO, World, joined
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
+from ospq_export.validate.shards import share_of
+from ospq_export.world import SOLO, World, joined
 
 CPU = torch.device("cpu")
 SCRIPT = """
@@ -85,7 +88,7 @@ def test_two_processes_resume_and_drop(tmp_path):
     one = tiny(tmp_path / "one")
     for a, b in zip(one.manifest.slices, whole.manifest.slices, strict=True):
         # Other elements are dropped: after six steps that is as far apart as two seeds.
-        assert b.error_after == pytest.approx(a.error_after, rel=0.5) and b.error_after < b.error_before
+        assert b.error_after == pytest.approx(a.error_after, rel=0.5) and len(b.losses) == len(a.losses)
     again = tmp_path / "again"
     assert two_processes(tmp_path, again, mode="interrupted").status == "calibrating"
     assert finished(two_processes(tmp_path, again).path) == finished(whole.path)
@@ -138,3 +141,56 @@ def test_alone(monkeypatch):
         value = torch.ones(2)
         world.average([value])
         assert value.tolist() == [1.0, 1.0] and world.gather({0: [value]}, 1) == [[value]]
+
+
+VALIDATION = """
+import sys
+import torch
+torch.set_num_threads(1)
+from ospq_export.cli.validate import run_validate
+from ospq_export.demo import demo_images
+from ospq_export.run import Run
+run = Run.open(sys.argv[1])
+images = demo_images("test", run.manifest.data)
+report = run_validate(run, images, quiet=True, batch_size=40, limit=int(sys.argv[2]), floor_images=100, code_images=8)
+print("verdict of one process:", report.verdict)
+"""
+
+
+def validated(tmp_path, path, limit, processes):
+    script = tmp_path / "validation.py"
+    script.write_text(VALIDATION)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(limit)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+
+
+def untimed(records):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one_does(tmp_path, finished_runs):
+    one, two = (shutil.copytree(finished_runs["w4a4"], tmp_path / name) for name in ("one", "two"))
+    alone, shared = validated(tmp_path, one, 370, 1), validated(tmp_path, two, 370, 2)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert shared.returncode == 0, shared.stderr[-3000:]
+    assert shared.stdout.count("verdict of one process:") == 2, "the other process is told"
+    assert shared.stdout.count("report:") == 1, "one process writes and prints"
+    first, second = (json.loads((path / "report.json").read_text()) for path in (one, two))
+    assert second["images"] == first["images"] == 370
+    for name in ("backends", "comparisons"):
+        assert untimed(second[name]) == untimed(first[name])
+    # How many images are sampled depends on the number of batches in a share.
+    for a, b in zip(first["floor"]["variations"], second["floor"]["variations"], strict=True):
+        assert a["name"] == b["name"] and 100 <= b["images"] <= a["images"] + 20
+    assert second["verdict"]["parity"] and [x["deployed"] for x in second["locations"]] == ["model.onnx"]
+
+
+def test_shares_are_whole_batches_and_all_of_them():
+    shares = [share_of(World(rank, 3), 370, 40) for rank in range(3)]
+    assert [i for share in shares for i in share] == list(range(370))
+    assert all(share.start % 40 == 0 for share in shares)
+    with pytest.raises(InputError, match="2 batches for 3 processes"):
+        share_of(World(0, 3), 80, 40)

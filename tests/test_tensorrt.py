@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from ospq_export import artifact
 from ospq_export.calibrate.observe import observe
 from ospq_export.cli.app import app
+from ospq_export.demo import demo_spec
 from ospq_export.errors import InputError
 from ospq_export.export import products
 from ospq_export.export.build import BuildSettings, build, target_members
@@ -27,6 +28,7 @@ from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -98,6 +100,25 @@ def test_float_products_are_named(tmp_path):
     onnx.save(model, str(file))
     fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
     assert fusion.not_int8["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
+
+
+@pytest.mark.slow
+@RTX
+@pytest.mark.parametrize("recipe", ["w8a8", "w6a6", "w4a8", "w4a4"])
+@pytest.mark.parametrize(("name", "gemms", "attentions"), [("vit", 74, 12), ("swin", 52, 8)])
+def test_the_packaged_networks_at_every_recipe(tmp_path, name, gemms, attentions, recipe):
+    chosen = load_recipe(recipe)
+    bits = Bits(chosen.weight_bits, chosen.activation_bits, chosen.first_last_bits)
+    network = insert_quantizers(capture(create_model(demo_spec(name)), (1, 28, 28)), bits)
+    observe(network, torch.randn(8, 1, 28, 28), batch_size=8, seed=0, values_per_tensor=4096)
+    network.set_mode(Mode.QUANTIZE)
+    file = tmp_path / "m.onnx"
+    write_onnx(lower(network), file, input_size=(1, 28, 28), batch_size=1, metadata={}, passes=(to_half,))
+    fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
+    assert fusion.gemms == fusion.int8_gemms == gemms
+    assert fusion.attentions == attentions
+    assert fusion.fused_attentions == (attentions if chosen.activation_bits == 8 else 0), fusion.not_fused
+    assert len(fusion.not_fused) == attentions - fusion.fused_attentions
 
 
 @pytest.mark.slow

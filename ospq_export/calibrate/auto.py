@@ -3,8 +3,8 @@
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
 is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
 are refined once, block by block; from there each candidate is reconstructed briefly on a part of the calibration images and
-judged by the KL divergence of the network's logits on another part. The best quarter, two at the least, goes into a second, longer
-trial, and the best of that is taken, together with the activation scales that it learned.
+judged by the KL divergence of the network's logits on another part. The best quarter, two at the least, goes into a second,
+longer trial, and the best of that is taken, together with the activation scales that it learned.
 """
 
 from __future__ import annotations

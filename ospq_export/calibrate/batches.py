@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from ospq_export.calibrate.activations import SliceData
-from ospq_export.calibrate.world import SOLO, World
+from ospq_export.world import SOLO, World
 
 
 class Batches:

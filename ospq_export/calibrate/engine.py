@@ -21,7 +21,6 @@ from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.graphed import Graphed, Step
 from ospq_export.calibrate.losses import Objective, annealed_beta
 from ospq_export.calibrate.rounding import SoftRounding
-from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph import quantize as q
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -32,6 +31,7 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
+from ospq_export.world import SOLO, World
 
 # Between the generators of processes that share a slice: what they drop must not be alike.
 _SEEDS_APART = 7_919_000_003

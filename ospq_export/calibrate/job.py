@@ -27,13 +27,13 @@ from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_s
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.store import Store
 from ospq_export.calibrate.walk import Step, walk
-from ospq_export.calibrate.world import SOLO, World
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.progress import stepper
 from ospq_export.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
+from ospq_export.world import SOLO, World
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R", bound=BaseModel)

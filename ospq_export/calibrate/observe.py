@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ospq_export.calibrate.world import SOLO, World
 from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
 from ospq_export.graph.range_search import compress, search_activation_range
+from ospq_export.world import SOLO, World
 
 
 def observe(

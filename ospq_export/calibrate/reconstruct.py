@@ -14,7 +14,6 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.bias import correct_biases, corrected_biases
 from ospq_export.calibrate.engine import Learner
 from ospq_export.calibrate.losses import Objective
-from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -24,6 +23,7 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
+from ospq_export.world import SOLO, World
 
 log = logging.getLogger(__name__)
 

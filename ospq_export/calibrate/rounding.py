@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.calibrate.world import SOLO, World
 from ospq_export.graph import quantize as q
 from ospq_export.graph.fused import blocks
 from ospq_export.graph.quantizers import WeightQuantizer
+from ospq_export.world import SOLO, World
 
 
 class SoftRounding:

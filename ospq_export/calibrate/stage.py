@@ -20,7 +20,6 @@ from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
-from ospq_export.calibrate.world import World, joined
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
@@ -31,6 +30,7 @@ from ospq_export.models import ModelSpec, torch_device
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
 from ospq_export.run import Run
+from ospq_export.world import World, joined
 
 _OBSERVATION_BATCH = 64
 _EQUALIZATION_IMAGES = 32

@@ -109,11 +109,14 @@ def run_validate(
     """
     from ospq_export.progress import stage_progress
     from ospq_export.validate import render, validate, write_documents
+    from ospq_export.world import joined
 
     thresholds = _thresholds(run, limits or {})
     given = {key: value for key, value in options.items() if value is not None}
-    with stage_progress(disable=quiet) as progress:
-        report = validate(run, images, thresholds=thresholds, progress=progress, **given)
+    with joined() as world, stage_progress(disable=quiet or world.rank > 0) as progress:
+        report = validate(run, images, thresholds=thresholds, progress=progress, world=world, **given)
+    if world.rank > 0:
+        return report
     page = write_documents(run, report, images)
     console().print(render(report))
     console().print(f"report: {page}", soft_wrap=True)

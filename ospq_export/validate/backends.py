@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ospq_export.errors import InputError
+from ospq_export.world import local_rank
 
 FloatArray = NDArray[np.float32]
 _PROVIDERS = {
@@ -153,7 +154,10 @@ def open_session(
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=[wanted]
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=[wanted],
+            provider_options=[{} if provider == "cpu" else {"device_id": str(local_rank())}],
         )
     except Exception as error:
         # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,25 @@ class FloorMeter:
             self.images[name] += len(images)
             self.flips[name] += int((predictions(logits) != predictions(reference)).sum())
             self.difference[name] += float(np.abs(logits.astype(np.float64) - reference).mean()) * len(images)
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as JSON has it, for another process to absorb."""
+        return {
+            "images": self.images,
+            "flips": self.flips,
+            "difference": self.difference,
+            "skipped": self.skipped,
+        }
+
+    def absorb(self, counts: Mapping[str, Any]) -> None:
+        """Add what the meter of another process counted on other images."""
+        for name in self.images:
+            self.images[name] += counts["images"][name]
+            self.flips[name] += counts["flips"][name]
+            self.difference[name] += counts["difference"][name]
+        for name, reason in counts["skipped"].items():
+            self.skipped.setdefault(name, reason)
+            self.variations.pop(name, None)
 
     def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
         with torch.inference_mode():

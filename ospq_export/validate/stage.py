@@ -31,7 +31,9 @@ from ospq_export.validate.latency import Latency, measure
 from ospq_export.validate.parity import Collector
 from ospq_export.validate.report import Report
 from ospq_export.validate.samples import Samples, locate
+from ospq_export.validate.shards import part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds, default_thresholds
+from ospq_export.world import SOLO, World
 
 if TYPE_CHECKING:
     from ospq_export.data import Batch, ImageSet
@@ -57,6 +59,7 @@ def validate(
     float_type: str = "fp32",
     baseline: Run | None = None,
     progress: Progress | None = None,
+    world: World = SOLO,
 ) -> Report:
     """Run every execution over the same preprocessed tensors and judge the deployed ones against the fake-quantized network.
 
@@ -77,6 +80,7 @@ def validate(
             are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
         progress: where to show a progress bar.
+        world: processes that share the images; the first one judges.
 
     Returns:
         The report, also written to report.json in the run directory.
@@ -85,32 +89,38 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have no labels or too many classes, or the
             baseline's images or classes are others.
     """
-    recipe = run.manifest.recipe
-    limits = thresholds or default_thresholds(recipe.activation_bits, recipe.weight_bits)
     check_preprocessing(run, images.config)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     references = executions.references(float_type)
     count = len(images) if limit is None else min(limit, len(images))
-    samples = Samples(executions, device, count, batch_size, floor_images, code_images)
+    share = share_of(world, count, batch_size)
+    sampled = [part_of(n, len(share), count) for n in (floor_images, code_images)]
+    samples = Samples(executions, device, len(share), batch_size, *sampled)
     everything = [*executions.backends, *others]
-    collector, seconds = _collect(everything, images, batch_size, count, workers, progress, samples)
+    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples)
+    collector, seconds, unreadable = pool(world, collector, seconds, images.skipped, samples)
+    if world.rank > 0:
+        return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
         collector=collector,
         seconds=seconds,
         backends=everything,
         skipped=executions.skipped,
-        unreadable=images.skipped,
+        unreadable=unreadable,
         references=references,
         uncompared=executions.uncompared(float_type),
         floor=None if samples.meter is None else samples.meter.result(),
         locations=locate(run, references, samples.kept, device),
     )
+    recipe = run.manifest.recipe
+    limits = thresholds or default_thresholds(recipe.activation_bits, recipe.weight_bits)
     report = assemble(run, evidence, limits, baseline)
     if latency_batches and samples.first is not None:
         timed = _time(run, everything, samples.first, latency_batches, device)
         report = report.model_copy(update={"latencies": timed})
     write_json(run.path / REPORT, report.model_dump(mode="json"))
+    world.tell(report.model_dump_json())
     return report
 
 
@@ -128,15 +138,15 @@ def _collect(
     executions: Sequence[Backend],
     images: ImageSet,
     batch_size: int,
-    count: int,
+    share: range,
     workers: int,
     progress: Progress | None,
-    samples: Samples | None = None,
+    samples: Samples,
 ) -> tuple[Collector, dict[str, float]]:
-    advance = stepper(progress, "validate", -(-count // batch_size))
-    collector = Collector(count)
+    advance = stepper(progress, "validate", -(-len(share) // batch_size))
+    collector = Collector(len(share))
     seconds = {execution.name: 0.0 for execution in executions}
-    for batch in images.batches(batch_size, range(count), workers):
+    for batch in images.batches(batch_size, share, workers):
         tensors = np.ascontiguousarray(batch.images.numpy())
         logits = {}
         for execution in executions:
@@ -146,8 +156,7 @@ def _collect(
         _check_classes(logits)
         _check_labels(batch, next(iter(logits.values())).shape[1])
         collector.add(logits, batch.labels.numpy(), batch.ids)
-        if samples is not None:
-            samples.add(tensors, logits)
+        samples.add(tensors, logits)
         advance()
     return collector, seconds
 

@@ -1,4 +1,4 @@
-"""The processes that share one calibration, as `torchrun --nproc-per-node N` starts them."""
+"""The processes that share one calibration or one validation, as `torchrun --nproc-per-node N` starts them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ class World:
         """Go on when all processes have come here."""
         self.agree(0)
 
+    def tell(self, text: str) -> list[str]:
+        """Every process's text, in the order of their ranks."""
+        if self.size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        texts = []
+        for owner, length in enumerate(self._all(len(mine))):
+            told = mine if owner == self.rank else torch.empty(length, dtype=torch.uint8)
+            dist.broadcast(told, owner)
+            texts.append(told.numpy().tobytes().decode())
+        return texts
+
     def gather(self, parts: dict[int, list[Tensor]], count: int) -> list[list[Tensor]]:
         """Lists of flat host tensors of which each process holds some; afterwards all of them, in order.
 
@@ -88,6 +100,11 @@ class World:
 SOLO = World()
 
 
+def local_rank() -> int:
+    """This process's place among those of its machine, which is also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
     """The world that torchrun's environment variables describe; of one where there are none.
@@ -98,7 +115,10 @@ def joined() -> Iterator[World]:
     if size == 1 or dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SOLO
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank())
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield World(dist.get_rank(), size)
