@@ -56,7 +56,7 @@ class SliceRecord(_Record):
 
 
 class CandidateRecord(_Record):
-    """A slicing that was tried: the cut points its slices end at, and KL divergences of the logits (nats), trial by trial."""
+    """A slicing that was tried: where its slices end, and how far the class probabilities were off, trial by trial."""
 
     name: str
     ends: list[str]

@@ -3,8 +3,9 @@
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
 is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
 are refined once, block by block; from there each candidate is reconstructed briefly on a part of the calibration images and
-judged by the KL divergence of the network's logits on another part. The best quarter, two at the least, goes into a second,
-longer trial, and the best of that is taken, together with the activation scales that it learned.
+judged on another part by the total variation between the class probabilities of the float and of the quantized network. The best
+quarter, two at the least, goes into a second, longer trial, and the best of that is taken, together with the activation scales
+that it learned.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.artifact import CandidateRecord, SlicingRecord
-from ospq_export.calibrate.losses import kl_divergence
+from ospq_export.calibrate.losses import total_variation
 from ospq_export.calibrate.objective import fisher_weights, objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
@@ -37,7 +38,7 @@ _MIN_ITERATIONS = 20
 # The second trial's steps over the first's.
 _SECOND_RUNG = 1.5
 _PILOT_IMAGES = 256
-_PILOT_ERROR_IMAGES = 32
+_PILOT_ERROR_IMAGES = 24
 _PILOT_REFINEMENT = 16
 # A step costs as much as so many images more, whatever its batch: about what it is on small networks, where it is most.
 _STEP_OVERHEAD = 8
@@ -192,10 +193,10 @@ class _Trials:
             return torch.cat([self.network.module(x.to(self.device)) for x in self.judge.split(64)])
 
     def run(self, candidate: Candidate, iterations: int, batch_size: int) -> tuple[float, list[Tensor]]:
-        """KL divergence of the logits (nats), and the state that was learned."""
+        """Total variation between the class probabilities on the held-out images, and the state that was learned."""
         self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size))
         self.network.set_mode(Mode.QUANTIZE)
-        divergence = float(kl_divergence(self._logits(), self.reference))
+        divergence = float(total_variation(self._logits(), self.reference))
         learned = self.network.state()
         self.network.load_state(self.initial)
         return divergence, learned
