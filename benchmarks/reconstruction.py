@@ -144,7 +144,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     plain = PlainLoop(piece, data, settings, objective.normaliser, device)
     learner = Learner(piece, data, objective, settings, device)
     plain_seconds, seconds = race(plain.step, learner.step, iterations, device, clock_of(args))
-    work = _work(piece, data, learner, settings)
+    work = _work(piece, data.select(slice(0, settings.batch_size)).to(device), learner, settings)
     learner.settle()
     losses = plain.hardened_loss(), judge.error(piece, data, objective)[1] / objective.normaliser
     floor = work.seconds(machine)
@@ -174,8 +174,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     }
 
 
-def _work(piece: torch.fx.GraphModule, data: SliceData, learner: Learner, settings: Reconstruction) -> Any:
-    batch = data.select(slice(0, settings.batch_size)).to(learner.device)
+def _work(piece: torch.fx.GraphModule, batch: SliceData, learner: Learner, settings: Reconstruction) -> Any:
     weights = sum(w.codes.numel() for w in weight_quantizers(piece))
     inputs = (batch.quantized_input[0], batch.images)
     # One step more than the race had: its rate is that of the end of the schedule, next to nothing.
