@@ -151,6 +151,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "calibration_images": run.manifest.calibration.images,
         "slicing": run.manifest.slicing.choice if run.manifest.slicing else "block",
         "equalization": recipe.equalization,
+        "loss": recipe.reconstruction.loss,
         "iterations": recipe.reconstruction.iterations,
         "batch_size": recipe.reconstruction.batch_size,
         "limit": args.limit,
@@ -214,13 +215,14 @@ def table() -> str:
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
         "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
         "agrees with itself when it computes in float64 instead of float32. *logit error*: squared error of the logits over the",
-        "squared float logits, RTN / reconstructed, on 1,000 images. Slicing `block`, seed 0; *eq.*: equalization.",
+        "squared float logits, RTN / reconstructed, on 1,000 images. Slicing `block`, seed 0; *eq.*: equalization; *loss*: that of",
+        "the reconstruction.",
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | eq. | images | steps | float | RTN | fake-quantized | minus float "
+        "| network | bits | eq. | loss | images | steps | float | RTN | fake-quantized | minus float "
         "| ORT off / on | agreement off / on | noise floor | logit error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|" + 14 * "---|",
     ]
     lines += [_row(r) for r in rows]
     machines = sorted(
@@ -245,6 +247,7 @@ def _row(r: dict[str, Any]) -> str:
         r["network"],
         r["bits"].upper(),
         r.get("equalization", "none"),
+        r.get("loss", "normalized"),
         f"{r['images']:,}",
         str(r["iterations"]),
         f"{top1['float']:.2f}",
