@@ -1,0 +1,139 @@
+"""The paper's full recipe on DeiT-S at 224 px: wall time, and the share of it that the floor of its steps would take.
+
+    python benchmarks/paper.py --device cuda
+    python benchmarks/paper.py --device cpu --model-kwargs depth=1 --set reconstruction.iterations=3 calibration_images=64
+
+Random weights and random images: neither changes what has to be computed. Writes benchmarks/paper/DEVICE.json and prints a table,
+slice by slice; the floor is that of benchmarks/floor.py. An interrupted run goes on where it was when --out is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import Machine, Work, synchronize, work_of
+from networks import table
+
+from ospq_export.artifact import write_json
+from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.activations import SliceData, forward
+from ospq_export.calibrate.engine import Learner
+from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.reconstruct import weight_quantizers
+from ospq_export.data import Batch, resolve_data_config
+from ospq_export.graph.quantizers import Mode
+from ospq_export.graph.slicing import Slice, extract
+from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.progress import stage_progress
+from ospq_export.recipes import Reconstruction, load_recipe
+from ospq_export.run import Run
+from ospq_export.validate.report import machine_name
+
+ROWS = Path(__file__).parent / "paper"
+
+
+def floors(run: Run, images: torch.Tensor, device: torch.device) -> list[Work]:
+    """What one step of every slice has to do; images (B, C, H, W) are one batch."""
+    settings: Reconstruction = run.manifest.recipe.reconstruction
+    network = run.quantized_graph()
+    network.module.to(device)
+    tensors: tuple[torch.Tensor, ...] = (images.to(device),)
+    found = []
+    for record in run.manifest.slices:
+        bounds = Slice(record.name, record.start, record.end, tuple(record.received), tuple(record.carried))
+        piece, count = extract(network.module, bounds), len(images)
+        outputs = forward(piece, tensors, Mode.FLOAT, device, count)
+        weights = weight_quantizers(piece)
+        objective = Objective(settings, weights)
+        objective.normalise_by(1.0)
+        learner = Learner(piece, SliceData(tensors, tensors, outputs[0], count), objective, settings, device)
+        elements = sum(w.codes.numel() for w in weights)
+        inputs: Any = (tensors[0], count, *tensors[1:])
+        found.append(work_of(piece, inputs, lambda learner=learner: learner.step(1), elements))
+        learner.settle()
+        tensors = outputs
+    return found
+
+
+def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Calibrate, and set the time of every slice beside its floor."""
+    device = torch.device(args.device)
+    spec = ModelSpec(name=args.model, kwargs=parse_model_kwargs(args.model_kwargs))
+    torch.manual_seed(0)
+    model = create_model(spec)
+    config = resolve_data_config(model, spec, {})
+    recipe = load_recipe("paper-w4a4", args.set)
+    count = recipe.calibration_images
+    images = torch.randn(count, *config.input_size)
+    batch = Batch(images, torch.zeros(count, dtype=torch.int64), [str(i) for i in range(count)])
+    started = time.monotonic()
+    with stage_progress() as progress:
+        run = calibrate(model, spec, batch, config, recipe, out, device=args.device, progress=progress)
+    synchronize(device)
+    wall = time.monotonic() - started
+    machine = Machine.measured(device)
+    steps = recipe.reconstruction.iterations
+    works = floors(run, images[: recipe.reconstruction.batch_size], device)
+    return {
+        "model": f"{args.model} {args.model_kwargs}".strip(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name(),
+        "recipe": recipe.model_dump(mode="json"),
+        "wall_seconds": wall,
+        "slices": [
+            {"name": s.name, "seconds": s.seconds, "floor_seconds": steps * w.seconds(machine)}
+            for s, w in zip(run.manifest.slices, works, strict=True)
+        ],
+    }
+
+
+def page(row: dict[str, Any]) -> str:
+    """Markdown."""
+    slices = row["slices"]
+    cells = [
+        [
+            s["name"],
+            f"{s['seconds']:.1f}",
+            f"{s['floor_seconds']:.1f}",
+            _share(s["floor_seconds"], s["seconds"]),
+        ]
+        for s in slices
+    ]
+    floor = sum(s["floor_seconds"] for s in slices)
+    cells.append(
+        ["whole run", f"{row['wall_seconds']:.1f}", f"{floor:.1f}", _share(floor, row["wall_seconds"])]
+    )
+    lines = [
+        f"{row['model']}, {row['device']}, {row['recipe']['reconstruction']['iterations']:,} steps per slice",
+        "",
+    ]
+    return "\n".join([*lines, table(["slice", "seconds", "floor, seconds", "share"], cells)])
+
+
+def _share(floor: float, seconds: float) -> str:
+    return f"{floor / max(seconds, 1e-9):.0%}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--model-kwargs", default="")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
+    parser.add_argument("--out", type=Path, help="the run directory; by default one that goes afterwards")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        row = measure(args, args.out or Path(folder) / "run")
+    write_json(ROWS / f"{args.device.replace(':', '-')}.json", row)
+    print(page(row))
+
+
+if __name__ == "__main__":
+    main()
