@@ -62,7 +62,9 @@ class World:
         """Every process's text, in the order of their ranks."""
         if self.size == 1:
             return [text]
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        written = bytearray(text.encode())
+        # No tensor can be made of an empty buffer.
+        mine = torch.frombuffer(written or bytearray(1), dtype=torch.uint8)[: len(written)]
         texts = []
         for owner, length in enumerate(self._all(len(mine))):
             told = mine if owner == self.rank else torch.empty(length, dtype=torch.uint8)

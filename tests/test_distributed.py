@@ -145,12 +145,13 @@ def test_alone(monkeypatch):
 
 VALIDATION = """
 import sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ospq_export.cli.validate import run_validate
 from ospq_export.demo import demo_images
 from ospq_export.run import Run
-run = Run.open(sys.argv[1])
+run = Run.open(Path(sys.argv[1]))
 images = demo_images("test", run.manifest.data)
 report = run_validate(run, images, quiet=True, batch_size=40, limit=int(sys.argv[2]), floor_images=100, code_images=8)
 print("verdict of one process:", report.verdict)
