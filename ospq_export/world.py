@@ -120,7 +120,9 @@ def joined() -> Iterator[World]:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(local_rank())
+        # More processes than GPUs may still share the CPU.
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield World(dist.get_rank(), size)
