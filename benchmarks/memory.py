@@ -33,6 +33,8 @@ from ospq_export.recipes import load_recipe
 from ospq_export.validate.report import machine_name
 
 ROWS = Path(__file__).parent / "memory.json"
+# A row takes the place of one with the same model, images and budget.
+KEY = ("model", "images", "budget")
 
 
 class Watch:
@@ -111,14 +113,14 @@ def main() -> None:
     if args.one is not None:
         print(json.dumps(measure(args, args.one)))
         return
-    rows = []
+    rows = json.loads(ROWS.read_text()) if ROWS.is_file() else []
     for budget in args.budgets:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", str(parse_bytes(budget))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(table(rows[-1:]), flush=True)
-    write_json(ROWS, rows)
-    print(table(rows))
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows = [*(r for r in rows if any(r[key] != row[key] for key in KEY)), row]
+        write_json(ROWS, rows)
+    print(table(sorted(rows, key=lambda r: [r[key] for key in KEY])))
 
 
 if __name__ == "__main__":

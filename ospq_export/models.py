@@ -6,7 +6,6 @@ Knows timm; knows nothing of images, graphs or run directories.
 import ast
 import difflib
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -207,14 +206,14 @@ def _written(kwargs: dict[str, Any]) -> str:
 
 
 def torch_device(name: str) -> torch.device:
-    """A torch device by name, tried out; under torchrun "cuda" is the process's own.
+    """A torch device by name, tried out; "cuda" is the process's own, as torchrun numbers them.
 
     Raises:
         InputError: there is no such device, or it does not work on this machine.
     """
     try:
         device = torch.device(name)
-        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        if device == torch.device("cuda"):
             device = torch.device("cuda", local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

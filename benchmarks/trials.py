@@ -1,0 +1,69 @@
+"""What `slicing = "auto"` costs: processor time of its trials over that of the reconstruction that follows, beside the plan.
+
+    python benchmarks/trials.py swin --set reconstruction.iterations=200 pilot.budget=0.6
+
+Both are run in one process, one after the other, on a packaged network at W3A3; the reconstruction is cut into blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from granularity import BITS
+from networks import table
+from results import demo_network
+
+from ospq_export.calibrate.auto import choose_slicing
+from ospq_export.calibrate.objective import objectives
+from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.walk import walk
+from ospq_export.graph.capture import capture
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.slicing import atoms
+from ospq_export.recipes import load_recipe
+from ospq_export.validate.report import machine_name
+
+
+def measure(name: str, overrides: list[str]) -> list[object]:
+    """Network, candidates, planned share, measured share, choice."""
+    network, recipe = demo_network(name), load_recipe("w4a4", ["slicing=auto", *overrides])
+    images = network.calibration.sample(recipe.calibration_images, seed=0).images
+    captured = capture(network.model, network.config.input_size)
+    quantized = insert_quantizers(captured, Bits(*BITS["w3a3"]))
+    observe(quantized, images[: recipe.observation_images], batch_size=32, seed=0)
+    # Any profile does: it moves the cuts of one candidate, which costs the same wherever they are.
+    dominances = dict.fromkeys((atom.end for atom in atoms(captured.graph)), 0.01)
+    cpu = torch.device("cpu")
+    start = time.process_time()
+    _, record = choose_slicing(quantized, captured.graph, recipe, images, dominances, cpu, 0)
+    middle = time.process_time()
+    slices = slicing_of(captured.graph, "block")
+    make = objectives(quantized, slices, images, recipe.reconstruction, cpu, 0)
+    reconstructor = Reconstructor(recipe.reconstruction, cpu)
+    for _ in walk(quantized, slices, images, reconstructor, 0, make_objective=make):
+        continue
+    share = (middle - start) / (time.process_time() - middle)
+    return [network.name, len(record.candidates), f"{record.share:.2f}", f"{share:.2f}", record.choice]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("networks", nargs="*", default=["vit", "swin"])
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [measure(name, args.set) for name in args.networks]
+    print(table(["network", "candidates", "planned share", "measured share", "choice"], rows))
+    print(f"\n{machine_name()}, {args.threads} threads")
+
+
+if __name__ == "__main__":
+    main()
