@@ -250,3 +250,15 @@ def test_command(tmp_path):
         lint(tmp_path / "c.onnx")
     with pytest.raises(InputError, match="not a valid ONNX file"):
         lint(tmp_path / "missing.onnx")
+
+
+def test_shapes_that_contradict_each_other(tmp_path):
+    # ONNX's checker lets this pass; its shape inference does not.
+    path = quantized_linear(tmp_path / "a.onnx")
+    model = onnx.load(str(path))
+    scale = next(t for t in model.graph.initializer if t.dims == [32])
+    model.graph.value_info.append(helper.make_tensor_value_info(scale.name, TensorProto.FLOAT, [7]))
+    onnx.save(model, str(path))
+    onnx.checker.check_model(model)
+    with pytest.raises(InputError, match="contradict each other"):
+        lint(path)

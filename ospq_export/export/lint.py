@@ -51,7 +51,7 @@ def lint(path: Path) -> list[Finding]:
     """All findings in a file, in the file's order within each rule.
 
     Raises:
-        InputError: the file cannot be read as ONNX.
+        InputError: the file cannot be read as ONNX, or contradicts itself.
     """
     import onnx
 

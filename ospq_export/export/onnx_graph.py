@@ -7,14 +7,36 @@ from typing import Any
 
 import numpy as np
 
+from ospq_export.errors import InputError
+
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 # What lies between an operand and its DequantizeLinear without changing values.
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten", "Slice", "Expand")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
+def infer_shapes(model: Any) -> Any:
+    """An `onnx.ModelProto` with the shapes and element types of its inner tensors.
+
+    Raises:
+        InputError: those written down contradict the operators. ONNX's checker does not look at them.
+    """
+    from onnx import shape_inference
+
+    try:
+        return shape_inference.infer_shapes(model)
+    except shape_inference.InferenceError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the ONNX graph's shapes or types contradict each other: {reason}", mend="export it again"
+        ) from error
+
+
 class OnnxGraph:
     """Read-only view of an `onnx.ModelProto`.
+
+    Raises:
+        InputError: its shapes or types contradict each other.
 
     Attributes:
         nodes: in the file's order.
@@ -26,8 +48,6 @@ class OnnxGraph:
     """
 
     def __init__(self, model: Any) -> None:
-        from onnx import shape_inference
-
         self.nodes: list[Any] = list(model.graph.node)
         self.producer: dict[str, Any] = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
@@ -39,7 +59,7 @@ class OnnxGraph:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
         self.outputs = {value.name for value in model.graph.output}
-        inferred = shape_inference.infer_shapes(model).graph
+        inferred = infer_shapes(model).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
         self.shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
         self.shapes |= {name: list(tensor.dims) for name, tensor in self.constants.items()}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
+from ospq_export.export.onnx_graph import infer_shapes
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
@@ -97,10 +98,10 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
 
 def _element_types(proto: Any) -> dict[str, int]:
     """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
-    from onnx import ModelProto, shape_inference
+    from onnx import ModelProto
 
     bare = ModelProto()
     bare.CopyFrom(proto)
     del bare.graph.value_info[:]
-    inferred = shape_inference.infer_shapes(bare).graph.value_info
+    inferred = infer_shapes(bare).graph.value_info
     return {v.name: v.type.tensor_type.elem_type for v in inferred}
