@@ -98,10 +98,23 @@ def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, imag
     assert len({tuple(c.ends) for c in record.candidates}) == len(record.candidates)
 
 
-def test_too_few_images_to_hold_any_out(network, images, dominances):
-    recipe = load_recipe("w4a4", ["slicing=auto", "pilot.held_out=46"])
-    with pytest.raises(InputError, match="hold 46 out"):
-        choose_slicing(observed(network, images), network.graph, recipe, images, dominances, CPU, 0)
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("pilot.held_out=25", "48 images are too few to hold 25 out"),
+        ("pilot.budget=0.01", "1 % of so few steps"),
+    ],
+)
+def test_where_nothing_can_be_tried_blocks_are_taken(network, images, dominances, value, why):
+    recipe = load_recipe("w4a4", ["slicing=auto", "pilot.held_out=16", value])
+    graph, said = observed(network, images), []
+    before = [float(a.scale) for a in graph.activations.values()]
+    slices, record = choose_slicing(graph, network.graph, recipe, images, dominances, CPU, 0, say=said.append)
+    assert slices == slicing_of(network.graph, "block")
+    assert record.choice == "block" and record.share == record.held_out == 0
+    assert [c.divergence for c in record.candidates] == [[]]
+    assert before == [float(a.scale) for a in graph.activations.values()]
+    assert len(said) == 1 and why in said[0]
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from ospq_export.calibrate.objective import fisher_weights, objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
 from ospq_export.calibrate.walk import walk
-from ospq_export.errors import InputError
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.slicing import Slice
@@ -77,6 +76,16 @@ class Plan:
         first, second = self.iterations
         return sum(sizes) * first + _finalists(len(sizes)) * max(sizes) * second
 
+    def summary(self, recipe: Recipe, images: int) -> str:
+        """In a line, what will be tried and what it costs, or why nothing is."""
+        names = ", ".join(c.name for c in self.candidates)
+        if len(self.candidates) > 1:
+            return f"slicing: trying {names}, for {100 * self.share:.0f} % of the reconstruction's time"
+        if not _can_judge(recipe, images):
+            held = recipe.pilot.held_out
+            return f"slicing: {names}; no trials: {images} images are too few to hold {held} out (pilot.held_out)"
+        return f"slicing: {names}; no trials: {100 * recipe.pilot.budget:.0f} % of so few steps pays for none"
+
 
 def _finalists(candidates: int) -> int:
     """How many candidates go into the second trial: few, so that a short run's budget carries many into the first."""
@@ -116,14 +125,18 @@ def candidates_of(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Cand
 
 
 def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
-    """As many candidates, and as long trials, as the budget carries; where it carries no two, the first one untried."""
+    """As many candidates, and as long trials, as the budget carries; where it carries no two, the first one untried.
+
+    Untried as well where half of the images are too few to judge on: trials would learn from next to nothing.
+    """
     settings, judging = recipe.reconstruction, recipe.pilot.held_out / 3
     batch, seen = max(1, settings.batch_size // 4), min(_PILOT_IMAGES, images)
     fisher = float(settings.loss == "fisher")
     full = image_steps(settings, images) + fisher * images
     once = image_steps(_refinement(settings), seen, _PILOT_ERROR_IMAGES) + fisher * seen + judging
     fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
-    for count in range(len(candidates), 1, -1):
+    most = len(candidates) if _can_judge(recipe, images) else 1
+    for count in range(most, 1, -1):
         second = _finalists(count)
         left = recipe.pilot.budget * full - once - fixed * (count + second)
         step = batch + _STEP_OVERHEAD
@@ -134,6 +147,11 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
             spent = once + fixed * (count + second) + steps
             return Plan(list(candidates[:count]), iterations, batch, spent / full)
     return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
+
+
+def _can_judge(recipe: Recipe, images: int) -> bool:
+    left = images - recipe.pilot.held_out
+    return left >= max(recipe.pilot.held_out, recipe.reconstruction.batch_size // 4)
 
 
 def _refinement(settings: Reconstruction) -> Reconstruction:
@@ -217,8 +235,12 @@ def choose_slicing(
     device: torch.device,
     seed: int,
     advance_of: Callable[[int], Callable[[], None]] = lambda _steps: lambda: None,
+    say: Callable[[str], None] = log.info,
 ) -> tuple[list[Slice], SlicingRecord]:
     """Choose the reconstruction granularity by trial; deterministic for a seed.
+
+    Where half of the images are too few to judge trials on, or the budget carries no two trials, the first candidate is taken
+    untried.
 
     Args:
         network: observed; afterwards its activation scales are those that the winner learned in its last trial.
@@ -229,28 +251,18 @@ def choose_slicing(
         device: where the network lies.
         seed: of every trial.
         advance_of: given the number of steps, returns what advances a progress bar by one.
-
-    Raises:
-        InputError: too few calibration images to hold any out.
+        say: told beforehand, in a line, what will be tried and what it costs, or why nothing is.
     """
-    held = recipe.pilot.held_out
-    if len(images) < held + recipe.reconstruction.batch_size // 4 + 1:
-        raise InputError(
-            f"{len(images)} calibration images, of which the trials hold {held} out",
-            where="pilot.held_out",
-            mend="give more images, lower pilot.held_out, or name a granularity: --set slicing=block",
-        )
-    candidates = candidates_of(graph, dominances)
-    chosen = plan(recipe, len(images), candidates)
-    names = ", ".join(c.name for c in chosen.candidates)
-    log.info("trying %s: %.0f %% of the full run", names, 100 * chosen.share)
+    chosen = plan(recipe, len(images), candidates_of(graph, dominances))
+    say(chosen.summary(recipe, len(images)))
     if len(chosen.candidates) == 1:
-        winner, records = chosen.candidates[0], [_record(chosen.candidates[0], [])]
+        winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0], [])], 0
     else:
         advance, block = advance_of(chosen.steps), slicing_of(graph, "block")
         trials = _Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
         winner, records, state = _two_rungs(trials, chosen)
         network.load_state(state, scales_only=True)
+        held = recipe.pilot.held_out
     record = SlicingRecord(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
     )

@@ -145,6 +145,7 @@ class Job:
                 self.device,
                 self.seed,
                 lambda steps: stepper(self.progress, "choose slicing", steps),
+                self._say,
             )
             artifact.write_tensors(pilot, quantizer_tensors(activations), {"record": found.model_dump_json()})
         self.options.world.wait()
@@ -158,6 +159,11 @@ class Job:
         )
         self._take(slices, captured, record)
         self.load(activations, tensors, pilot)
+
+    def _say(self, line: str) -> None:
+        log.info("%s", line)
+        if self.progress is not None:
+            self.progress.console.print(line)
 
     def _take(
         self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None
@@ -198,10 +204,8 @@ class Job:
         settings, seconds = self.manifest.recipe.reconstruction, self.options.seconds_per_image
         cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
         check_budget(cost, store.budget)
-        log.info("%s", cost.summary(store.budget))
+        self._say(cost.summary(store.budget))
         self.options.events("cost", {**cost.record(), "budget": store.budget})
-        if self.progress is not None:
-            self.progress.console.print(cost.summary(store.budget))
         store.hold(images)
         return store
 
