@@ -7,7 +7,9 @@ import torch
 from conftest import calibrated_demo
 
 from ospq_export import artifact
+from ospq_export.calibrate import auto
 from ospq_export.calibrate.auto import choose_slicing, image_steps, plan
+from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.outlier_slicing import cut_dominance
 from ospq_export.calibrate.profile import outlier_profile
@@ -115,6 +117,17 @@ def test_where_nothing_can_be_tried_blocks_are_taken(network, images, dominances
     assert [c.divergence for c in record.candidates] == [[]]
     assert before == [float(a.scale) for a in graph.activations.values()]
     assert len(said) == 1 and why in said[0]
+
+
+def test_slices_too_large_for_the_device_are_not_tried(network, images, dominances, monkeypatch):
+    whole = step_bytes(network.graph, slicing_of(network.graph, "model"), 16)
+    blocks = step_bytes(network.graph, slicing_of(network.graph, "block"), 16)
+    assert blocks < 0.8 * whole
+    monkeypatch.setattr(auto, "total_memory", lambda device: 2 * whole - 2)
+    recipe, graph = load_recipe("w4a4", SHORT), observed(network, images)
+    _, record = choose_slicing(graph, network.graph, recipe, images, dominances, CPU, 0)
+    names = {c.name for c in record.candidates}
+    assert {"block", "atom"} <= names and "model" not in names
 
 
 @pytest.mark.slow

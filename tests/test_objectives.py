@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ospq_export.calibrate import objective
 from ospq_export.calibrate.activations import SliceData, forward, rows_of
 from ospq_export.calibrate.bias import correct_biases
+from ospq_export.calibrate.cost import kept_bytes_per_image
 from ospq_export.calibrate.losses import Objective, channel_weight, kl_divergence
 from ospq_export.calibrate.objective import channel_axis, fisher_weights, objectives
 from ospq_export.calibrate.observe import observe
@@ -54,6 +56,18 @@ def test_channels_lie_second_only_where_a_convolution_reads_them():
     nodes = {n.name: n for n in convnext.graph.nodes}
     ends = [s.end for s in slicing_of(convnext.graph, "block")]
     assert channel_axis(nodes[ends[0]]) == 1 and channel_axis(nodes[ends[-1]]) == -1
+
+
+def test_fisher_weights_do_not_depend_on_the_batches_that_memory_allows(
+    small_vit, observed_vit, noise, monkeypatch
+):
+    ends = [s.end for s in slicing_of(small_vit.graph, "block")]
+    whole = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
+    assert kept_bytes_per_image(small_vit.graph) > 2
+    monkeypatch.setattr(objective, "_FISHER_BYTES", 3 * kept_bytes_per_image(small_vit.graph))
+    parts = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
+    for name in ends:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 
 
 def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.artifact import CandidateRecord, SlicingRecord
+from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.losses import total_variation
+from ospq_export.calibrate.memory import total_memory
 from ospq_export.calibrate.objective import fisher_weights, objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
@@ -149,6 +151,14 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
 
 
+def _fitting(
+    candidates: Sequence[Candidate], graph: fx.Graph, batch_size: int, device: torch.device
+) -> Sequence[Candidate]:
+    """Those whose largest slice can be learned in half of the device's memory; of what is free now no result may depend."""
+    most = total_memory(device) // 2
+    return [c for c in candidates if step_bytes(graph, c.slices, batch_size) <= most] or candidates[:1]
+
+
 def _can_judge(recipe: Recipe, images: int) -> bool:
     left = images - recipe.pilot.held_out
     return left >= max(recipe.pilot.held_out, recipe.reconstruction.batch_size // 4)
@@ -239,8 +249,8 @@ def choose_slicing(
 ) -> tuple[list[Slice], SlicingRecord]:
     """Choose the reconstruction granularity by trial; deterministic for a seed.
 
-    Where half of the images are too few to judge trials on, or the budget carries no two trials, the first candidate is taken
-    untried.
+    Candidates with a slice too large for the device are left out. Where half of the images are too few to judge trials on, or the
+    budget carries no two trials, the first candidate is taken untried.
 
     Args:
         network: observed; afterwards its activation scales are those that the winner learned in its last trial.
@@ -253,7 +263,8 @@ def choose_slicing(
         advance_of: given the number of steps, returns what advances a progress bar by one.
         say: told beforehand, in a line, what will be tried and what it costs, or why nothing is.
     """
-    chosen = plan(recipe, len(images), candidates_of(graph, dominances))
+    fitting = _fitting(candidates_of(graph, dominances), graph, recipe.reconstruction.batch_size, device)
+    chosen = plan(recipe, len(images), fitting)
     say(chosen.summary(recipe, len(images)))
     if len(chosen.candidates) == 1:
         winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0], [])], 0

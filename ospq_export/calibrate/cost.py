@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from ospq_export.errors import InputError
-from ospq_export.graph.slicing import Slice
+from ospq_export.graph.slicing import Slice, nodes_between
 from ospq_export.recipes import Reconstruction
 
 # A learning step costs a fake-quantized forward pass and a backward pass of about twice its work; a float forward pass over
@@ -59,8 +60,34 @@ def _duration(seconds: float) -> str:
 def bytes_per_image(graph: fx.Graph, name: str) -> int:
     """float32 bytes that a cut's tensor takes for one image."""
     nodes = {n.name: n for n in graph.nodes}
+    return _image_bytes(graph, [nodes[name]])
+
+
+def kept_bytes_per_image(graph: fx.Graph, piece: Slice | None = None) -> int:
+    """float32 bytes that a forward pass keeps for the backward pass, for one image.
+
+    Args:
+        graph: captured.
+        piece: the part that is run; None means the whole network.
+
+    Returns:
+        Every operator's result counts once, but those that share the memory of what they were made from.
+    """
+    nodes = list(graph.nodes) if piece is None else nodes_between(graph, piece.start, piece.end)
+    results = [n for n in nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
+    return _image_bytes(
+        graph, [n for n in results if isinstance(n.target, OpOverload) and not n.target.is_view]
+    )
+
+
+def step_bytes(graph: fx.Graph, slices: Sequence[Slice], batch_size: int) -> int:
+    """About what the largest slice's optimisation step takes: what autograd keeps, and as much in fake-quantized copies."""
+    return 2 * batch_size * max(kept_bytes_per_image(graph, s) for s in slices)
+
+
+def _image_bytes(graph: fx.Graph, nodes: Sequence[fx.Node]) -> int:
     batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
-    return 4 * int(nodes[name].meta["val"].numel() // batch)
+    return sum(4 * int(n.meta["val"].numel() // batch) for n in nodes)
 
 
 def cost_of(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ospq_export.calibrate.cost import kept_bytes_per_image
 from ospq_export.calibrate.losses import Objective, channel_weight
 from ospq_export.calibrate.reconstruct import weight_quantizers
 from ospq_export.calibrate.walk import MakeObjective
@@ -19,6 +20,8 @@ from ospq_export.recipes import Reconstruction
 
 aten = torch.ops.aten
 _FISHER_BATCH = 32
+# Autograd keeps the whole network's activations of a batch: of large networks at large sizes the batch is smaller.
+_FISHER_BYTES = 1 << 30
 # What the classifier does not look at still has to look roughly like itself to what comes between.
 _FISHER_FLOOR = 0.05
 
@@ -101,7 +104,8 @@ def fisher_weights(
     generator = torch.Generator().manual_seed(seed)
     network.set_mode(Mode.FLOAT)
     sums: dict[str, Tensor | float] = dict.fromkeys(ends, 0.0)
-    for batch in images.split(_FISHER_BATCH):
+    most = _FISHER_BYTES // max(1, kept_bytes_per_image(network.module.graph))
+    for batch in images.split(max(1, min(_FISHER_BATCH, most))):
         keeper = _Keeper(network.module, sums)
         logits = keeper.run(batch.to(device).requires_grad_(True))
         labels = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)

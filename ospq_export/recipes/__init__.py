@@ -67,7 +67,9 @@ class Pilot(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: float = Field(gt=0, le=1, description="cost of all trials, as a share of the full reconstruction")
-    held_out: int = Field(ge=1, description="calibration images the trials are judged on, at most half of all")
+    held_out: int = Field(
+        ge=1, description="calibration images the trials are judged on, at most half of all"
+    )
 
 
 class Recipe(BaseModel):
