@@ -215,14 +215,14 @@ def table() -> str:
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
         "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
         "agrees with itself when it computes in float64 instead of float32. *logit error*: squared error of the logits over the",
-        "squared float logits, RTN / reconstructed, on 1,000 images. Slicing `block`, seed 0; *eq.*: equalization; *loss*:",
-        "what reconstruction lowers.",
+        "squared float logits, RTN / reconstructed, on 1,000 images. Seed 0; *slices*: the granularity that `auto` chose",
+        "(`block` where so few steps pay for no trials); *eq.*: equalization; *loss*: what reconstruction lowers.",
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | eq. | loss | images | steps | float | RTN | fake-quantized | minus float "
+        "| network | bits | slices | eq. | loss | images | steps | float | RTN | fake-quantized | minus float "
         "| ORT off / on | agreement off / on | noise floor | logit error |",
-        "|" + 14 * "---|",
+        "|" + 15 * "---|",
     ]
     lines += [_row(r) for r in rows]
     machines = sorted(
@@ -246,6 +246,7 @@ def _row(r: dict[str, Any]) -> str:
     cells = [
         r["network"],
         r["bits"].upper(),
+        r["slicing"],
         r.get("equalization", "none"),
         r.get("loss", "normalized"),
         f"{r['images']:,}",

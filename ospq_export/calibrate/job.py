@@ -159,6 +159,8 @@ class Job:
         )
         self._take(slices, captured, record)
         self.load(activations, tensors, pilot)
+        if record.share:
+            self._say(f"slicing: {record.choice} did best")
 
     def _say(self, line: str) -> None:
         log.info("%s", line)
