@@ -260,5 +260,5 @@ def test_shapes_that_contradict_each_other(tmp_path):
     model.graph.value_info.append(helper.make_tensor_value_info(scale.name, TensorProto.FLOAT, [7]))
     onnx.save(model, str(path))
     onnx.checker.check_model(model)
-    with pytest.raises(InputError, match="contradict each other"):
+    with pytest.raises(InputError, match=r"contradict each other.*a\.onnx"):
         lint(path)

@@ -62,10 +62,15 @@ def test_fisher_weights_do_not_depend_on_the_batches_that_memory_allows(
     small_vit, observed_vit, noise, monkeypatch
 ):
     ends = [s.end for s in slicing_of(small_vit.graph, "block")]
+    batches = []
+    run = objective._Keeper.run
+    monkeypatch.setattr(objective._Keeper, "run", lambda s, x: batches.append(len(x)) or run(s, x))
     whole = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
-    assert kept_bytes_per_image(small_vit.graph) > 2
-    monkeypatch.setattr(objective, "_FISHER_BYTES", 3 * kept_bytes_per_image(small_vit.graph))
+    kept = kept_bytes_per_image(small_vit.graph)
+    assert kept == kept_bytes_per_image(observed_vit.module.graph)
+    monkeypatch.setattr(objective, "_FISHER_BYTES", 3 * kept)
     parts = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
+    assert batches == [8, 3, 3, 2]
     for name in ends:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 

@@ -38,7 +38,7 @@ def available_memory() -> int:
     try:
         return _kib(Path("/proc/meminfo"))["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total_memory(torch.device("cpu"))
 
 
 def total_memory(device: torch.device) -> int:

@@ -62,7 +62,7 @@ def lint(path: Path) -> list[Finding]:
         # protobuf, the checker and the file system each raise their own types.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"not a valid ONNX file: {reason}", where=path, mend="export it again") from error
-    graph = OnnxGraph(model)
+    graph = OnnxGraph(model, path)
     return [finding for rule in RULES for finding in rule(graph)]
 
 

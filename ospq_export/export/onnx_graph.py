@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Fl
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
-def infer_shapes(model: Any) -> Any:
+def infer_shapes(model: Any, where: Path | None = None) -> Any:
     """An `onnx.ModelProto` with the shapes and element types of its inner tensors.
+
+    Args:
+        model: an `onnx.ModelProto`.
+        where: the file that it was read from, for the error.
 
     Raises:
         InputError: those written down contradict the operators. ONNX's checker does not look at them.
@@ -28,12 +33,18 @@ def infer_shapes(model: Any) -> Any:
     except shape_inference.InferenceError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"the ONNX graph's shapes or types contradict each other: {reason}", mend="export it again"
+            f"the ONNX graph's shapes or types contradict each other: {reason}",
+            where=where,
+            mend="export it again",
         ) from error
 
 
 class OnnxGraph:
     """Read-only view of an `onnx.ModelProto`.
+
+    Args:
+        model: an `onnx.ModelProto`.
+        where: the file that it was read from, for the error.
 
     Raises:
         InputError: its shapes or types contradict each other.
@@ -47,7 +58,7 @@ class OnnxGraph:
         dtypes: inferred element types by tensor name.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, where: Path | None = None) -> None:
         self.nodes: list[Any] = list(model.graph.node)
         self.producer: dict[str, Any] = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
@@ -59,7 +70,7 @@ class OnnxGraph:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
         self.outputs = {value.name for value in model.graph.output}
-        inferred = infer_shapes(model).graph
+        inferred = infer_shapes(model, where).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
         self.shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
         self.shapes |= {name: list(tensor.dims) for name, tensor in self.constants.items()}

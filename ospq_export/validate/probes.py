@@ -82,7 +82,7 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
     half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
         n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
     )
-    known = _element_types(proto)
+    known = _element_types(proto, path)
     for name in present:
         kind = known.get(name, TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT)
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
@@ -96,12 +96,12 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
     return Probed(run, frozenset(present), logits, half, size if isinstance(size, int) else None)
 
 
-def _element_types(proto: Any) -> dict[str, int]:
+def _element_types(proto: Any, path: Path) -> dict[str, int]:
     """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
     from onnx import ModelProto
 
     bare = ModelProto()
     bare.CopyFrom(proto)
     del bare.graph.value_info[:]
-    inferred = infer_shapes(bare).graph.value_info
+    inferred = infer_shapes(bare, path).graph.value_info
     return {v.name: v.type.tensor_type.elem_type for v in inferred}
