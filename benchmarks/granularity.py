@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from networks import table as markdown
-from results import HERE, Network, demo_network, finished_run, own_network
+from results import HERE, Network, correct, demo_network, finished_run, own_network
 from safetensors.torch import save_file
 
 from ospq_export.artifact import write_json
@@ -38,7 +38,6 @@ from ospq_export.models import create_model
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
-from ospq_export.validate.parity import topk_accuracy
 from ospq_export.validate.report import machine_name
 
 ROWS = HERE / "granularity"
@@ -79,13 +78,7 @@ def twin(network: Network, folder: Path) -> Network:
 
 def top1(run: Run, network: Network) -> float:
     """Top-1 (percent) of the fake-quantized network on all validation images."""
-    module = run.fake_quant_network()
-    logits, labels = [], []
-    with torch.inference_mode():
-        for batch in network.validation.batches(100):
-            logits.append(module(batch.images))
-            labels.append(batch.labels)
-    return topk_accuracy(torch.cat(logits).numpy(), torch.cat(labels).numpy(), 1)
+    return float(correct(run.fake_quant_network(), network, len(network.validation)).mean() * 100)
 
 
 def measure(

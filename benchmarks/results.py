@@ -35,9 +35,9 @@ from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
 from ospq_export.validate import validate
-from ospq_export.validate.parity import topk_accuracy
 from ospq_export.validate.report import machine_name
 from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.statistics import BoolArray, mcnemar
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -99,15 +99,26 @@ def nearest_network(network: Network, run: Run) -> torch.nn.Module:
     return graph.module
 
 
-def top1_of(module: torch.nn.Module, network: Network, limit: int | None) -> float:
-    """Top-1 in percent on the first validation images."""
-    count = len(network.validation) if limit is None else min(limit, len(network.validation))
-    logits, labels = [], []
+def correct(module: torch.nn.Module, network: Network, count: int) -> BoolArray:
+    """Which of the first validation images a network classifies correctly."""
+    found = []
     with torch.inference_mode():
         for batch in network.validation.batches(100, range(count)):
-            logits.append(module(batch.images))
-            labels.append(batch.labels)
-    return topk_accuracy(torch.cat(logits).numpy(), torch.cat(labels).numpy(), 1)
+            found.append(module(batch.images).argmax(1) == batch.labels)
+    return torch.cat(found).numpy()
+
+
+def beside_nearest(network: Network, run: Run, count: int) -> dict[str, Any]:
+    """Nearest rounding and the reconstructed network over the same first validation images."""
+    nearest = nearest_network(network, run)
+    plain, learned = (correct(m, network, count) for m in (nearest, run.fake_quant_network()))
+    test = mcnemar(plain, learned)
+    return {
+        "round_to_nearest": float(plain.mean() * 100),
+        "round_to_nearest_images": count,
+        "mcnemar": {"lost": test.only_reference, "won": test.only_deployed, "p_value": test.p_value},
+        "logit_error": logit_errors(network, run, nearest),
+    }
 
 
 def logit_errors(network: Network, run: Run, nearest: torch.nn.Module, count: int = 1000) -> dict[str, float]:
@@ -140,7 +151,6 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         wanted = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED)
         backends = wanted if known is None else wanted[1:]
         report = validate(run, network.validation, backends=backends, limit=args.limit, progress=progress)
-    nearest = nearest_network(network, run)
     top1 = {b.name: b.top1 for b in report.backends}
     if known is not None:
         top1[FLOAT] = known
@@ -157,11 +167,9 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "limit": args.limit,
         "float_sha256": run.manifest.files[FLOAT_TENSORS],
         "top1": top1,
-        "round_to_nearest": top1_of(nearest, network, args.rtn_limit or args.limit),
-        "round_to_nearest_images": min(args.rtn_limit or report.images, report.images),
         "agreement": {c.deployed: c.agreement for c in report.comparisons},
         "noise_floor": noise_floor(run, network),
-        "logit_error": logit_errors(network, run, nearest),
+        **beside_nearest(network, run, min(args.rtn_limit or report.images, report.images)),
         "parity": bool(report.verdict),
         "reconstruction_seconds": round(sum(s.seconds for s in run.manifest.slices)),
         "slices": [
@@ -214,15 +222,16 @@ def table() -> str:
         "Top-1 in percent. *RTN*: round to nearest with the very ranges that the search found. *ORT*: the",
         "exported QDQ ONNX file in ONNX Runtime on the CPU, graph optimisations off / on. *agreement*: images on which ORT and",
         "the fake-quantized network predict the same class. *noise floor*: images (of 300) on which the fake-quantized network",
-        "agrees with itself when it computes in float64 instead of float32. *logit error*: squared error of the logits over the",
+        "agrees with itself when it computes in float64 instead of float32. *won / lost (p)*: images that only the reconstructed",
+        "network or only RTN classifies correctly, and McNemar's exact p. *logit error*: squared error of the logits over the",
         "squared float logits, RTN / reconstructed, on 1,000 images. Seed 0; *slices*: the granularity that `auto` chose",
         "(`block` where so few steps pay for no trials); *eq.*: equalization; *loss*: what reconstruction lowers.",
         "",
         "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
         "",
-        "| network | bits | slices | eq. | loss | images | steps | float | RTN | fake-quantized | minus float "
-        "| ORT off / on | agreement off / on | noise floor | logit error |",
-        "|" + 15 * "---|",
+        "| network | bits | slices | eq. | loss | images | steps | float | RTN | fake-quantized | won / lost (p) "
+        "| minus float | ORT off / on | agreement off / on | noise floor | logit error |",
+        "|" + 16 * "---|",
     ]
     lines += [_row(r) for r in rows]
     machines = sorted(
@@ -254,6 +263,7 @@ def _row(r: dict[str, Any]) -> str:
         f"{top1['float']:.2f}",
         f"{r['round_to_nearest']:.2f}" + _subset(r),
         f"{top1['fake_quant']:.2f}",
+        _paired(r.get("mcnemar")),
         f"{top1['fake_quant'] - top1['float']:+.2f}",
         f"{top1[off]:.2f} / {top1[on]:.2f}",
         f"{agree[off]:.2f} / {agree[on]:.2f}",
@@ -263,6 +273,10 @@ def _row(r: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _paired(test: dict[str, float] | None) -> str:
+    return "" if test is None else f"{test['won']} / {test['lost']} ({test['p_value']:.2g})"
+
+
 def _errors(errors: dict[str, float] | None) -> str:
     return "" if errors is None else f"{errors['round_to_nearest']:.2g} / {errors['fake_quant']:.2g}"
 
@@ -270,8 +284,8 @@ def _errors(errors: dict[str, float] | None) -> str:
 def complete(path: Path, network: Network, folder: Path) -> None:
     """Add to an older row what it lacks, where its run is still at hand."""
     row, run = json.loads(path.read_text()), finished_run(folder)
-    if "logit_error" not in row and run and run.manifest.files[FLOAT_TENSORS] == row["float_sha256"]:
-        write_json(path, row | {"logit_error": logit_errors(network, run, nearest_network(network, run))})
+    if "mcnemar" not in row and run and run.manifest.files[FLOAT_TENSORS] == row["float_sha256"]:
+        write_json(path, row | beside_nearest(network, run, row["round_to_nearest_images"]))
 
 
 def main() -> None:

@@ -12,17 +12,15 @@ import time
 
 import torch
 from granularity import BITS
-from networks import table
+from networks import quantize, table
 from results import demo_network
 
 from ospq_export.calibrate.auto import choose_slicing
 from ospq_export.calibrate.objective import objectives
-from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct import Reconstructor
 from ospq_export.calibrate.walk import walk
-from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import Bits
 from ospq_export.graph.slicing import atoms
 from ospq_export.recipes import load_recipe
 from ospq_export.validate.report import machine_name
@@ -32,9 +30,9 @@ def measure(name: str, overrides: list[str]) -> list[object]:
     """Network, candidates, planned share, measured share, choice."""
     network, recipe = demo_network(name), load_recipe("w4a4", ["slicing=auto", *overrides])
     images = network.calibration.sample(recipe.calibration_images, seed=0).images
-    captured = capture(network.model, network.config.input_size)
-    quantized = insert_quantizers(captured, Bits(*BITS["w3a3"]))
-    observe(quantized, images[: recipe.observation_images], batch_size=32, seed=0)
+    observed = images[: recipe.observation_images]
+    prepared = quantize(network.spec, network.config.input_size, Bits(*BITS["w3a3"]), observed)
+    captured, quantized = prepared.captured, prepared.network
     # Any profile does: it moves the cuts of one candidate, which costs the same wherever they are.
     dominances = dict.fromkeys((atom.end for atom in atoms(captured.graph)), 0.01)
     cpu = torch.device("cpu")
