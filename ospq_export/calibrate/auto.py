@@ -171,8 +171,10 @@ def _refinement(settings: Reconstruction) -> Reconstruction:
     )
 
 
-def _trial(settings: Reconstruction, iterations: int, batch_size: int) -> Reconstruction:
-    rate = min(_TRIAL_RATE, max(1.0, settings.iterations / max(iterations, 1)))
+def _trial(
+    settings: Reconstruction, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
+) -> Reconstruction:
+    rate = min(most_rate, max(1.0, settings.iterations / max(iterations, 1)))
     changes = {
         "learning_rate_rounding": rate * settings.learning_rate_rounding,
         "learning_rate_scale": rate**0.5 * settings.learning_rate_scale,
@@ -184,8 +186,19 @@ def _trial(settings: Reconstruction, iterations: int, batch_size: int) -> Recons
     return settings.model_copy(update=changes)
 
 
-class _Trials:
-    """Runs trials; every one starts from the observed network with its activation scales refined block by block."""
+class Trials:
+    """Runs trials; every one starts from the observed network with its activation scales refined block by block.
+
+    Args:
+        network: observed.
+        block: its block slicing.
+        candidates: all that are going to be tried.
+        recipe: says how many images are held out, and how slices are learned.
+        images: float32 (N, C, H, W), normalised.
+        device: where the network lies.
+        seed: of every trial.
+        advance: called after every step.
+    """
 
     def __init__(
         self,
@@ -196,7 +209,7 @@ class _Trials:
         images: Tensor,
         device: torch.device,
         seed: int,
-        advance: Callable[[], None],
+        advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.network, self.recipe, self.device, self.seed, self.advance = (
             network,
@@ -220,9 +233,18 @@ class _Trials:
         with torch.no_grad():
             return torch.cat([self.network.module(x.to(self.device)) for x in self.judge.split(64)])
 
-    def run(self, candidate: Candidate, iterations: int, batch_size: int) -> tuple[float, list[Tensor]]:
-        """Total variation between the class probabilities on the held-out images, and the state that was learned."""
-        self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size))
+    def run(
+        self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
+    ) -> tuple[float, list[Tensor]]:
+        """Total variation between the class probabilities on the held-out images, and the state that was learned.
+
+        Args:
+            candidate: one of those that were announced.
+            iterations: per slice.
+            batch_size: images per step.
+            most_rate: by which the learning rate of the rounding is raised at most; that of the scales by its root.
+        """
+        self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size, most_rate))
         self.network.set_mode(Mode.QUANTIZE)
         divergence = float(total_variation(self._logits(), self.reference))
         learned = self.network.state()
@@ -270,7 +292,7 @@ def choose_slicing(
         winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0], [])], 0
     else:
         advance, block = advance_of(chosen.steps), slicing_of(graph, "block")
-        trials = _Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
+        trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
         winner, records, state = _two_rungs(trials, chosen)
         network.load_state(state, scales_only=True)
         held = recipe.pilot.held_out
@@ -280,7 +302,7 @@ def choose_slicing(
     return winner.slices, record
 
 
-def _two_rungs(trials: _Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
+def _two_rungs(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
     scores: dict[str, list[float]] = {}
     for candidate in plan.candidates:
         scores[candidate.name] = [trials.run(candidate, plan.iterations[0], plan.batch_size)[0]]

@@ -1,0 +1,67 @@
+"""How a trial's length, batch and learning rate change the order of the granularities that `slicing = "auto"` tries.
+
+    python benchmarks/horizon.py RUN --candidates atom block blocks:2 --trials 20:8:4 60:8:4
+    python benchmarks/horizon.py RUN --data calib ...       # not a packaged network: its calibration images
+
+RUN is a finished run, whose network (equalized, where its recipe says so) and bits are taken; a trial is steps:batch:rate, where
+rate is what the learning rate is raised by at most. Prints the total variation on the held-out images, as `auto` sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from networks import table
+
+from ospq_export.calibrate.auto import Candidate, Trials
+from ospq_export.calibrate.observe import observe
+from ospq_export.data import ImageSet
+from ospq_export.demo import demo_images
+from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.run import Run
+from ospq_export.validate.report import machine_name
+
+
+def prepare(run: Run, data: Path | None, names: list[str]) -> tuple[Trials, list[Candidate]]:
+    """The trials as `calibrate` would run them with the run's recipe and all of its images."""
+    manifest = run.manifest
+    recipe, config, seed = manifest.recipe, manifest.data, manifest.calibration.seed
+    found = demo_images("calibration", config) if data is None else ImageSet.from_folder(data, config)
+    images = found.sample(recipe.calibration_images, seed=seed).images
+    captured = run.captured()
+    bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+    network = insert_quantizers(captured, bits)
+    observe(network, images[: recipe.observation_images], batch_size=64, seed=seed)
+    candidates = [Candidate(name, slicing_of(captured.graph, name)) for name in names]
+    block = slicing_of(captured.graph, "block")
+    cpu = torch.device("cpu")
+    return Trials(network, block, candidates, recipe, images, cpu, seed), candidates
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, help="calibration images; left out for a packaged network")
+    parser.add_argument("--candidates", nargs="+", default=["atom", "block", "blocks:2", "model"])
+    parser.add_argument("--trials", nargs="+", default=["20:8:4", "60:8:4"], help="steps:batch:rate")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    trials, candidates = prepare(Run.open(args.run), args.data, args.candidates)
+    rows = []
+    for text in args.trials:
+        steps, batch, rate = text.split(":")
+        found = [trials.run(c, int(steps), int(batch), float(rate))[0] for c in candidates]
+        rows.append([steps, batch, rate, *(f"{score:.4f}" for score in found)])
+        print(table(["steps", "batch", "rate", *args.candidates], rows), flush=True)
+    print(machine_name())
+
+
+if __name__ == "__main__":
+    main()
