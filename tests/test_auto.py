@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 VALUES = ["slicing=auto", "pilot.held_out=16", "pilot.budget=0.5"]
 SHORT = [
     *VALUES,
-    *("reconstruction.iterations=200", "reconstruction.batch_size=16", "reconstruction.refinement_images=0"),
+    *("reconstruction.iterations=400", "reconstruction.batch_size=16", "reconstruction.refinement_images=0"),
 ]
 
 
@@ -66,7 +66,7 @@ def test_trials_stay_within_their_budget():
         found = plan(chosen, 1024, [object()] * 8)
         assert found.share <= budget
         if len(found.candidates) > 1:
-            assert min(found.iterations) >= 20
+            assert found.iterations >= 60
             assert found.share > 0.5 * budget, "what is allowed is used"
     assert len(found.candidates) >= 1
     assert image_steps(recipe.reconstruction, 1024) > 500 * 32
@@ -90,12 +90,11 @@ def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, imag
         codes = [w.codes for w in graph.weights.values()]
         old = dict(zip(map(id, [t for t, _ in graph._live()]), before, strict=True))
         assert all(torch.equal(c, old[id(c)]) for c in codes), "weights start from nearest codes again"
-        assert 0 < len(steps) <= steps[0]
+        assert 0 < len(steps) == steps[0]
     assert results[0] == results[1]
     assert record.choice in {c.name for c in record.candidates} and len(record.candidates) >= 3
-    finalists = [c for c in record.candidates if len(c.divergence) == 2]
-    assert min(finalists, key=lambda c: c.divergence[1]).name == record.choice
-    assert all(d > 0 for c in record.candidates for d in c.divergence)
+    assert min(record.candidates, key=lambda c: c.divergence).name == record.choice
+    assert all(len(c.divergence) == 1 and c.divergence[0] > 0 for c in record.candidates)
     assert 0 < record.share <= 0.5 and record.held_out == 16
     assert len({tuple(c.ends) for c in record.candidates}) == len(record.candidates)
 
@@ -135,7 +134,7 @@ def test_a_run_records_its_slicing_and_resumes_after_the_trials(tmp_path):
     overrides = [
         "calibration_images=48",
         "reconstruction.batch_size=16",
-        "reconstruction.iterations=60",
+        "reconstruction.iterations=150",
         *VALUES,
     ]
     overrides += ["reconstruction.refinement_images=0"]

@@ -2,10 +2,10 @@
 
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
 is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
-are refined once, block by block; from there each candidate is reconstructed briefly on a part of the calibration images and
-judged on another part by the total variation between the class probabilities of the float and of the quantized network. The best
-quarter, two at the least, goes into a second, longer trial, and the best of that is taken, together with the activation scales
-that it learned.
+are refined once, block by block; from there each candidate is reconstructed on a part of the calibration images and judged on
+another part by the total variation between the class probabilities of the float and of the quantized network. The best is taken,
+together with the activation scales that it learned. Trials are long before they are many: in short ones fine slices are ahead of
+those that would overtake them later (docs/granularity.md has the measurement).
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ log = logging.getLogger(__name__)
 
 OUTLIER_AWARE = "outlier-aware"
 # Where the budget does not carry all candidates, those first in this list are tried.
-_PREFERENCE = ("block", "atom", OUTLIER_AWARE, "blocks:2", "stage", "blocks:4", "model", "layer")
-_MIN_ITERATIONS = 20
-# The second trial's steps over the first's.
-_SECOND_RUNG = 1.5
+_PREFERENCE = ("block", "atom", "blocks:2", OUTLIER_AWARE, "stage", "blocks:4", "model", "layer")
+# Fewer steps do not know the order of the finished networks.
+_MIN_ITERATIONS = 60
 _PILOT_IMAGES = 256
 _PILOT_ERROR_IMAGES = 24
 _PILOT_REFINEMENT = 16
@@ -61,22 +60,20 @@ class Plan:
 
     Attributes:
         candidates: those that are tried.
-        iterations: per slice, in the first and the second trial.
+        iterations: per slice and trial.
         batch_size: of the trials.
         share: cost of all trials over the cost of the full reconstruction.
     """
 
     candidates: list[Candidate]
-    iterations: tuple[int, int]
+    iterations: int
     batch_size: int
     share: float
 
     @property
     def steps(self) -> int:
-        """Optimisation steps of all trials together, at most."""
-        sizes = [len(c.slices) for c in self.candidates]
-        first, second = self.iterations
-        return sum(sizes) * first + _finalists(len(sizes)) * max(sizes) * second
+        """Optimisation steps of all trials together."""
+        return self.iterations * sum(len(c.slices) for c in self.candidates)
 
     def summary(self, recipe: Recipe, images: int) -> str:
         """In a line, what will be tried and what it costs, or why nothing is."""
@@ -87,11 +84,6 @@ class Plan:
             held = recipe.pilot.held_out
             return f"slicing: {names}; no trials: {images} images are too few to hold {held} out (pilot.held_out)"
         return f"slicing: {names}; no trials: {100 * recipe.pilot.budget:.0f} % of so few steps pays for none"
-
-
-def _finalists(candidates: int) -> int:
-    """How many candidates go into the second trial: few, so that a short run's budget carries many into the first."""
-    return min(candidates, max(2, -(-candidates // 4)))
 
 
 def image_steps(settings: Reconstruction, images: int, error_images: int | None = None) -> float:
@@ -139,16 +131,12 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
     most = len(candidates) if _can_judge(recipe, images) else 1
     for count in range(most, 1, -1):
-        second = _finalists(count)
-        left = recipe.pilot.budget * full - once - fixed * (count + second)
         step = batch + _STEP_OVERHEAD
-        first = left / (step * (count + _SECOND_RUNG * second))
-        if first >= _MIN_ITERATIONS:
-            iterations = int(first), int(_SECOND_RUNG * first)
-            steps = step * (count * iterations[0] + second * iterations[1])
-            spent = once + fixed * (count + second) + steps
+        iterations = int((recipe.pilot.budget * full - once - fixed * count) / (step * count))
+        if iterations >= _MIN_ITERATIONS:
+            spent = once + count * (fixed + step * iterations)
             return Plan(list(candidates[:count]), iterations, batch, spent / full)
-    return Plan(list(candidates[:1]), (0, 0), batch, 0.0)
+    return Plan(list(candidates[:1]), 0, batch, 0.0)
 
 
 def _fitting(
@@ -289,11 +277,11 @@ def choose_slicing(
     chosen = plan(recipe, len(images), fitting)
     say(chosen.summary(recipe, len(images)))
     if len(chosen.candidates) == 1:
-        winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0], [])], 0
+        winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0])], 0
     else:
         advance, block = advance_of(chosen.steps), slicing_of(graph, "block")
         trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
-        winner, records, state = _two_rungs(trials, chosen)
+        winner, records, state = _best(trials, chosen)
         network.load_state(state, scales_only=True)
         held = recipe.pilot.held_out
     record = SlicingRecord(
@@ -302,20 +290,19 @@ def choose_slicing(
     return winner.slices, record
 
 
-def _two_rungs(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
-    scores: dict[str, list[float]] = {}
-    for candidate in plan.candidates:
-        scores[candidate.name] = [trials.run(candidate, plan.iterations[0], plan.batch_size)[0]]
-    ranked = sorted(plan.candidates, key=lambda c: scores[c.name][0])
+def _best(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
+    records: list[CandidateRecord] = []
     best: tuple[float, Candidate, list[Tensor]] | None = None
-    for candidate in ranked[: _finalists(len(ranked))]:
-        divergence, state = trials.run(candidate, plan.iterations[1], plan.batch_size)
-        scores[candidate.name].append(divergence)
+    for candidate in plan.candidates:
+        divergence, state = trials.run(candidate, plan.iterations, plan.batch_size)
+        records.append(_record(candidate, divergence))
         if best is None or divergence < best[0]:
             best = divergence, candidate, state
     assert best is not None
-    return best[1], [_record(c, scores[c.name]) for c in plan.candidates], best[2]
+    return best[1], records, best[2]
 
 
-def _record(candidate: Candidate, scores: list[float]) -> CandidateRecord:
-    return CandidateRecord(name=candidate.name, ends=[s.end for s in candidate.slices], divergence=scores)
+def _record(candidate: Candidate, *scores: float) -> CandidateRecord:
+    return CandidateRecord(
+        name=candidate.name, ends=[s.end for s in candidate.slices], divergence=list(scores)
+    )
