@@ -57,7 +57,7 @@ def main() -> None:
     rows = []
     for text in args.trials:
         steps, batch, rate = text.split(":")
-        found = [trials.run(c, int(steps), int(batch), float(rate))[0] for c in candidates]
+        found = [trials.run(c, int(steps), int(batch), float(rate)) for c in candidates]
         rows.append([steps, batch, rate, *(f"{score:.4f}" for score in found)])
         print(table(["steps", "batch", "rate", *args.candidates], rows), flush=True)
     print(machine_name())

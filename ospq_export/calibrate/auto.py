@@ -3,8 +3,9 @@
 The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
 is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
 are refined once, block by block; from there each candidate is reconstructed on a part of the calibration images and judged on
-another part by the total variation between the class probabilities of the float and of the quantized network. The best is taken,
-together with the activation scales that it learned. Trials are long before they are many: in short ones fine slices are ahead of
+another part by the total variation between the class probabilities of the float and of the quantized network. The best is taken.
+The run then starts from the searched ranges, as if nothing had been tried: started from the scales that a trial learned, it ended
+lower. Trials are long before they are many: in short ones fine slices are ahead of
 those that would overtake them later (docs/granularity.md has the measurement).
 """
 
@@ -223,8 +224,8 @@ class Trials:
 
     def run(
         self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
-    ) -> tuple[float, list[Tensor]]:
-        """Total variation between the class probabilities on the held-out images, and the state that was learned.
+    ) -> float:
+        """Total variation between the class probabilities on the held-out images.
 
         Args:
             candidate: one of those that were announced.
@@ -235,9 +236,8 @@ class Trials:
         self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size, most_rate))
         self.network.set_mode(Mode.QUANTIZE)
         divergence = float(total_variation(self._logits(), self.reference))
-        learned = self.network.state()
         self.network.load_state(self.initial)
-        return divergence, learned
+        return divergence
 
     def _walk(self, slices: Sequence[Slice], settings: Reconstruction) -> None:
         reconstructor = Reconstructor(settings, self.device, self.advance, _PILOT_ERROR_IMAGES)
@@ -263,7 +263,7 @@ def choose_slicing(
     budget carries no two trials, the first candidate is taken untried.
 
     Args:
-        network: observed; afterwards its activation scales are those that the winner learned in its last trial.
+        network: observed; afterwards as it was before.
         graph: captured, without quantizers.
         recipe: its pilot settings bound the cost.
         images: float32 (N, C, H, W), normalised.
@@ -279,10 +279,10 @@ def choose_slicing(
     if len(chosen.candidates) == 1:
         winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0])], 0
     else:
-        advance, block = advance_of(chosen.steps), slicing_of(graph, "block")
+        advance, block, observed = advance_of(chosen.steps), slicing_of(graph, "block"), network.state()
         trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
-        winner, records, state = _best(trials, chosen)
-        network.load_state(state, scales_only=True)
+        winner, records = _best(trials, chosen)
+        network.load_state(observed)
         held = recipe.pilot.held_out
     record = SlicingRecord(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
@@ -290,16 +290,10 @@ def choose_slicing(
     return winner.slices, record
 
 
-def _best(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord], list[Tensor]]:
-    records: list[CandidateRecord] = []
-    best: tuple[float, Candidate, list[Tensor]] | None = None
-    for candidate in plan.candidates:
-        divergence, state = trials.run(candidate, plan.iterations, plan.batch_size)
-        records.append(_record(candidate, divergence))
-        if best is None or divergence < best[0]:
-            best = divergence, candidate, state
-    assert best is not None
-    return best[1], records, best[2]
+def _best(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord]]:
+    scores = [trials.run(c, plan.iterations, plan.batch_size) for c in plan.candidates]
+    winner = plan.candidates[scores.index(min(scores))]
+    return winner, [_record(c, score) for c, score in zip(plan.candidates, scores, strict=True)]
 
 
 def _record(candidate: Candidate, *scores: float) -> CandidateRecord:

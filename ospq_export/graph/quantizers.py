@@ -219,24 +219,23 @@ class QuantizedGraph:
         """Switch every quantizer."""
         set_mode(self.module, mode)
 
-    def _live(self) -> Iterator[tuple[Tensor, bool]]:
-        """Every tensor that calibration can change, and whether it is a scale or offset of an activation."""
+    def _live(self) -> Iterator[Tensor]:
+        """Every tensor that calibration can change."""
         for a in self.activations.values():
-            yield from ((a.scale, True), (a.offset, True))
+            yield from (a.scale, a.offset)
         for w in self.weights.values():
-            yield from ((w.scale, False), (w.codes, False))
+            yield from (w.scale, w.codes)
         for b in self.biases.values():
-            yield b.value, False
+            yield b.value
 
     def state(self) -> list[Tensor]:
         """A copy of everything that calibration can change."""
-        return [tensor.clone() for tensor, _ in self._live()]
+        return [tensor.clone() for tensor in self._live()]
 
-    def load_state(self, state: list[Tensor], *, scales_only: bool = False) -> None:
-        """Put back what `state` returned: all of it, or the activations' scales and offsets."""
-        for (live, is_scale), saved in zip(self._live(), state, strict=True):
-            if is_scale or not scales_only:
-                live.copy_(saved)
+    def load_state(self, state: list[Tensor]) -> None:
+        """Put back what `state` returned."""
+        for live, saved in zip(self._live(), state, strict=True):
+            live.copy_(saved)
 
 
 def quantizers_of(module: nn.Module) -> Iterator[ActivationQuantizer | WeightQuantizer]:
