@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from networks import table
+from results import observed_network
 
 from ospq_export.calibrate.auto import Candidate, Trials
-from ospq_export.calibrate.observe import observe
 from ospq_export.data import ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.run import Run
 from ospq_export.validate.report import machine_name
 
@@ -31,12 +30,9 @@ def prepare(run: Run, data: Path | None, names: list[str]) -> tuple[Trials, list
     recipe, config, seed = manifest.recipe, manifest.data, manifest.calibration.seed
     found = demo_images("calibration", config) if data is None else ImageSet.from_folder(data, config)
     images = found.sample(recipe.calibration_images, seed=seed).images
-    captured = run.captured()
-    bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
-    network = insert_quantizers(captured, bits)
-    observe(network, images[: recipe.observation_images], batch_size=64, seed=seed)
-    candidates = [Candidate(name, slicing_of(captured.graph, name)) for name in names]
-    block = slicing_of(captured.graph, "block")
+    network, graph = observed_network(run, images), run.captured().graph
+    candidates = [Candidate(name, slicing_of(graph, name)) for name in names]
+    block = slicing_of(graph, "block")
     cpu = torch.device("cpu")
     return Trials(network, block, candidates, recipe, images, cpu, seed), candidates
 

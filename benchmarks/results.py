@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ospq_export.artifact import FLOAT_TENSORS, write_json
 from ospq_export.calibrate import calibrate
@@ -29,7 +30,7 @@ from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.graph.quantizers import Mode
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
@@ -87,14 +88,19 @@ def own_network(args: argparse.Namespace) -> Network:
     return Network(args.name, spec, model, config, calibration, validation)
 
 
-def nearest_network(network: Network, run: Run) -> torch.nn.Module:
-    """The run's network with the very ranges that the search found for it, and nearest rounding."""
+def observed_network(run: Run, images: Tensor) -> QuantizedGraph:
+    """The run's float network (equalized, where its recipe says so) with the ranges that the search finds on its images."""
     recipe = run.manifest.recipe
-    # The run's own float network: equalized, where the recipe says so.
     bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
     graph = insert_quantizers(run.captured(), bits)
-    images = network.calibration.sample(recipe.calibration_images, seed=0).images
-    observe(graph, images[: recipe.observation_images], batch_size=64, seed=0)
+    observe(graph, images[: recipe.observation_images], batch_size=64, seed=run.manifest.calibration.seed)
+    return graph
+
+
+def nearest_network(network: Network, run: Run) -> torch.nn.Module:
+    """The run's network with the very ranges that the search found for it, and nearest rounding."""
+    images = network.calibration.sample(run.manifest.recipe.calibration_images, seed=0).images
+    graph = observed_network(run, images)
     graph.set_mode(Mode.QUANTIZE)
     return graph.module
 

@@ -5,8 +5,8 @@ is ours: candidates are the ladder of uniform granularities and one slicing that
 are refined once, block by block; from there each candidate is reconstructed on a part of the calibration images and judged on
 another part by the total variation between the class probabilities of the float and of the quantized network. The best is taken.
 The run then starts from the searched ranges, as if nothing had been tried: started from the scales that a trial learned, it ended
-lower. Trials are long before they are many: in short ones fine slices are ahead of
-those that would overtake them later (docs/granularity.md has the measurement).
+lower. Trials are long before they are many: in short ones fine slices are ahead of those that would overtake them later
+(docs/granularity.md has the measurements).
 """
 
 from __future__ import annotations
