@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.graphed import Graphed
 from ospq_export.graph.capture import QUANTIZABLE
 
 
@@ -84,6 +86,11 @@ class Work:
     def seconds(self, machine: Machine) -> float:
         """The floor."""
         return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
+
+
+def unrecorded(step: Callable[[SliceData], Tensor]) -> Callable[[SliceData], Tensor]:
+    """The step behind a recorded one: in the replay of a CUDA graph there is nothing to be counted."""
+    return step.step if isinstance(step, Graphed) else step
 
 
 def work_of(

@@ -6,7 +6,7 @@
     python benchmarks/granularity.py table                   # docs/granularity.md from the rows at hand
 
 A row per network, bits, method and seed in benchmarks/granularity/*.json; finished rows are not measured again, and interrupted
-calibrations resume. Two processes may share the work: --part 1/2 and --part 2/2. All methods share one code and one recipe:
+calibrations resume. Several rows at a time: --processes 2; on a GPU: --device cuda. All methods share one code and one recipe:
 
     rtn       nearest rounding with the ranges that all start from
     adaround  every operator alone, no drop        brecq  block, Fisher-weighted, no drop        qdrop  block, drop 0.5
@@ -19,26 +19,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from networks import device_name
 from networks import table as markdown
 from results import HERE, Network, correct, demo_network, finished_run, own_network
-from safetensors.torch import save_file
 
-from ospq_export.artifact import write_json
+from ospq_export.artifact import write_json, write_tensors
 from ospq_export.calibrate import calibrate
 from ospq_export.graph.outliers import twin_state_dict
 from ospq_export.models import create_model
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
 from ospq_export.run import Run
-from ospq_export.validate.report import machine_name
 
 ROWS = HERE / "granularity"
 DOCUMENT = HERE.parent / "docs" / "granularity.md"
@@ -48,6 +50,7 @@ PLAIN = ["equalization=none"]
 PEER = [*PLAIN, "reconstruction.loss=normalized"]
 # What 0.3 of the packaged recipes' 500 steps pays for: shorter runs of the benchmark try all candidates, too.
 AUTO = ["slicing=auto", "pilot.budget=0.6"]
+TWIN = "-twin"
 OWN = ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
 METHODS: dict[str, list[str]] = {
     "rtn": ["slicing=block", "reconstruction.iterations=0", "reconstruction.refinement_images=0", *PEER],
@@ -62,23 +65,18 @@ METHODS: dict[str, list[str]] = {
 
 def twin(network: Network, folder: Path) -> Network:
     """The network with injected outlier channels: the same float function from another checkpoint."""
-    state = twin_state_dict(network.model, network.config.input_size)
     path = folder / f"{network.name}-twin.safetensors"
-    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    if not path.is_file():
+        state = twin_state_dict(network.model, network.config.input_size)
+        write_tensors(path, state)
     spec = network.spec.model_copy(update={"checkpoint": str(path)})
-    return Network(
-        f"{network.name}-twin",
-        spec,
-        create_model(spec),
-        network.config,
-        network.calibration,
-        network.validation,
-    )
+    return replace(network, name=f"{network.name}-twin", spec=spec, model=create_model(spec))
 
 
-def top1(run: Run, network: Network) -> float:
+def top1(run: Run, network: Network, device: str) -> float:
     """Top-1 (percent) of the fake-quantized network on all validation images."""
-    return float(correct(run.fake_quant_network(), network, len(network.validation)).mean() * 100)
+    module = run.fake_quant_network().to(device)
+    return float(correct(module, network, len(network.validation)).mean() * 100)
 
 
 def measure(
@@ -100,6 +98,7 @@ def measure(
                 network.config,
                 recipe,
                 folder,
+                device=args.device,
                 seed=seed,
                 progress=progress,
             )
@@ -109,13 +108,13 @@ def measure(
         "bits": bits,
         "method": method,
         "seed": seed,
-        "top1": top1(run, network),
+        "top1": top1(run, network, args.device),
         "images": len(network.validation),
         "slices": len(run.manifest.slices),
         "seconds": round(sum(s.seconds for s in run.manifest.slices)),
         "recipe": recipe.model_dump(mode="json"),
         "slicing": None if slicing is None else slicing.model_dump(mode="json"),
-        "machine": machine_name(),
+        "machine": device_name(torch.device(args.device)),
     }
 
 
@@ -189,11 +188,10 @@ def arguments(doc: str | None, methods: Sequence[str], runs: str) -> argparse.Na
     parser.add_argument("--only", nargs="*", default=["vit", "swin"], help="packaged networks")
     parser.add_argument("--bits", nargs="*", choices=list(BITS))
     parser.add_argument("--methods", nargs="*", choices=list(methods), default=list(methods))
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="at the lowest bits of the packaged networks; else one"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="at the lowest bits; else one")
     parser.add_argument("--no-twins", action="store_true", help="leave the outlier-injected twins out")
-    parser.add_argument("--part", default="1/1", help="measure every n-th row: k/n")
+    parser.add_argument("--processes", type=int, default=1, help="rows measured at a time")
+    parser.add_argument("--device", default="cpu", help="torch device that calibrates and classifies")
     parser.add_argument("--runs", default=runs, help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides for all methods")
     parser.add_argument("--threads", type=int, default=1)
@@ -216,38 +214,66 @@ def main() -> None:
 
 def measure_all(args: argparse.Namespace, methods: Mapping[str, Sequence[str]], rows: Path) -> None:
     """Every row that is not at hand, seeds outermost, so that an interrupted table is a whole one of fewer seeds."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = _work(args, Path(folder))
-        part, parts = (int(text) for text in args.part.split("/"))
-        for network, bits, method, seed in work[part - 1 :: parts]:
-            path = rows / f"{network.name}-{bits}-{method.replace(':', '')}-{seed}.json"
-            if not path.is_file():
-                write_json(path, measure(network, bits, method, methods[method], seed, args))
-            row = json.loads(path.read_text())
-            print(
-                f"{row['network']} {row['bits']} {row['method']} {row['seed']}: {row['top1']:.2f}", flush=True
-            )
+    rest = [cell for cell in _cells(args) if not cell.path(rows).is_file()]
+    shared = partial(_measure_one, args, methods, rows)
+    if args.processes == 1:
+        for cell in rest:
+            shared(cell)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        for done in as_completed([pool.submit(shared, cell) for cell in rest]):
+            done.result()
 
 
-def _work(args: argparse.Namespace, folder: Path) -> list[tuple[Network, str, str, int]]:
+class Cell(NamedTuple):
+    """One row to be measured."""
+
+    network: str
+    bits: str
+    method: str
+    seed: int
+
+    def path(self, rows: Path) -> Path:
+        """Where it goes."""
+        return rows / f"{self.network}-{self.bits}-{self.method.replace(':', '')}-{self.seed}.json"
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
     if args.what == "demo":
-        plain = [demo_network(name) for name in args.only]
-        networks = [
-            n
-            for network in plain
-            for n in ((network,) if args.no_twins else (network, twin(network, folder)))
-        ]
-        default = ["w3a3", "w4a4"]
+        ends = ("",) if args.no_twins else ("", TWIN)
+        names, default = [f"demo-{name}{end}" for name in args.only for end in ends], ["w3a3", "w4a4"]
     else:
-        networks, default = [own_network(args)], ["w4a4", "w4a8", "w6a6"]
+        names, default = [args.name], ["w4a4", "w4a8", "w6a6"]
     return [
-        (network, bits, method, seed)
+        Cell(name, bits, method, seed)
         for seed in range(args.seeds)
         for bits in args.bits or default
-        for network in networks
+        for name in names
         for method in args.methods
-        if seed == 0 or bits == "w3a3"
+        if seed == 0 or bits == default[0]
     ]
+
+
+def _measure_one(
+    args: argparse.Namespace, methods: Mapping[str, Sequence[str]], rows: Path, cell: Cell
+) -> None:
+    torch.set_num_threads(args.threads)
+    if cell.network not in _networks:
+        _networks[cell.network] = _network(cell.network, args)
+    row = measure(_networks[cell.network], cell.bits, cell.method, methods[cell.method], cell.seed, args)
+    write_json(cell.path(rows), row)
+    print(*cell[:3], f"{cell.seed}: {row['top1']:.2f}", flush=True)
+
+
+_networks: dict[str, Network] = {}
+
+
+def _network(name: str, args: argparse.Namespace) -> Network:
+    if args.what == "own":
+        return own_network(args)
+    plain = demo_network(name.removeprefix("demo-").removesuffix(TWIN))
+    return twin(plain, Path(args.runs)) if name.endswith(TWIN) else plain
 
 
 if __name__ == "__main__":

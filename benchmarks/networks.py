@@ -20,6 +20,7 @@ from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models import ModelSpec, create_model
+from ospq_export.validate.report import machine_name
 
 _VALUES_PER_TENSOR = 1 << 14
 
@@ -108,3 +109,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def device_name(device: torch.device) -> str:
+    """What a row was measured on, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name()

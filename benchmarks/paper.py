@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor import Machine, Work, synchronize, work_of
-from networks import table
+from floor import Machine, Work, synchronize, unrecorded, work_of
+from networks import device_name, table
 
 from ospq_export.artifact import write_json
 from ospq_export.calibrate import calibrate
@@ -32,7 +32,6 @@ from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Reconstruction, load_recipe
 from ospq_export.run import Run
-from ospq_export.validate.report import machine_name
 
 ROWS = Path(__file__).parent / "paper"
 
@@ -52,6 +51,7 @@ def floors(run: Run, images: torch.Tensor, device: torch.device) -> list[Work]:
         objective = Objective(settings, weights)
         objective.normalise_by(1.0)
         learner = Learner(piece, SliceData(tensors, tensors, outputs[0], count), objective, settings, device)
+        learner.learn = unrecorded(learner.learn)
         elements = sum(w.codes.numel() for w in weights)
         inputs: Any = (tensors[0], count, *tensors[1:])
         found.append(work_of(piece, inputs, lambda learner=learner: learner.step(1), elements))
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     works = floors(run, images[: recipe.reconstruction.batch_size], device)
     return {
         "model": f"{args.model} {args.model_kwargs}".strip(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name(),
+        "device": device_name(device),
         "recipe": recipe.model_dump(mode="json"),
         "wall_seconds": wall,
         "slices": [

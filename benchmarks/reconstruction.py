@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor import Clock, Machine, synchronize, work_of
+from floor import Clock, Machine, synchronize, unrecorded, work_of
+from networks import device_name
 from networks import table as markdown
 from plain import PlainLoop
 
@@ -40,7 +41,6 @@ from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
 from ospq_export.models import ModelSpec, create_model
 from ospq_export.recipes import Reconstruction, load_recipe
-from ospq_export.validate.report import machine_name
 
 ROWS = Path(__file__).parent / "reconstruction"
 _TOLERANCE = 0.05
@@ -152,7 +152,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     return {
         "slice": name,
         "title": case.title,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "clock": "processor" if args.cpu_time else "wall",
         "precision": args.precision,
@@ -177,6 +177,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
 def _work(piece: torch.fx.GraphModule, batch: SliceData, learner: Learner, settings: Reconstruction) -> Any:
     weights = sum(w.codes.numel() for w in weight_quantizers(piece))
     inputs = (batch.quantized_input[0], batch.images)
+    learner.learn = unrecorded(learner.learn)
     # One step more than the race had: its rate is that of the end of the schedule, next to nothing.
     return work_of(piece, inputs, lambda: learner.step(settings.iterations), weights)
 

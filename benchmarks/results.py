@@ -107,10 +107,10 @@ def nearest_network(network: Network, run: Run) -> torch.nn.Module:
 
 def correct(module: torch.nn.Module, network: Network, count: int) -> BoolArray:
     """Which of the first validation images a network classifies correctly."""
-    found = []
+    found, device = [], next(module.buffers()).device
     with torch.inference_mode():
         for batch in network.validation.batches(100, range(count)):
-            found.append(module(batch.images).argmax(1) == batch.labels)
+            found.append(module(batch.images.to(device)).argmax(1).cpu() == batch.labels)
     return torch.cat(found).numpy()
 
 

@@ -1,6 +1,8 @@
 """What runs faster must stay what it is: compiled fake quantization, lower precision, and steps recorded as CUDA graphs."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -170,7 +172,7 @@ def test_what_cannot_be_recorded_is_run(monkeypatch, caplog):
     graphed = Graphed(lambda part: part.target.sum())
     monkeypatch.setattr(graphed, "_aside", graphed.step)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
@@ -179,6 +181,60 @@ def test_what_cannot_be_recorded_is_run(monkeypatch, caplog):
         batch.target.fill_(float(value))
         assert float(graphed(batch)) == 2 * value
     assert caplog.text.count("cannot be recorded as a CUDA graph: operation not permitted") == 1
+
+
+@CUDA
+def test_a_failed_recording_leaves_random_numbers(caplog):
+    """On a real device: a step that waits for it cannot be recorded, and goes on drawing what it drops."""
+    target = torch.zeros(1024, device="cuda")
+
+    def step(part):
+        kept = q.random_kept(part.target, 0.5).sum()
+        return kept + 0 * int(kept)
+
+    graphed = Graphed(step)
+    found = [int(graphed(SliceData((target,), (target,), target, 1024))) for _ in range(8)]
+    assert "cannot be recorded as a CUDA graph" in caplog.text
+    assert all(400 < count < 624 for count in found) and len(set(found)) > 2
+
+
+@CUDA
+def test_memory_is_pinned_while_a_step_is_recorded():
+    """As the next batch is while the present one is learned from."""
+    target, stop = torch.zeros(1024, device="cuda"), threading.Event()
+
+    def pin():
+        while not stop.is_set():
+            torch.empty(1 << 20).pin_memory().to("cuda", non_blocking=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        pinning = pool.submit(pin)
+        try:
+            for _ in range(20):
+                graphed = Graphed(lambda part: part.target.sum())
+                for _ in range(5):
+                    graphed(SliceData((target,), (target,), target, 1024))
+                assert graphed.graph is not None
+        finally:
+            stop.set()
+    pinning.result()
+
+
+@CUDA
+def test_every_kind_of_arguments_is_compiled(caplog):
+    """Offsets, masks, gradients, inference mode and dtypes are more kinds than torch compiles by default."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            for offset in (None, torch.zeros(1, device="cuda")):
+                for dropped in (0.0, 0.5):
+                    with mode():
+                        x = torch.randn(
+                            4096, device="cuda", dtype=dtype, requires_grad=mode is torch.enable_grad
+                        )
+                        scale = torch.full((1,), 0.1, device="cuda")
+                        kept = q.random_kept(x, dropped)
+                        fused.FakeQuantize.apply(x, scale, offset, kept, -8, 7)
+    assert "recompile_limit" not in caplog.text and "not compiled" not in caplog.text
 
 
 def test_a_batch_is_copied_into_place():

@@ -61,9 +61,18 @@ class Graphed:
         """Record without executing: nothing that the step changes has changed afterwards."""
         graph, held = torch.cuda.CUDAGraph(), batch.clone()
         try:
-            with torch.cuda.graph(graph):
+            # Of this thread only: another one pins the memory of the next batch meanwhile, which no recording permits.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = self.step(held)
         except RuntimeError as error:
             log.warning("a step cannot be recorded as a CUDA graph: %s", str(error).splitlines()[0])
+            _stop_recording(batch.target.device)
             return
         self.graph, self.held, self.result = graph, held, result
+
+
+def _stop_recording(device: torch.device) -> None:
+    """The random generator believes in a recording that failed, and gives no numbers outside one: a copy of its state does."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())

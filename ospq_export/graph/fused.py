@@ -18,6 +18,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 BLOCK = 1 << 16
 """Elements per block: half a dozen float32 blocks fit a core's second-level cache, and one still feeds several threads."""
+_KINDS = 64
 
 
 def blocks(flat: Tensor) -> Iterator[slice]:
@@ -66,7 +67,9 @@ def whole_backward(
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function through torch.compile, once per shape; as it is where this machine cannot compile."""
+    """The function through torch.compile, once for every kind of arguments; as it is where this machine cannot compile."""
+    from torch._dynamo import config
+
     fused = torch.compile(function, dynamic=True)
     works = True
 
@@ -74,8 +77,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal works
         if works:
             try:
-                return fused(*args)
+                # Offset, mask, gradients, inference mode and dtype make more kinds than the eight that torch allows.
+                with config.patch(recompile_limit=_KINDS):
+                    return fused(*args)
             except Exception as error:
+                if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise
                 works = False
                 log.warning("fake quantization is not compiled: %s", str(error).splitlines()[0])
         return function(*args)
