@@ -4,12 +4,14 @@
     python benchmarks/horizon.py RUN --data calib ...       # not a packaged network: its calibration images
 
 RUN is a finished run, whose network (equalized, where its recipe says so) and bits are taken; a trial is steps:batch:rate, where
-rate is what the learning rate is raised by at most. Prints the total variation on the held-out images, as `auto` sees it.
+rate is what the learning rate is raised by at most. Prints the total variation on the held-out images, as `auto` sees it;
+several seeds show how much of a difference is chance.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -46,16 +48,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="calibration images; left out for a packaged network")
     parser.add_argument("--candidates", nargs="+", default=["atom", "block", "blocks:2", "model"])
     parser.add_argument("--trials", nargs="+", default=["20:8:4", "60:8:4"], help="steps:batch:rate")
+    parser.add_argument("--seeds", type=int, default=1, help="of the trials' own random choices")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     trials, candidates = prepare(Run.open(args.run), args.data, args.candidates)
     rows = []
-    for text in args.trials:
+    for text, trials.seed in itertools.product(args.trials, range(args.seeds)):
         steps, batch, rate = text.split(":")
         found = [trials.run(c, int(steps), int(batch), float(rate)) for c in candidates]
-        rows.append([steps, batch, rate, *(f"{score:.4f}" for score in found)])
-        print(table(["steps", "batch", "rate", *args.candidates], rows), flush=True)
+        rows.append([steps, batch, rate, trials.seed, *(f"{score:.4f}" for score in found)])
+        print(" ".join(map(str, rows[-1])), flush=True)
+    print(table(["steps", "batch", "rate", "seed", *args.candidates], rows))
     print(machine_name())
 
 

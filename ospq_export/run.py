@@ -267,8 +267,8 @@ def load_quantizer(
             )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise InputError(f"{key} is not finite", where=path, mend=_MEND)
-        # Without a copy: what `found` reads from a file stays there until it is needed.
-        value.set_(found)  # type: ignore[call-overload]
+        # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
+        value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
         raise InputError(f"{record.name}.scale is not positive", where=path, mend=_MEND)
     if isinstance(quantizer, ActivationQuantizer):

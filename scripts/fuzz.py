@@ -238,7 +238,7 @@ def slice_checkpoint(material: Material, random_: random.Random) -> None:
     """A damaged checkpoint of a slice, as a resumed calibration reads it."""
     path = material.write("000.safetensors", damage_bytes(material.files["000.safetensors"], random_))
     _, header = artifact.read_tensors(path)
-    _parsed(artifact.SliceRecord, header, path)
+    _parsed(artifact.SliceRecord, header.get("record", ""), path)
 
 
 def recipe_bytes(material: Material, random_: random.Random) -> None:

@@ -27,10 +27,11 @@ from ospq_export.run import Run
 torch.set_num_threads(1)
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHORT = ["reconstruction.iterations=2", "calibration_images=32", "observation_images=32"]
 
 
-def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
+def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str, device: str = "cpu") -> Run:
     """A packaged network, calibrated for a few steps on a few images."""
     spec = demo_spec(name)
     model = create_model(spec)
@@ -38,7 +39,8 @@ def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str) -> Run:
     images = demo_images("calibration", config)
     chosen = load_recipe(recipe, [*SHORT, *overrides])
     sample = images.sample(chosen.calibration_images, seed=0)
-    return calibrate(model, spec, sample, config, chosen, out, class_to_idx=images.class_to_idx)
+    classes = images.class_to_idx
+    return calibrate(model, spec, sample, config, chosen, out, class_to_idx=classes, device=device)
 
 
 class Captured(dict[str, tuple[fx.GraphModule, int]]):

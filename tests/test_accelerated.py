@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import straight_through
+from conftest import CUDA, straight_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,6 @@ from ospq_export.recipes import load_recipe
 from ospq_export.run import quantizer_tensors
 
 CPU = torch.device("cpu")
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 
 
@@ -218,6 +217,27 @@ def test_memory_is_pinned_while_a_step_is_recorded():
         finally:
             stop.set()
     pinning.result()
+
+
+@CUDA
+def test_no_recording_is_broken_by_the_garbage_of_another():
+    """Recordings that only the garbage collector can free, and a step that makes it run."""
+    target = torch.zeros(1024, device="cuda")
+
+    def step(part):
+        for _ in range(2000):
+            cycle = []
+            cycle.append(cycle)
+        return part.target.sum()
+
+    for _ in range(6):
+        graphed = Graphed(step)
+        graphed.itself = graphed
+        for _ in range(5):
+            graphed(SliceData((target,), (target,), target, 1024))
+        assert graphed.graph is not None
+    graphed.release()
+    assert graphed.graph is None and float(graphed(SliceData((target,), (target,), target, 1024))) == 0
 
 
 @CUDA

@@ -170,6 +170,8 @@ class Learner:
     def settle(self) -> None:
         """Harden: the quantizers hold integer codes and constant scales afterwards."""
         self.batches.close()
+        if isinstance(self.learn, Graphed):
+            self.learn.release()
         for quantizer in self.own:
             quantizer.settle()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,6 +51,10 @@ class Graphed:
         self.graph.replay()
         return self.result
 
+    def release(self) -> None:
+        """Forget the recording and its memory; from here on the step is run as it is."""
+        self.graph = self.held = self.result = None
+
     def _aside(self, batch: SliceData) -> Tensor:
         stream = torch.cuda.Stream(batch.target.device)
         stream.wait_stream(torch.cuda.current_stream(batch.target.device))
@@ -62,13 +68,25 @@ class Graphed:
         graph, held = torch.cuda.CUDAGraph(), batch.clone()
         try:
             # Of this thread only: another one pins the memory of the next batch meanwhile, which no recording permits.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = self.step(held)
         except RuntimeError as error:
             log.warning("a step cannot be recorded as a CUDA graph: %s", str(error).splitlines()[0])
             _stop_recording(batch.target.device)
             return
         self.graph, self.held, self.result = graph, held, result
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: the recording of an earlier slice among the garbage would be freed, which no recording permits."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _stop_recording(device: torch.device) -> None:

@@ -133,8 +133,7 @@ class Job:
         if recipe.slicing != "auto":
             self._take(slicing_of(captured.graph, recipe.slicing), captured)
             return
-        pilot = self.out / artifact.CHECKPOINTS / "pilot.safetensors"
-        activations = list(self.network.activations.values())
+        pilot = self.out / artifact.CHECKPOINTS / "slicing.json"
         if self.writes and not pilot.is_file():
             _, found = choose_slicing(
                 self.network,
@@ -147,18 +146,15 @@ class Job:
                 lambda steps: stepper(self.progress, "choose slicing", steps),
                 self._say,
             )
-            artifact.write_tensors(pilot, quantizer_tensors(activations), {"record": found.model_dump_json()})
+            artifact.write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
-        # Read back even when just written: a resumed run then starts from the very same state.
-        tensors, header = artifact.read_tensors(pilot)
-        record = _parsed(SlicingRecord, header, pilot)
+        record = _parsed(SlicingRecord, pilot.read_bytes(), pilot)
         slices = (
             outlier_aware_slicing(captured.graph, record.dominance)
             if record.choice == OUTLIER_AWARE
             else slicing_of(captured.graph, record.choice)
         )
         self._take(slices, captured, record)
-        self.load(activations, tensors, pilot)
         if record.share:
             self._say(f"slicing: {record.choice} did best")
 
@@ -259,7 +255,7 @@ class Job:
 
     def _load_checkpoint(self, index: int, piece: fx.GraphModule, path: Path) -> None:
         tensors, header = artifact.read_tensors(path)
-        self.records[index] = _parsed(SliceRecord, header, path)
+        self.records[index] = _parsed(SliceRecord, header.get("record", ""), path)
         self.load(own_quantizers(piece), tensors, path)
         for bias in corrected_biases(piece).values():
             load_bias(bias, tensors.get(bias.name), path)
@@ -308,9 +304,9 @@ class Job:
         shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
 
 
-def _parsed(kind: type[_R], header: dict[str, str], path: Path) -> _R:
+def _parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:
     try:
-        return kind.model_validate_json(header.get("record", ""))
+        return kind.model_validate_json(text)
     except ValueError as error:
         raise InputError(
             "the checkpoint is damaged", where=path, mend="delete this file and run again"
