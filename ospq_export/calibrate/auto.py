@@ -128,7 +128,9 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     batch, seen = max(1, settings.batch_size // 4), min(_PILOT_IMAGES, images)
     fisher = float(settings.loss == "fisher")
     full = image_steps(settings, images) + fisher * images
-    once = image_steps(_refinement(settings), seen, _PILOT_ERROR_IMAGES) + fisher * seen + judging
+    refinement = _refinement(settings)
+    refined = image_steps(refinement, seen, _PILOT_ERROR_IMAGES) if refinement.refinement_images else 0.0
+    once = refined + fisher * seen + judging
     fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
     most = len(candidates) if _can_judge(recipe, images) else 1
     for count in range(most, 1, -1):
@@ -215,7 +217,9 @@ class Trials:
         ends = {s.end for slices in (block, *(c.slices for c in candidates)) for s in slices}
         needed = recipe.reconstruction.loss == "fisher"
         self.fisher = fisher_weights(network, ends, self.train, device, seed) if needed else None
-        self._walk(block, _refinement(recipe.reconstruction))
+        refinement = _refinement(recipe.reconstruction)
+        if refinement.refinement_images:
+            self._walk(block, refinement)
         self.initial = network.state()
 
     def _logits(self) -> Tensor:
