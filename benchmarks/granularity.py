@@ -149,7 +149,7 @@ def document() -> str:
         "",
         "## With 200 steps per slice",
         "",
-        "The same with `--set reconstruction.iterations=200` on a CPU; DINOv2 with 512 calibration images and batches of 16 besides.",
+        "The same with `--set reconstruction.iterations=200` on a CPU; DINOv2 with 512 calibration images and batches of 16.",
         "",
         *table(ROWS / "steps-200", [*METHODS]),
         "",
