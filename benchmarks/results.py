@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import table as markdown
 from torch import Tensor
 
 from ospq_export.artifact import FLOAT_TENSORS, write_json
@@ -50,6 +51,11 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "w4a8": ("w4a8", []),
     "w4a4": ("w4a4", []),
     "w3a3": ("w4a4", W3A3),
+}
+# Float minus deployed Top-1, in points, that the project set itself.
+GOALS = {
+    "demo": {"w8a8": 0.1, "w6a6": 0.2, "w4a8": 0.3, "w4a4": 1.0, "w3a3": 4.0},
+    "dinov2": {"w8a8": 0.3, "w6a6": 1.0, "w4a8": 1.5, "w4a4": 8.0},
 }
 
 
@@ -243,7 +249,26 @@ def table() -> str:
     machines = sorted(
         {f"{r['machine']}, torch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in rows}
     )
-    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", *_notes(), ""])
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", "", *_goals(rows), *_notes(), ""])
+
+
+def _goals(rows: list[dict[str, Any]]) -> list[str]:
+    """How far below float the deployed networks are, beside the goals."""
+    cells = []
+    for row in rows:
+        goal = GOALS.get(row["network"].split("-")[0], {}).get(row["bits"])
+        if goal is not None:
+            loss = row["top1"][FLOAT] - row["top1"][OPTIMIZED]
+            verdict = "met" if round(loss, 2) <= goal else f"missed by {loss - goal:.2f}"
+            cells.append([row["network"], row["bits"].upper(), f"{loss:.2f}", f"{goal:g}", verdict])
+    header = ["network", "bits", "float minus deployed", "goal", ""]
+    return [
+        "## The goals",
+        "",
+        "Top-1 of ONNX Runtime, optimisations on, in points.",
+        "",
+        markdown(header, cells),
+    ]
 
 
 def _notes() -> list[str]:
