@@ -64,12 +64,12 @@ METHODS: dict[str, list[str]] = {
 
 def twin(network: Network, folder: Path) -> Network:
     """The network with injected outlier channels: the same float function from another checkpoint."""
-    path = folder / f"{network.name}-twin.safetensors"
+    path = folder / f"{network.name}{TWIN}.safetensors"
     if not path.is_file():
         state = twin_state_dict(network.model, network.config.input_size)
         write_tensors(path, state)
     spec = network.spec.model_copy(update={"checkpoint": str(path)})
-    return replace(network, name=f"{network.name}-twin", spec=spec, model=create_model(spec))
+    return replace(network, name=f"{network.name}{TWIN}", spec=spec, model=create_model(spec))
 
 
 def top1(run: Run, network: Network, device: str) -> float:
