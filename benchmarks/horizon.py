@@ -4,8 +4,8 @@
     python benchmarks/horizon.py RUN --data calib ...       # not a packaged network: its calibration images
 
 RUN is a finished run, whose network (equalized, where its recipe says so) and bits are taken; a trial is steps:batch:rate, where
-rate is what the learning rate is raised by at most. Prints the total variation on the held-out images, as `auto` sees it;
-several seeds show how much of a difference is chance.
+rate is what the learning rate is raised by at most, and never by more than the run's steps are as many as the trial's. Prints the
+score that `auto` goes by; several seeds show how much of a difference is chance.
 """
 
 from __future__ import annotations

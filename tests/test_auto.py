@@ -8,7 +8,7 @@ from conftest import CUDA, calibrated_demo
 
 from ospq_export import artifact
 from ospq_export.calibrate import auto
-from ospq_export.calibrate.auto import choose_slicing, image_steps, plan
+from ospq_export.calibrate.auto import choose_slicing, division, image_steps, plan
 from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.outlier_slicing import cut_dominance
@@ -70,6 +70,13 @@ def test_trials_stay_within_their_budget():
             assert found.share > 0.5 * budget, "what is allowed is used"
     assert len(found.candidates) >= 1
     assert image_steps(recipe.reconstruction, 1024) > 500 * 32
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"), [(512, (256, 256)), (600, (256, 344)), (1024, (256, 768)), (50_000, (256, 1024))]
+)
+def test_trials_are_judged_on_what_they_do_not_learn_from(images, expected):
+    assert division(load_recipe("w4a4"), images) == expected
 
 
 def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, images, dominances):

@@ -1,14 +1,16 @@
 """Losses, Fisher weights and bias correction, against their definitions."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 
 from ospq_export.calibrate import objective
 from ospq_export.calibrate.activations import SliceData, forward, rows_of
 from ospq_export.calibrate.bias import correct_biases
 from ospq_export.calibrate.cost import kept_bytes_per_image
-from ospq_export.calibrate.losses import Objective, channel_weight, kl_divergence
+from ospq_export.calibrate.losses import Objective, channel_weight, kl_divergence, total_variation
 from ospq_export.calibrate.objective import channel_axis, fisher_weights, objectives
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
@@ -36,6 +38,15 @@ def test_kl_is_torchs():
     )
     assert float(kl_divergence(output, target)) == pytest.approx(float(expected), rel=1e-5)
     assert float(kl_divergence(target, target)) == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_total_variation(temperature):
+    output, target = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)) * 3
+    p, q = (softmax(t.double().numpy() / temperature, axis=-1) for t in (output, target))
+    expected = np.abs(p - q).sum(-1).mean() / 2
+    assert float(total_variation(output, target, temperature)) == pytest.approx(expected, rel=1e-5)
+    assert float(total_variation(target, target, temperature)) == 0.0
 
 
 def test_channel_weights_let_every_channel_count_alike():

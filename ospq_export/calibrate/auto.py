@@ -1,12 +1,12 @@
 """`slicing = "auto"`: the granularity is chosen by trial reconstructions (our reading of the paper's Algorithm 1).
 
-The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of this
-is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The activation scales
-are refined once, block by block; from there each candidate is reconstructed on a part of the calibration images and judged on
-another part by the total variation between the class probabilities of the float and of the quantized network. The best is taken.
-The run then starts from the searched ranges, as if nothing had been tried: started from the scales that a trial learned, it ended
-lower. Trials are long before they are many: in short ones fine slices are ahead of those that would overtake them later
-(docs/granularity.md has the measurements).
+The paper says that its algorithm determines the granularity per model and then optimises. How is not known here, so all of
+this is ours: candidates are the ladder of uniform granularities and one slicing that avoids outlier-ridden cuts. The
+activation scales are refined once, block by block; from there each candidate is reconstructed on a part of the calibration
+images and judged on the rest by the total variation between the softened class probabilities of the float and of the quantized
+network. The best is taken. The run then starts from the searched ranges, as if nothing had been tried: started from the scales
+that a trial learned, it ended lower. Trials are long before they are many: in short ones fine slices are ahead of those that
+would overtake them later (docs/granularity.md has the measurements).
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ _PREFERENCE = ("block", "atom", "blocks:2", OUTLIER_AWARE, "stage", "blocks:4", 
 # Fewer steps do not know the order of the finished networks.
 _MIN_ITERATIONS = 60
 _PILOT_IMAGES = 256
+_MOST_JUDGED = 1024
 _PILOT_ERROR_IMAGES = 24
 _PILOT_REFINEMENT = 16
 # A step costs as much as so many images more, whatever its batch: about what it is on small networks, where it is most.
 _STEP_OVERHEAD = 8
 # A trial's few steps have to carry the rounding as far as the full run's many do.
 _TRIAL_RATE = 4.0
+# Of a difference between two trials less is chance than at 1 (benchmarks/noise.py).
+TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -124,15 +127,16 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
 
     Untried as well where half of the images are too few to judge on: trials would learn from next to nothing.
     """
-    settings, judging = recipe.reconstruction, recipe.pilot.held_out / 3
-    batch, seen = max(1, settings.batch_size // 4), min(_PILOT_IMAGES, images)
+    settings, batch = recipe.reconstruction, max(1, recipe.reconstruction.batch_size // 4)
+    most = len(candidates) if _can_judge(recipe, images) else 1
+    seen, judged = division(recipe, images) if most > 1 else (images, 0)
+    judging = judged / 3
     fisher = float(settings.loss == "fisher")
     full = image_steps(settings, images) + fisher * images
     refinement = _refinement(settings)
     refined = image_steps(refinement, seen, _PILOT_ERROR_IMAGES) if refinement.refinement_images else 0.0
     once = refined + fisher * seen + judging
     fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
-    most = len(candidates) if _can_judge(recipe, images) else 1
     for count in range(most, 1, -1):
         step = batch + _STEP_OVERHEAD
         iterations = int((recipe.pilot.budget * full - once - fixed * count) / (step * count))
@@ -153,6 +157,15 @@ def _fitting(
 def _can_judge(recipe: Recipe, images: int) -> bool:
     left = images - recipe.pilot.held_out
     return left >= max(recipe.pilot.held_out, recipe.reconstruction.batch_size // 4)
+
+
+def division(recipe: Recipe, images: int) -> tuple[int, int]:
+    """How many calibration images, at the front, trials learn from, and how many, at the end, they are judged on.
+
+    All that are not learned from are judged on: on 256 images, chance alone moves a score by as much as a slicing does.
+    """
+    learned = min(_PILOT_IMAGES, images - recipe.pilot.held_out)
+    return learned, min(images - learned, max(recipe.pilot.held_out, _MOST_JUDGED))
 
 
 def _refinement(settings: Reconstruction) -> Reconstruction:
@@ -209,10 +222,9 @@ class Trials:
             seed,
             advance,
         )
-        held = recipe.pilot.held_out
-        self.train, self.judge = images[: min(_PILOT_IMAGES, len(images) - held)], images[-held:]
-        network.set_mode(Mode.FLOAT)
-        self.reference = self._logits()
+        learned, judged = division(recipe, len(images))
+        self.train = images[:learned]
+        self.judge_on(images[-judged:])
         # The float network's alone: one pass serves the slices of all candidates.
         ends = {s.end for slices in (block, *(c.slices for c in candidates)) for s in slices}
         needed = recipe.reconstruction.loss == "fisher"
@@ -222,6 +234,16 @@ class Trials:
             self._walk(block, refinement)
         self.initial = network.state()
 
+    def judge_on(self, images: Tensor) -> None:
+        """Judge all further trials on other images.
+
+        Args:
+            images: float32 (N, C, H, W), normalised.
+        """
+        self.judge = images
+        self.network.set_mode(Mode.FLOAT)
+        self.reference = self._logits()
+
     def _logits(self) -> Tensor:
         with torch.no_grad():
             return torch.cat([self.network.module(x.to(self.device)) for x in self.judge.split(64)])
@@ -229,19 +251,27 @@ class Trials:
     def run(
         self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
     ) -> float:
-        """Total variation between the class probabilities on the held-out images.
+        """Total variation between the softened class probabilities on the held-out images; arguments as `outputs` has them."""
+        found = self.outputs(candidate, iterations, batch_size, most_rate)
+        return float(total_variation(found, self.reference, TEMPERATURE))
+
+    def outputs(
+        self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
+    ) -> Tensor:
+        """The quantized network's logits on the held-out images, (N, classes), after a trial.
 
         Args:
             candidate: one of those that were announced.
             iterations: per slice.
             batch_size: images per step.
-            most_rate: by which the learning rate of the rounding is raised at most; that of the scales by its root.
+            most_rate: by which the learning rate of the rounding is raised at most, and never by more than the full run's
+                steps are as many; that of the scales by its root.
         """
         self._walk(candidate.slices, _trial(self.recipe.reconstruction, iterations, batch_size, most_rate))
         self.network.set_mode(Mode.QUANTIZE)
-        divergence = float(total_variation(self._logits(), self.reference))
+        found = self._logits()
         self.network.load_state(self.initial)
-        return divergence
+        return found
 
     def _walk(self, slices: Sequence[Slice], settings: Reconstruction) -> None:
         reconstructor = Reconstructor(settings, self.device, self.advance, _PILOT_ERROR_IMAGES)
@@ -287,7 +317,7 @@ def choose_slicing(
         trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance)
         winner, records = _best(trials, chosen)
         network.load_state(observed)
-        held = recipe.pilot.held_out
+        held = len(trials.judge)
     record = SlicingRecord(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
     )

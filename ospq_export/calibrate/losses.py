@@ -35,12 +35,13 @@ def kl_divergence(output: Tensor, target: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def total_variation(output: Tensor, target: Tensor) -> Tensor:
-    """Half of the sum of |softmax(output) - softmax(target)|: in [0, 1], averaged over all but the last dimension (logits).
+def total_variation(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Half of the sum of |softmax(output / T) - softmax(target / T)|: in [0, 1], averaged over all but the last dimension.
 
-    Its spread over images, relative to its mean, is about half of the KL divergence's, so that few images say more.
+    Its spread over images, relative to its mean, is about half of the KL divergence's, so that few images say more; a
+    temperature T above 1 lets classes speak that are not near the top, and lessens it further.
     """
-    return (output.softmax(-1) - target.softmax(-1)).abs().sum(-1).mean() / 2
+    return ((output / temperature).softmax(-1) - (target / temperature).softmax(-1)).abs().sum(-1).mean() / 2
 
 
 def channel_weight(target: Tensor, axis: int) -> Tensor:

@@ -68,7 +68,7 @@ class Pilot(BaseModel):
 
     budget: float = Field(gt=0, le=1, description="cost of all trials, as a share of the full reconstruction")
     held_out: int = Field(
-        ge=1, description="calibration images the trials are judged on, at most half of all"
+        ge=1, description="least calibration images the trials are judged on, at most half of all"
     )
 
 
