@@ -35,7 +35,7 @@ def test_a_twin_is_the_same_function_with_outliers(name, tmp_path):
         expected, found = model(images), other(images)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
     norms = [
-        (a, b)
+        (a.detach(), b.detach())
         for (path, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True)
         if path.endswith(("norm1.weight", "norm2.weight"))
     ]
