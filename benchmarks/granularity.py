@@ -175,7 +175,7 @@ def choices() -> list[str]:
         scores = ", ".join(f"{c['name']} " + " / ".join(f"{d:.4f}" for d in c["divergence"]) for c in tried)
         facts = [row["network"], row["bits"].upper(), row["method"], row["seed"]]
         cells.append([*facts, found["choice"], row["slices"], scores])
-    header = ["network", "bits", "method", "seed", "choice", "slices", "trials (total variation at T = 2, held-out)"]
+    header = ["network", "bits", "method", "seed", "choice", "slices", "trials (total variation, T = 2)"]
     return ["## What `auto` chose", "", markdown(header, cells)]
 
 

@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 OUTLIER_AWARE = "outlier-aware"
 # Where the budget does not carry all candidates, those first in this list are tried.
 _PREFERENCE = ("block", "atom", "blocks:2", OUTLIER_AWARE, "stage", "blocks:4", "model", "layer")
-# Fewer steps do not know the order of the finished networks.
+# Fewer steps, or of fewer images, do not know the order of the finished networks: fine slices are ahead early.
 _MIN_ITERATIONS = 60
+_MIN_BATCH = 8
 _PILOT_IMAGES = 256
 _MOST_JUDGED = 1024
 _PILOT_ERROR_IMAGES = 24
@@ -127,7 +128,7 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
 
     Untried as well where half of the images are too few to judge on: trials would learn from next to nothing.
     """
-    settings, batch = recipe.reconstruction, max(1, recipe.reconstruction.batch_size // 4)
+    settings, batch = recipe.reconstruction, _trial_batch(recipe)
     most = len(candidates) if _can_judge(recipe, images) else 1
     seen, judged = division(recipe, images) if most > 1 else (images, 0)
     judging = judged / 3
@@ -156,7 +157,12 @@ def _fitting(
 
 def _can_judge(recipe: Recipe, images: int) -> bool:
     left = images - recipe.pilot.held_out
-    return left >= max(recipe.pilot.held_out, recipe.reconstruction.batch_size // 4)
+    return left >= max(recipe.pilot.held_out, _trial_batch(recipe))
+
+
+def _trial_batch(recipe: Recipe) -> int:
+    size = recipe.reconstruction.batch_size
+    return min(size, max(_MIN_BATCH, size // 4))
 
 
 def division(recipe: Recipe, images: int) -> tuple[int, int]:
