@@ -3,9 +3,10 @@
     python benchmarks/horizon.py RUN --candidates atom block blocks:2 --trials 20:8:4 60:8:4
     python benchmarks/horizon.py RUN --data calib ...       # not a packaged network: its calibration images
 
-RUN is a finished run, whose network (equalized, where its recipe says so) and bits are taken; a trial is steps:batch:rate, where
-rate is what the learning rate is raised by at most, and never by more than the run's steps are as many as the trial's. Prints the
-score that `auto` goes by; several seeds show how much of a difference is chance.
+RUN is a finished run (for the candidate outlier-aware, one of `slicing=auto`), whose network (equalized, where its recipe
+says so) and bits are taken; a trial is steps:batch:rate, where rate is what the learning rate is raised by at most, and
+never by more than the run's steps are as many as the trial's. Prints the score that `auto` goes by; several seeds show how
+much of a difference is chance.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from networks import table
 from results import observed_network
 
-from ospq_export.calibrate.auto import Candidate, Trials
+from ospq_export.calibrate.auto import OUTLIER_AWARE, Candidate, Trials
+from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
 from ospq_export.data import ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.graph.granularity import slicing_of
@@ -33,7 +35,14 @@ def prepare(run: Run, data: Path | None, names: list[str]) -> tuple[Trials, list
     found = demo_images("calibration", config) if data is None else ImageSet.from_folder(data, config)
     images = found.sample(recipe.calibration_images, seed=seed).images
     network, graph = observed_network(run, images), run.captured().graph
-    candidates = [Candidate(name, slicing_of(graph, name)) for name in names]
+    dominances = manifest.slicing.dominance if manifest.slicing else {}
+    candidates = [
+        Candidate(
+            name,
+            outlier_aware_slicing(graph, dominances) if name == OUTLIER_AWARE else slicing_of(graph, name),
+        )
+        for name in names
+    ]
     block = slicing_of(graph, "block")
     cpu = torch.device("cpu")
     return Trials(network, block, candidates, recipe, images, cpu, seed), candidates
