@@ -14,35 +14,34 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import torch
 from networks import table
 from results import observed_network
 
-from ospq_export.calibrate.auto import OUTLIER_AWARE, Candidate, Trials
-from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
-from ospq_export.data import ImageSet
+from ospq_export.calibrate.auto import Candidate, Trials, candidate_of
+from ospq_export.data import DataConfig, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.run import Run
 from ospq_export.validate.report import machine_name
 
 
+def image_set(folder: Path | None, split: Literal["calibration", "test"], config: DataConfig) -> ImageSet:
+    """A folder's images, or a packaged network's own of that split."""
+    return demo_images(split, config) if folder is None else ImageSet.from_folder(folder, config)
+
+
 def prepare(run: Run, data: Path | None, names: list[str]) -> tuple[Trials, list[Candidate]]:
     """The trials as `calibrate` would run them with the run's recipe and all of its images."""
     manifest = run.manifest
     recipe, config, seed = manifest.recipe, manifest.data, manifest.calibration.seed
-    found = demo_images("calibration", config) if data is None else ImageSet.from_folder(data, config)
+    found = image_set(data, "calibration", config)
     images = found.sample(recipe.calibration_images, seed=seed).images
     network, graph = observed_network(run, images), run.captured().graph
     dominances = manifest.slicing.dominance if manifest.slicing else {}
-    candidates = [
-        Candidate(
-            name,
-            outlier_aware_slicing(graph, dominances) if name == OUTLIER_AWARE else slicing_of(graph, name),
-        )
-        for name in names
-    ]
+    candidates = [candidate_of(graph, name, dominances) for name in names]
     block = slicing_of(graph, "block")
     cpu = torch.device("cpu")
     return Trials(network, block, candidates, recipe, images, cpu, seed), candidates

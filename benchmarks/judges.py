@@ -3,42 +3,40 @@
     python benchmarks/judges.py runs/granularity/demo-swin-w3a3-*
 
 Takes finished runs of one packaged network that differ in their slicing. For every measure (total variation is that of the class
-probabilities, logits divided by T): its spread over the images relative to its mean, and the
-rank correlation (Spearman) between the runs' values on a few images, drawn at random, and on all.
+probabilities, logits divided by T): its spread over the images relative to its mean, and the rank correlation (Spearman) between
+the runs' values on a few images, drawn at random, and on all.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from networks import table
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from ospq_export.calibrate.losses import kl_divergence, total_variation
 from ospq_export.demo import demo_images
 from ospq_export.run import Run
 
 _DRAWS = 300
-
-
-TEMPERATURES = (1, 2, 4)
+_TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 def measures(output: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Per image, (N,): how far logits (N, K) are from those of the float network."""
-    log_p, log_q = F.log_softmax(target, -1), F.log_softmax(output, -1)
     centred = [t - t.mean(-1, keepdim=True) for t in (output, target)]
     softened = {
-        f"total variation, T = {t}": ((output / t).softmax(-1) - (target / t).softmax(-1)).abs().sum(-1) / 2
-        for t in TEMPERATURES
+        f"total variation, T = {t:g}": torch.vmap(partial(total_variation, temperature=t))(output, target)
+        for t in _TEMPERATURES
     }
     return {
-        "KL divergence": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "KL divergence": torch.vmap(kl_divergence)(output, target),
         "squared logit error": (centred[0] - centred[1]).square().mean(-1),
         **softened,
         "flips": (output.argmax(-1) != target.argmax(-1)).float(),

@@ -16,13 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from horizon import prepare
+from horizon import image_set, prepare
 from judges import measures
 from networks import table
 from torch import Tensor
 
-from ospq_export.data import ImageSet
-from ospq_export.demo import demo_images
 from ospq_export.run import Run
 from ospq_export.validate.report import machine_name
 
@@ -31,8 +29,7 @@ _FEW = 256
 
 def others(run: Run, folder: Path | None, count: int) -> Tensor:
     """Images that calibration never saw, float32 (N, C, H, W)."""
-    config = run.manifest.data
-    found = demo_images("test", config) if folder is None else ImageSet.from_folder(folder, config)
+    found = image_set(folder, "test", run.manifest.data)
     return found.sample(min(count, len(found)), seed=0).images
 
 

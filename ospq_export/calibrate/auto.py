@@ -48,7 +48,7 @@ _STEP_OVERHEAD = 8
 # A trial's few steps have to carry the rounding as far as the full run's many do.
 _TRIAL_RATE = 4.0
 # Of a difference between two trials less is chance than at 1 (benchmarks/noise.py).
-TEMPERATURE = 2.0
+_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,22 @@ def candidates_of(graph: fx.Graph, dominances: Mapping[str, float]) -> list[Cand
     """
     found: dict[tuple[str, ...], Candidate] = {}
     for name in _PREFERENCE:
-        slices = (
-            outlier_aware_slicing(graph, dominances) if name == OUTLIER_AWARE else slicing_of(graph, name)
-        )
-        found.setdefault(tuple(s.end for s in slices), Candidate(name, slices))
+        candidate = candidate_of(graph, name, dominances)
+        found.setdefault(tuple(s.end for s in candidate.slices), candidate)
     return list(found.values())
+
+
+def candidate_of(graph: fx.Graph, name: str, dominances: Mapping[str, float]) -> Candidate:
+    """A uniform granularity, or the slicing that avoids outliers.
+
+    Args:
+        graph: captured, without quantizers.
+        name: of a granularity, or `OUTLIER_AWARE`.
+        dominances: of outliers at the cut points, by name; only the latter looks at them.
+    """
+    if name == OUTLIER_AWARE:
+        return Candidate(name, outlier_aware_slicing(graph, dominances))
+    return Candidate(name, slicing_of(graph, name))
 
 
 def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
@@ -129,8 +140,10 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     Untried as well where half of the images are too few to judge on: trials would learn from next to nothing.
     """
     settings, batch = recipe.reconstruction, _trial_batch(recipe)
-    most = len(candidates) if _can_judge(recipe, images) else 1
-    seen, judged = division(recipe, images) if most > 1 else (images, 0)
+    untried = Plan(list(candidates[:1]), 0, batch, 0.0)
+    if not _can_judge(recipe, images):
+        return untried
+    seen, judged = division(recipe, images)
     judging = judged / 3
     fisher = float(settings.loss == "fisher")
     full = image_steps(settings, images) + fisher * images
@@ -138,13 +151,13 @@ def plan(recipe: Recipe, images: int, candidates: Sequence[Candidate]) -> Plan:
     refined = image_steps(refinement, seen, _PILOT_ERROR_IMAGES) if refinement.refinement_images else 0.0
     once = refined + fisher * seen + judging
     fixed = image_steps(_trial(settings, 0, batch), seen, _PILOT_ERROR_IMAGES) + judging
-    for count in range(most, 1, -1):
+    for count in range(len(candidates), 1, -1):
         step = batch + _STEP_OVERHEAD
         iterations = int((recipe.pilot.budget * full - once - fixed * count) / (step * count))
         if iterations >= _MIN_ITERATIONS:
             spent = once + count * (fixed + step * iterations)
             return Plan(list(candidates[:count]), iterations, batch, spent / full)
-    return Plan(list(candidates[:1]), 0, batch, 0.0)
+    return untried
 
 
 def _fitting(
@@ -259,7 +272,7 @@ class Trials:
     ) -> float:
         """Total variation between the softened class probabilities on the held-out images; arguments as `outputs` has them."""
         found = self.outputs(candidate, iterations, batch_size, most_rate)
-        return float(total_variation(found, self.reference, TEMPERATURE))
+        return float(total_variation(found, self.reference, _TEMPERATURE))
 
     def outputs(
         self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = _TRIAL_RATE
