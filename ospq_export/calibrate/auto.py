@@ -24,7 +24,8 @@ from ospq_export.calibrate.losses import total_variation
 from ospq_export.calibrate.memory import total_memory
 from ospq_export.calibrate.objective import fisher_weights, objectives
 from ospq_export.calibrate.outlier_slicing import outlier_aware_slicing
-from ospq_export.calibrate.reconstruct import REFINEMENT_TRIALS, Reconstructor
+from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.refinement import REFINEMENT_TRIALS
 from ospq_export.calibrate.walk import walk
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.quantizers import Mode, QuantizedGraph

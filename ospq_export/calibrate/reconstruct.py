@@ -14,6 +14,7 @@ from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.bias import correct_biases, corrected_biases
 from ospq_export.calibrate.engine import Learner
 from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.refinement import refine_scales, refinement_images
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -95,7 +96,7 @@ class Reconstructor:
         before, loss_before = self.error(piece, data, objective)
         initial = _snapshot(piece)
         if settings.refinement_images > 0:
-            head = data.select(slice(0, _refinement_images(piece, settings.refinement_images)))
+            head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
         learned = Learned([])
         if settings.iterations > 0:
@@ -174,51 +175,6 @@ class Reconstructor:
 def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:
     """The weight quantizers that a slice owns."""
     return [m for m in own_quantizers(piece) if isinstance(m, WeightQuantizer)]
-
-
-# Multiples of the scale that refinement tries; below one it clips more, above one it rounds more coarsely.
-_MULTIPLES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.1, 1.25)
-# A large slice has many scales, and each trial runs all of it: there fewer images keep the cost proportional to its size.
-_FULL_REFINEMENT = 8
-REFINEMENT_TRIALS = _FULL_REFINEMENT * len(_MULTIPLES)
-"""Forward passes of the whole network per refinement image, at most."""
-_FEWEST_IMAGES = 4
-
-
-def _refinement_images(piece: fx.GraphModule, wanted: int) -> int:
-    scales = sum(isinstance(m, ActivationQuantizer) for m in own_quantizers(piece))
-    return max(_FEWEST_IMAGES, min(wanted, wanted * _FULL_REFINEMENT // max(scales, 1)))
-
-
-def refine_scales(piece: fx.GraphModule, data: SliceData, objective: Objective) -> None:
-    """Choose each activation scale of a slice by the slice's output error, one after the other in graph order (ours).
-
-    The mean squared error of a tensor says little about tensors whose small values matter together, such as attention
-    probabilities: there the error of what is computed from them has to decide.
-
-    Args:
-        piece: from `extract`; its quantizers hold searched ranges and nearest codes.
-        data: a few images, where the slice runs.
-        objective: what is to be small.
-    """
-    set_mode(piece, Mode.QUANTIZE)
-
-    def error() -> float:
-        return float(objective.raw(run_slice(piece, data.quantized_input, data.images)[0], data.target))
-
-    with torch.no_grad():
-        best = error()
-        for quantizer in own_quantizers(piece):
-            if not isinstance(quantizer, ActivationQuantizer):
-                continue
-            searched = quantizer.scale.clone()
-            chosen = searched.clone()
-            for multiple in _MULTIPLES:
-                quantizer.scale.copy_(searched * multiple)
-                found = error()
-                if found < best:
-                    best, chosen = found, quantizer.scale.clone()
-            quantizer.scale.copy_(chosen)
 
 
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
