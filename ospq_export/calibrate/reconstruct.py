@@ -16,7 +16,6 @@ from ospq_export.calibrate.engine import Learner
 from ospq_export.calibrate.losses import Objective
 from ospq_export.calibrate.refinement import refine_scales, refinement_images
 from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
     Mode,
     WeightQuantizer,
     own_quantizers,
