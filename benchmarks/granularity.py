@@ -54,7 +54,11 @@ OWN = ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
 METHODS: dict[str, list[str]] = {
     "rtn": ["slicing=block", "reconstruction.iterations=0", "reconstruction.refinement_images=0", *PEER],
     "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PEER],
-    "brecq": ["slicing=block", "reconstruction.drop_probability=0.0", "reconstruction.loss=fisher", *PLAIN],
+    "brecq": [
+        *("slicing=block", "reconstruction.drop_probability=0.0"),
+        *("reconstruction.loss=fisher", "reconstruction.fisher_temperature=1.0"),
+        *PLAIN,
+    ],
     "qdrop": ["slicing=block", *PEER],
     **{name: [f"slicing={name}"] for name in OWN},
     "auto": AUTO,

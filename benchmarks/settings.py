@@ -9,7 +9,8 @@ Rows in benchmarks/settings/*.json, as in granularity.py. The first column is th
 
     base      equalization `shift`, normalised loss, mean squared error at the logits, no bias correction
     none, smooth, repq   another equalization
-    channel, fisher      another loss          kl   Kullback-Leibler divergence at the logits
+    channel, fisher      another loss          soft-fisher   Fisher information of the logits over 4
+    kl   Kullback-Leibler divergence at the logits
     no-drop, fisher-no-drop   inputs are always the quantized ones
     bias      every operator's bias corrected  offsets   learned offsets of `shifted` grids (8-bit activations only)
     no-refinement        scales start from the searched ranges
@@ -29,13 +30,16 @@ BASE = [
     "reconstruction.final_loss=same",
     "reconstruction.bias_correction=false",
 ]
+FISHER = [*BASE, "reconstruction.loss=fisher", "reconstruction.fisher_temperature=1.0"]
 VARIANTS: dict[str, list[str]] = {
     "base": BASE,
     **{name: [*BASE, f"equalization={name}"] for name in ("none", "smooth", "repq")},
-    **{name: [*BASE, f"reconstruction.loss={name}"] for name in ("channel", "fisher")},
+    "channel": [*BASE, "reconstruction.loss=channel"],
+    "fisher": FISHER,
+    "soft-fisher": [*FISHER, "reconstruction.fisher_temperature=4.0"],
     "kl": [*BASE, "reconstruction.final_loss=kl"],
     "no-drop": [*BASE, "reconstruction.drop_probability=0.0"],
-    "fisher-no-drop": [*BASE, "reconstruction.loss=fisher", "reconstruction.drop_probability=0.0"],
+    "fisher-no-drop": [*FISHER, "reconstruction.drop_probability=0.0"],
     "bias": [*BASE, "reconstruction.bias_correction=true"],
     "offsets": [*BASE, "reconstruction.learn_offsets=true"],
     "no-refinement": [*BASE, "reconstruction.refinement_images=0"],

@@ -86,10 +86,13 @@ def test_fisher_weights_do_not_depend_on_the_batches_that_memory_allows(
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 
 
-def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise):
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise, temperature):
     """Against a plain autograd computation on the network from the last cut on."""
     slices = slicing_of(small_vit.graph, "block")
-    found = fisher_weights(observed_vit, [s.end for s in slices], noise[:8], CPU, seed=3)
+    found = fisher_weights(
+        observed_vit, [s.end for s in slices], noise[:8], CPU, seed=3, temperature=temperature
+    )
     weights = [found[s.end] for s in slices]
     assert [w.mean() for w in weights] == pytest.approx([1.0] * len(slices), abs=0.06)
     pieces = [extract(observed_vit.module, s) for s in slices]
@@ -99,7 +102,7 @@ def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise):
         for piece in pieces[:2]:
             x = piece(x, 8)
     x.requires_grad_(True)
-    logits = pieces[3](pieces[2](x, 8), 8)
+    logits = pieces[3](pieces[2](x, 8), 8) / temperature
     labels = torch.multinomial(
         logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
     ).squeeze(1)

@@ -247,9 +247,13 @@ class Trials:
         self.judge_on(images[-judged:])
         # The float network's alone: one pass serves the slices of all candidates.
         ends = {s.end for slices in (block, *(c.slices for c in candidates)) for s in slices}
-        needed = recipe.reconstruction.loss == "fisher"
-        self.fisher = fisher_weights(network, ends, self.train, device, seed) if needed else None
-        refinement = _refinement(recipe.reconstruction)
+        settings = recipe.reconstruction
+        self.fisher = (
+            fisher_weights(network, ends, self.train, device, seed, settings.fisher_temperature)
+            if settings.loss == "fisher"
+            else None
+        )
+        refinement = _refinement(settings)
         if refinement.refinement_images:
             self._walk(block, refinement)
         self.initial = network.state()

@@ -48,7 +48,8 @@ def objectives(
     """
     nodes = {n.name: n for n in network.module.graph.nodes}
     if settings.loss == "fisher" and fisher is None:
-        fisher = fisher_weights(network, [s.end for s in slices], images, device, seed)
+        ends = [s.end for s in slices]
+        fisher = fisher_weights(network, ends, images, device, seed, settings.fisher_temperature)
 
     def make(index: int, piece: fx.GraphModule, target: Tensor) -> Objective:
         last = index == len(slices) - 1
@@ -83,13 +84,19 @@ def channel_axis(node: fx.Node) -> int:
 
 
 def fisher_weights(
-    network: QuantizedGraph, ends: Collection[str], images: Tensor, device: torch.device, seed: int
+    network: QuantizedGraph,
+    ends: Collection[str],
+    images: Tensor,
+    device: torch.device,
+    seed: int,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of the tensors at cut points: the squared gradient of the log-likelihood of sampled labels.
 
     BRECQ (Li et al. 2021, eq. 10) weighs each image's error by its own squared gradient; ours is the mean over the calibration
     images, so that one pass over the network serves all slices and no gradient is stored per image. Held above a twentieth of
-    its mean.
+    its mean. Of a network that is sure of most images, the few others make up nearly all of that mean, which then is chance;
+    softened logits let more images speak (ours; docs/settings.md has the figures).
 
     Args:
         network: any mode; left in Mode.FLOAT.
@@ -97,6 +104,7 @@ def fisher_weights(
         images: float32 (N, C, H, W).
         device: where the network lies.
         seed: of the sampled labels.
+        temperature: divides the logits.
 
     Returns:
         By cut point float32 (1, ...) of mean one, which broadcasts with the tensor there.
@@ -107,7 +115,7 @@ def fisher_weights(
     most = _FISHER_BYTES // max(1, kept_bytes_per_image(network.module.graph))
     for batch in images.split(max(1, min(_FISHER_BATCH, most))):
         keeper = _Keeper(network.module, sums)
-        logits = keeper.run(batch.to(device).requires_grad_(True))
+        logits = keeper.run(batch.to(device).requires_grad_(True)) / temperature
         labels = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)
         F.cross_entropy(logits, labels.squeeze(1).to(device), reduction="sum").backward()
         for name, tensor in keeper.kept.items():

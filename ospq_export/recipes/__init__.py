@@ -43,6 +43,11 @@ class Reconstruction(BaseModel):
         description="squared error over its initial value, plain, per channel over its variance, or by Fisher information; "
         "or BRECQ's code to the letter (sum over dimension 1)"
     )
+    fisher_temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="by which the logits are divided before Fisher information is taken; above 1, fewer images dominate it",
+    )
     final_loss: Literal["same", "kl"] = Field(
         description="loss of the last slice: the same, or KL divergence of the logits"
     )
