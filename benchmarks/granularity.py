@@ -154,7 +154,7 @@ def document() -> str:
         "## With 200 steps per slice",
         "",
         "The same with `--set reconstruction.iterations=200` on a CPU; DINOv2 with 512 calibration images and batches of 16",
-        "(W4A4) or 8 (W4A8). Fisher weights are of the logits over four in the W4A8 rows, of the logits themselves in all others.",
+        "(W4A4) or 8 (W4A8). Fisher weights: of the logits over four in the W4A8 rows, of the logits themselves in the others.",
         "`auto` has a larger budget here, 0.6 (DINOv2 0.65) of the reconstruction, since 0.3 of so few steps pays for no trials.",
         "",
         *table(ROWS / "steps-200", [*METHODS]),
