@@ -46,7 +46,8 @@ class Reconstruction(BaseModel):
     fisher_temperature: float = Field(
         default=1.0,
         gt=0,
-        description="by which the logits are divided before Fisher information is taken; above 1, fewer images dominate it",
+        description="by which the logits are divided before Fisher information is taken; above 1, a few unsure images "
+        "no longer make up nearly all of it",
     )
     final_loss: Literal["same", "kl"] = Field(
         description="loss of the last slice: the same, or KL divergence of the logits"
