@@ -11,7 +11,7 @@ Rows in benchmarks/settings/*.json, as in granularity.py. The first column is th
     none, smooth, repq   another equalization
     channel, fisher      another loss          soft-fisher   Fisher information of the logits over 4
     kl   Kullback-Leibler divergence at the logits
-    no-drop, fisher-no-drop   inputs are always the quantized ones
+    no-drop, fisher-no-drop, soft-fisher-no-drop   inputs are always the quantized ones
     bias      every operator's bias corrected  offsets   learned offsets of `shifted` grids (8-bit activations only)
     no-refinement        scales start from the searched ranges
     bf16                 products of bf16 factors while learning
@@ -31,12 +31,14 @@ BASE = [
     "reconstruction.bias_correction=false",
 ]
 FISHER = [*BASE, "reconstruction.loss=fisher", "reconstruction.fisher_temperature=1.0"]
+SOFT = [*FISHER, "reconstruction.fisher_temperature=4.0"]
 VARIANTS: dict[str, list[str]] = {
     "base": BASE,
     **{name: [*BASE, f"equalization={name}"] for name in ("none", "smooth", "repq")},
     "channel": [*BASE, "reconstruction.loss=channel"],
     "fisher": FISHER,
-    "soft-fisher": [*FISHER, "reconstruction.fisher_temperature=4.0"],
+    "soft-fisher": SOFT,
+    "soft-fisher-no-drop": [*SOFT, "reconstruction.drop_probability=0.0"],
     "kl": [*BASE, "reconstruction.final_loss=kl"],
     "no-drop": [*BASE, "reconstruction.drop_probability=0.0"],
     "fisher-no-drop": [*FISHER, "reconstruction.drop_probability=0.0"],
