@@ -211,7 +211,7 @@ def arguments(doc: str | None, methods: Sequence[str], runs: str) -> argparse.Na
     parser.add_argument("--only", nargs="*", default=["vit", "swin"], help="packaged networks")
     parser.add_argument("--bits", nargs="*", choices=list(BITS))
     parser.add_argument("--methods", nargs="*", choices=list(methods), default=list(methods))
-    parser.add_argument("--seeds", type=int, default=3, help="at the lowest bits; else one")
+    parser.add_argument("--seeds", type=int, help="at all bits asked for; default: 3 at the lowest, else 1")
     parser.add_argument("--no-twins", action="store_true", help="leave the outlier-injected twins out")
     parser.add_argument("--processes", type=int, default=1, help="rows measured at a time")
     parser.add_argument("--device", default="cpu", help="torch device that calibrates and classifies")
@@ -268,13 +268,14 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         names, default = [f"demo-{name}{end}" for name in args.only for end in ends], ["w3a3", "w4a4"]
     else:
         names, default = [args.name], ["w4a4", "w4a8", "w6a6"]
+    seeds = {bits: args.seeds or (3 if bits == default[0] else 1) for bits in args.bits or default}
     return [
         Cell(name, bits, method, seed)
-        for seed in range(args.seeds)
-        for bits in args.bits or default
+        for seed in range(max(seeds.values()))
+        for bits in seeds
         for name in names
         for method in args.methods
-        if seed == 0 or bits == default[0]
+        if seed < seeds[bits]
     ]
 
 
