@@ -31,6 +31,14 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHORT = ["reconstruction.iterations=2", "calibration_images=32", "observation_images=32"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules of slow tests first: one that starts last keeps one worker busy long after the others have ended."""
+    slow: dict[Path, list[bool]] = {}
+    for item in items:
+        slow.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
+
+
 def calibrated_demo(name: str, recipe: str, out: Path, *overrides: str, device: str = "cpu") -> Run:
     """A packaged network, calibrated for a few steps on a few images."""
     spec = demo_spec(name)

@@ -158,6 +158,7 @@ def test_another_structure_is_refused(small_copy):
         Run.open(small_copy).quantized_graph()
 
 
+@pytest.mark.slow
 def test_both_networks_come_from_one_run(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     # Images of the kind it was calibrated on: on noise, activations leave the calibrated ranges.

@@ -79,6 +79,7 @@ def test_trials_are_judged_on_what_they_do_not_learn_from(images, expected):
     assert division(load_recipe("w4a4"), images) == expected
 
 
+@pytest.mark.slow
 def test_the_choice_has_the_least_divergence_and_is_the_same_again(network, images, dominances):
     recipe = load_recipe("w4a4", SHORT)
     results = []
@@ -123,6 +124,7 @@ def test_where_nothing_can_be_tried_blocks_are_taken(network, images, dominances
     assert len(said) == 1 and why in said[0]
 
 
+@pytest.mark.slow
 def test_slices_too_large_for_the_device_are_not_tried(network, images, dominances, monkeypatch):
     whole = step_bytes(network.graph, slicing_of(network.graph, "model"), 16)
     blocks = step_bytes(network.graph, slicing_of(network.graph, "block"), 16)

@@ -131,6 +131,7 @@ def vit(**kwargs):
     return timm.create_model("vit_tiny_patch16_224", **settings).eval()
 
 
+@pytest.mark.slow
 def test_fingerprint_tells_structures_apart_and_nothing_else():
     first = fingerprint(capture(vit(seed=0), (3, 32, 32)))
     assert fingerprint(capture(vit(seed=1), (3, 32, 32))) == first

@@ -229,6 +229,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
 
 
+@pytest.mark.slow
 def test_backends_by_name(capsys, images, copy):
     assert run(capsys, "export", copy, "--quiet", "--batch-size", 4)[0] == 0
     options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", "--batch-size", 7]

@@ -123,6 +123,7 @@ def test_latency_of_something_slow_takes_three_calls(monkeypatch):
     assert latency.measure(Slow(), IMAGES, 1).calls == 3
 
 
+@pytest.mark.slow
 def test_fp16_float_parts(finished_runs):
     """Close to float32, not equal to it, and the quantizers keep their float32 scales."""
     run = Run.open(finished_runs["w8a8"])
@@ -140,6 +141,7 @@ def test_fp16_float_parts(finished_runs):
     )
 
 
+@pytest.mark.slow
 def test_all_that_is_here(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     found = open_executions(run, None, "cpu", "fp32")
@@ -207,6 +209,7 @@ def test_asked_for_by_name_and_not_there(finished_runs, name):
         open_executions(Run.open(finished_runs["w8a8"]), [name], "cpu", "fp32")
 
 
+@pytest.mark.slow
 def test_the_float_baseline_is_the_float_network(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     x = np.random.default_rng(0).normal(size=(3, *run.manifest.data.input_size)).astype(np.float32)

@@ -121,6 +121,7 @@ def test_planted_faults_stand_out(finished_runs, images):
     assert min(scale, codes, swapped) > 3 * sound
 
 
+@pytest.mark.slow
 @BOTH
 def test_tensors_that_tell_where_executions_part_have_names(finished_runs, images, recipe):
     run = Run.open(finished_runs[recipe])

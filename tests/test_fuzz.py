@@ -14,6 +14,7 @@ spec = importlib.util.spec_from_file_location("fuzz", path)
 fuzz = importlib.util.module_from_spec(spec)
 sys.modules["fuzz"] = fuzz
 spec.loader.exec_module(fuzz)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

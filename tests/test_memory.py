@@ -91,6 +91,7 @@ def budgeted(out, budget, events):
     return calibrate(model, SPEC, batch, config, recipe, out, memory_budget=budget, events=events)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_disk_and_a_log_of_it(tmp_path):
     tiny(tmp_path / "whole")
     log = tmp_path / "log.jsonl"
@@ -154,6 +155,7 @@ def test_batches_depend_on_their_seed_alone():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_the_peak_is_this_processs_and_not_its_parents():
     held = bytearray(600 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])

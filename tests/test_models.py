@@ -287,6 +287,7 @@ def test_torch_file_without_a_state_dictionary(tmp_path: Path, content: object) 
         create_model(with_checkpoint(tmp_path / "w.pth"))
 
 
+@pytest.mark.slow
 def test_pretrained_weights_that_cannot_be_had(tmp_path: Path) -> None:
     program = (
         "from ospq_export.models import ModelSpec, create_model\n"

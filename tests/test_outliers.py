@@ -43,12 +43,11 @@ def test_a_twin_is_the_same_function_with_outliers(name, tmp_path):
     assert fingerprint(capture(model, SIZE)) == fingerprint(capture(other, SIZE))
 
 
-def test_bad_input():
-    network = capture(create_model(demo_spec("swin")), SIZE)
+def test_bad_input(small_vit):
     with pytest.raises(ValueError, match="share"):
-        inject_outliers(network, share=0.0)
+        inject_outliers(small_vit, share=0.0)
     with pytest.raises(ValueError, match="factor"):
-        inject_outliers(network, factor=0.5)
+        inject_outliers(small_vit, factor=0.5)
 
 
 @pytest.mark.slow

@@ -235,6 +235,7 @@ def test_latencies_have_the_float_baseline_beside_them(validated):
     assert found >= {(OPTIMIZED, 2), ("onnxruntime-fp32", 2), (FLOAT, 2)}
 
 
+@pytest.mark.slow
 def test_baseline_is_compared_image_by_image(validated, finished_runs):
     _, report, _ = validated
     found = report.baseline
