@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -25,6 +27,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 FLOAT_TENSORS = "float.safetensors"
 QUANTIZED_TENSORS = "quantized.safetensors"
+CALIBRATION_IMAGES = "calibration_images.json"
 CHECKPOINTS = "slices"
 _FOREIGN = "calibrate again, or copy the run directory anew"
 
@@ -187,6 +190,11 @@ def sha256(path: Path) -> str:
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex digest of a tensor's bytes (row-major)."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def image_digests(images: NDArray[np.float32]) -> list[str]:
+    """A short digest of every image's content, 16 hex digits of SHA-256; images (N, C, H, W), preprocessed."""
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16] for image in images]
 
 
 def installed_versions() -> dict[str, str]:

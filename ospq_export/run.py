@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,20 @@ class Run:
                 f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
             )
         return self.path / name
+
+    def calibration_digests(self) -> frozenset[str]:
+        """Digests of the images that the run was calibrated on, see `artifact.image_digests`; none in older runs.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if artifact.CALIBRATION_IMAGES not in self.manifest.files:
+            return frozenset()
+        path = self.file(artifact.CALIBRATION_IMAGES)
+        try:
+            return frozenset(map(str, json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"cannot be read: {error}", where=path, mend=_MEND) from error
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""

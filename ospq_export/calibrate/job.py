@@ -90,8 +90,13 @@ class Job:
         """Whether this process writes the run directory."""
         return self.options.world.rank == 0
 
-    def begin(self, captured: fx.GraphModule) -> None:
-        """Write the unfinished manifest and the float tensors, or check that an interrupted run is this one's."""
+    def begin(self, captured: fx.GraphModule, images: Tensor) -> None:
+        """Write what is known at the start, or check that an interrupted run is this one's.
+
+        Args:
+            captured: the float network.
+            images: the calibration images, (N, C, H, W).
+        """
         if not self.writes:
             return
         for folder in (self.out, self.out / artifact.CHECKPOINTS):
@@ -104,9 +109,14 @@ class Job:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             artifact.write_manifest(self.out, self.manifest)
             artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
-            self.manifest = artifact.record_files(self.out, self.manifest, artifact.FLOAT_TENSORS)
+            artifact.write_json(
+                self.out / artifact.CALIBRATION_IMAGES, artifact.image_digests(images.cpu().numpy())
+            )
+            self.manifest = artifact.record_files(
+                self.out, self.manifest, artifact.FLOAT_TENSORS, artifact.CALIBRATION_IMAGES
+            )
         except InputError:
-            for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS):
+            for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS, artifact.CALIBRATION_IMAGES):
                 (self.out / name).unlink(missing_ok=True)
             raise
 

@@ -147,7 +147,7 @@ def _calibrate(
     network.module.to(target)
     seconds = _observe(network, images.images[: recipe.observation_images], seed, progress, options.world)
     job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
-    job.begin(captured)
+    job.begin(captured, images.images)
     job.slice(captured, images.images)
     job.reconstruct(images.images)
     return job.finish()

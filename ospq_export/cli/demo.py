@@ -70,7 +70,7 @@ def demo(
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)
     report = run_validate(run, images, quiet, limit=limit, device=device)
-    raise typer.Exit(0 if report.verdict else 1)
+    raise typer.Exit(report.verdict.exit_status)
 
 
 def _is_finished(folder: Path, recipe: Recipe, seed: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +12,8 @@ from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from ospq_export.data import ImageSet
-    from ospq_export.validate import Thresholds
     from ospq_export.validate.report import Report
+    from ospq_export.validate.verdict import Thresholds
 
 
 def validate(
@@ -28,16 +27,31 @@ def validate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
-    max_top1_difference: Annotated[float, typer.Option(min=0, help="Parity: points of Top-1.")] = 0.1,
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=100, help="Points of Top-1 that may be lost against float.")
+    ] = 1.0,
+    confidence: Annotated[
+        float,
+        typer.Option(help="Of every bound, from 0.5 to below 1; 0.5 takes the bare estimates."),
+    ] = 0.95,
+    decision_threshold: Annotated[
+        float | None,
+        typer.Option(help="Networks with one logit: the second class lies above it. Default: 0."),
+    ] = None,
+    max_top1_difference: Annotated[
+        float, typer.Option(min=0, help="Faithful: points of Top-1 between deployed and fake-quantized.")
+    ] = 0.1,
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            min=0, max=100, help="Parity: percent of equal predictions. Default 99.5, 99 at 4 bits."
+            min=0,
+            max=100,
+            help="Faithful: percent of predictions equal to the fake-quantized network's. Default: from --max-drop.",
         ),
     ] = None,
     significance: Annotated[
         float,
-        typer.Option(help="Parity: level of the exact tests against the noise floor, above 0 and below 1."),
+        typer.Option(help="Faithful: level of the exact tests against the noise floor, above 0 and below 1."),
     ] = 0.01,
     floor_images: Annotated[
         int, typer.Option(min=0, help="Images the noise floor is measured on; 0 leaves it out.")
@@ -63,21 +77,24 @@ def validate(
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare the deployed files' predictions with the fake-quantized network's; exit 1 without parity."""
+    """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
     from ospq_export.data import ImageSet
     from ospq_export.run import Run
 
+    thresholds = _thresholds(
+        max_drop=max_drop,
+        confidence=confidence,
+        min_agreement=min_agreement,
+        max_top1_difference=max_top1_difference,
+        significance=significance,
+    )
     opened = Run.open(run)
     images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
     report = run_validate(
         opened,
         images,
         quiet,
-        limits={
-            "max_top1_difference": max_top1_difference,
-            "min_agreement": min_agreement,
-            "significance": significance,
-        },
+        thresholds=thresholds,
         backends=backends or None,
         batch_size=batch_size,
         limit=limit,
@@ -85,52 +102,51 @@ def validate(
         code_images=code_images,
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
+        decision_threshold=decision_threshold,
         baseline=None if baseline is None else Run.open(baseline),
         device=device,
         workers=workers,
     )
-    raise typer.Exit(0 if report.verdict else 1)
+    raise typer.Exit(report.verdict.exit_status)
 
 
-def run_validate(
-    run: Any, images: ImageSet, quiet: bool, limits: Mapping[str, float | None] | None = None, **options: Any
-) -> Report:
+def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
     Args:
         run: exported.
-        images: labelled.
+        images: with the run's preprocessing.
         quiet: no progress bar.
-        limits: fields of `Thresholds`; None means the default.
         options: of `validate`; None means the default.
 
     Raises:
-        InputError: a threshold is impossible; and as `validate`.
+        InputError: as `validate`.
     """
     from ospq_export.progress import stage_progress
     from ospq_export.validate import render, validate, write_documents
     from ospq_export.world import joined
 
-    thresholds = _thresholds(run, limits or {})
     given = {key: value for key, value in options.items() if value is not None}
     with joined() as world, stage_progress(disable=quiet or world.rank > 0) as progress:
-        report = validate(run, images, thresholds=thresholds, progress=progress, world=world, **given)
+        report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
     page = write_documents(run, report, images)
-    console().print(render(report))
+    console().print(render(report), soft_wrap=True)
     console().print(f"report: {page}", soft_wrap=True)
     return report
 
 
-def _thresholds(run: Any, limits: Mapping[str, float | None]) -> Thresholds:
+def _thresholds(**values: float | None) -> Thresholds:
+    """What is allowed; options that were not given keep their defaults.
+
+    Raises:
+        InputError: a value is impossible.
+    """
     from pydantic import ValidationError
 
-    from ospq_export.validate import Thresholds, default_thresholds
+    from ospq_export.validate.verdict import Thresholds
 
-    recipe = run.manifest.recipe
-    values = default_thresholds(recipe.activation_bits, recipe.weight_bits).model_dump()
-    values |= {key: value for key, value in limits.items() if value is not None}
     try:
         return Thresholds.model_validate(values)
     except ValidationError as error:

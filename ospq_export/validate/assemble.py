@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
 from ospq_export.validate.backends import Backend
 from ospq_export.validate.baseline import PREFIX
-from ospq_export.validate.executions import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
+from ospq_export.validate.executions import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT, not_executed
+from ospq_export.validate.faithful import faithful_criteria
+from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.locate import Location
-from ospq_export.validate.parity import Collector, Comparison, compare, predictions, topk_accuracy
+from ospq_export.validate.parity import (
+    Collector,
+    Comparison,
+    compare,
+    finite,
+    has_labels,
+    margin_change,
+    predictions,
+    topk_accuracy,
+)
 from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report, machine_name
-from ospq_export.validate.statistics import expected_calibration_error, wilson
-from ospq_export.validate.verdict import FloorVariation, NoiseFloor, Thresholds, Verdict, judge
+from ospq_export.validate.statistics import FloatArray, IntArray, expected_calibration_error, wilson
+from ospq_export.validate.verdict import Thresholds, Verdict, conclude
 from ospq_export.validate.weights import weight_comparisons
 
 if TYPE_CHECKING:
@@ -36,9 +48,12 @@ class Evidence:
         skipped: executions that this machine lacks, with the reasons.
         unreadable: images that could not be read.
         references: deployed execution -> what it is compared with.
+        float_reference: the execution of the float network, or None.
         uncompared: deployed executions that nothing here can be compared with.
         floor: the noise floor; None where it was not measured.
         locations: comparisons of codes.
+        seen: how many of the images the run was calibrated on, by content.
+        decision_threshold: of a network with a single logit; None for all others.
     """
 
     collector: Collector
@@ -47,9 +62,12 @@ class Evidence:
     skipped: dict[str, str]
     unreadable: list[str]
     references: dict[str, str]
+    float_reference: str | None
     uncompared: list[str]
     floor: NoiseFloor | None
     locations: list[Location] = field(default_factory=list)
+    seen: int = 0
+    decision_threshold: float | None = None
 
     def names(self, *, baseline: bool) -> list[str]:
         """Executions of the baseline, or of the run itself."""
@@ -76,15 +94,21 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         other: the baseline.
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
-    images = len(evidence.collector.labels())
-    _warn_about_classes(run, logits(names[0]).shape[1])
+    labels = evidence.collector.labels()
+    if has_labels(labels):
+        _warn_about_classes(run, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
-    floor = _whole_floor(evidence)
-    not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
+    floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
+    left = not_executed(run, evidence.backends)
     return Report(
-        verdict=_verdict(comparisons, not_finite, thresholds, evidence, floor, images),
+        verdict=_verdict(comparisons, changes, thresholds, evidence, floor, left),
         thresholds=thresholds,
-        images=images,
+        images=len(labels),
+        labelled=has_labels(labels),
+        decision_threshold=evidence.decision_threshold,
+        calibration_images_seen=evidence.seen,
+        not_executed=left,
+        accuracy=changes,
         class_names=_class_names(run),
         skipped=evidence.unreadable,
         executions_skipped=evidence.skipped,
@@ -99,19 +123,51 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
     )
 
 
+def _changes(evidence: Evidence, limits: Thresholds) -> list[AccuracyChange]:
+    """Every deployed execution against the float network."""
+    if evidence.float_reference is None:
+        return []
+    deployed = [*evidence.references, *evidence.uncompared]
+    return [accuracy_change(evidence.pair(evidence.float_reference, n), limits.confidence) for n in deployed]
+
+
 def _verdict(
     comparisons: list[Comparison],
-    not_finite: list[str],
+    changes: list[AccuracyChange],
     thresholds: Thresholds,
     evidence: Evidence,
     floor: NoiseFloor | None,
-    images: int,
+    left: list[str],
 ) -> Verdict:
-    found = judge(comparisons, not_finite, thresholds, floor, evidence.locations, images)
-    reasons = [f"{name} was compared with nothing" for name in evidence.uncompared if comparisons]
-    return found.model_copy(
-        update={"parity": found.parity and not reasons, "reasons": [*found.reasons, *reasons]}
+    logits = evidence.collector.logits
+    not_finite = [n for n in evidence.names(baseline=False) if not np.isfinite(logits(n)).all()]
+    faithful = faithful_criteria(
+        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
     )
+    return conclude(faithful, accuracy_criteria(changes, thresholds), _notes(evidence, left))
+
+
+def _notes(evidence: Evidence, left: list[str]) -> list[str]:
+    """What has to be known beside the verdict."""
+    images, notes = len(evidence.collector.ids), []
+    if left:
+        notes.append(f"not executed, so not judged: {', '.join(left)}")
+    if evidence.seen:
+        notes.append(
+            f"{evidence.seen:,} of the {images:,} images are calibration images by content: "
+            "accuracy on them says little about new ones"
+        )
+    if evidence.unreadable:
+        notes.append(f"{len(evidence.unreadable):,} images could not be read and are not judged")
+    if evidence.decision_threshold is not None:
+        notes.append(
+            f"one logit, so two classes: the second one where the logit exceeds {evidence.decision_threshold:g}"
+        )
+    if not has_labels(evidence.collector.labels()):
+        notes.append(
+            "the images have no labels: accuracy is judged by the predictions that differ from float's"
+        )
+    return notes
 
 
 def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
@@ -122,13 +178,14 @@ def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
     """
     if evidence.floor is None or not {FAKE_QUANT, FAKE_QUANT_FP16} <= set(evidence.names(baseline=False)):
         return evidence.floor
-    pair = evidence.pair(FAKE_QUANT_FP16, FAKE_QUANT)
+    pair, logits = evidence.pair(FAKE_QUANT_FP16, FAKE_QUANT), evidence.collector.logits
     variation = FloorVariation(
         name="float32 between quantizers",
         reference=FAKE_QUANT_FP16,
         images=len(evidence.collector.ids),
         flips=len(pair.flips),
         mean_logit_difference=pair.mean_logit_difference,
+        margin_change=finite(margin_change(logits(FAKE_QUANT_FP16), logits(FAKE_QUANT))),
     )
     return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
@@ -157,19 +214,25 @@ def _baseline(other: Run, evidence: Evidence) -> BaselineResult:
 
 def _result(execution: Backend, evidence: Evidence) -> BackendResult:
     logits, labels = evidence.collector.logits(execution.name), evidence.collector.labels()
-    seconds, hits = evidence.seconds[execution.name], int((predictions(logits) == labels).sum())
-    top5 = topk_accuracy(logits, labels, 5)
+    seconds = evidence.seconds[execution.name]
     return BackendResult(
         name=execution.name,
         detail=execution.detail,
-        top1=topk_accuracy(logits, labels, 1),
-        top1_interval=wilson(hits, len(labels)),
-        top5=top5,
-        top5_interval=wilson(round(top5 * len(labels) / 100), len(labels)),
-        calibration_error=expected_calibration_error(logits, labels),
+        **(_scores(logits, labels) if has_labels(labels) else {}),
         seconds=round(seconds, 3),
         images_per_second=round(len(labels) / max(seconds, 1e-9), 1),
     )
+
+
+def _scores(logits: FloatArray, labels: IntArray) -> dict[str, Any]:
+    hits, top5 = int((predictions(logits) == labels).sum()), topk_accuracy(logits, labels, 5)
+    return {
+        "top1": topk_accuracy(logits, labels, 1),
+        "top1_interval": wilson(hits, len(labels)),
+        "top5": top5,
+        "top5_interval": wilson(round(top5 * len(labels) / 100), len(labels)),
+        "calibration_error": expected_calibration_error(logits, labels),
+    }
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -29,9 +29,11 @@ class Backend(Protocol):
     Attributes:
         name: how the report calls it.
         detail: what it runs on, in words, by aspect.
+        fixed_batch: the one batch size that it takes; None where it takes any.
     """
 
     name: str
+    fixed_batch: int | None
     detail: dict[str, str]
 
     def __call__(self, images: FloatArray) -> FloatArray:
@@ -41,6 +43,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """A torch module on a device."""
+
+    fixed_batch: int | None = None
 
     def __init__(self, name: str, module: nn.Module, device: str = "cpu") -> None:
         self.name = name
@@ -78,7 +82,7 @@ class OnnxRuntimeBackend:
         self.session = open_session(path, path, optimize=optimize, provider=provider, threads=threads)
         self.input = self.session.get_inputs()[0]
         batch = self.input.shape[0]
-        self.batch_size = batch if isinstance(batch, int) else None
+        self.fixed_batch = batch if isinstance(batch, int) else None
         self.detail = {
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "optimisations": "all" if optimize else "off",
@@ -90,9 +94,9 @@ class OnnxRuntimeBackend:
     def __call__(self, images: FloatArray) -> FloatArray:
         """Logits (B, K) float32 of images (B, C, H, W) float32."""
         self._check(images)
-        if self.batch_size is None:
+        if self.fixed_batch is None:
             return self._run(images)
-        size = self.batch_size
+        size = self.fixed_batch
         padding = -len(images) % size
         padded = (
             np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.float32)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospq_export.artifact import replacing
 from ospq_export.validate.thumbnails import thumbnails
+from ospq_export.validate.verdict import worst_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _ClassRow = tuple[str, float | None, float | None]
 MARKDOWN, HTML = "report.md", "report.html"
+_MARKS = {"met": "good", "missed": "bad", "open": "open"}
 _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 
 
@@ -68,6 +70,9 @@ def _environment() -> Environment:
     environment.filters |= {
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
         "kib": lambda count: f"{count / 1024:,.0f}",
+        "number": _number,
+        "headline": lambda text: text.partition(": ")[0],
+        "finding": lambda text: text.partition(": ")[2],
     }
     return environment
 
@@ -77,6 +82,8 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "manifest": manifest,
+        "marks": _MARKS,
+        "worst": worst_of(report.verdict.faithful, report.verdict.accuracy),
         "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
         "compared": {c.deployed: c for c in report.comparisons},
         "latencies": _latencies(report),
@@ -90,6 +97,10 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     }
 
 
+def _number(value: float | None, form: str = "%.2f") -> str:
+    return "" if value is None else form % value
+
+
 class _Flips:
     """The flips of one execution, with the names of their classes."""
 
@@ -99,18 +110,22 @@ class _Flips:
         self.names = names
 
     def name(self, label: int) -> str:
-        """A class's name, or its index."""
+        """A class's name, or its index; nothing for an image without a label."""
         return _class_name(self.names, label)
 
     def kind(self, flip: Flip) -> str:
         """What the flip did to the prediction."""
+        if flip.label < 0:
+            return ""
         if flip.deployed == flip.label:
-            return "mended"
+            return "fixed"
         return "lost" if flip.reference == flip.label else "wrong both times"
 
 
 def _class_name(names: Sequence[str], label: int) -> str:
-    return names[label] if 0 <= label < len(names) else str(label)
+    if label < 0:
+        return ""
+    return names[label] if label < len(names) else str(label)
 
 
 def _latencies(report: Report) -> dict[str, dict[int, Any]]:

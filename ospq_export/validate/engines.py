@@ -47,6 +47,8 @@ class EngineBackend:
         inputs = [t for t in tensors if self.engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
         outputs = [t for t in tensors if t not in inputs]
         self.input, self.output = inputs[0], outputs[0]
+        fixed = int(self.engine.get_tensor_shape(self.input)[0])
+        self.fixed_batch = fixed if fixed > 0 else None
         self.batch_size = int(self.engine.get_tensor_profile_shape(self.input, 0)[2][0])
         self.detail = {
             "runtime": f"{PACKAGES[name]} {trt.__version__}",
@@ -67,9 +69,8 @@ class EngineBackend:
 
     def _run(self, part: torch.Tensor) -> torch.Tensor:
         count = len(part)
-        fixed = int(self.engine.get_tensor_shape(self.input)[0])
-        if fixed > count:
-            part = torch.cat([part, part.new_zeros(fixed - count, *part.shape[1:])])
+        if self.fixed_batch is not None and self.fixed_batch > count:
+            part = torch.cat([part, part.new_zeros(self.fixed_batch - count, *part.shape[1:])])
         part = part.contiguous()
         self.context.set_input_shape(self.input, tuple(part.shape))
         out = torch.empty(tuple(self.context.get_tensor_shape(self.output)), device="cuda")

@@ -29,6 +29,7 @@ ALL_BACKENDS = (*DEFAULT_BACKENDS, FAKE_QUANT_FP16, QDQ_FP16, FP32, FP16)
 DEPLOYED = (UNOPTIMIZED, OPTIMIZED, CUDA, TENSORRT_PROVIDER, *ENGINES, QDQ_FP16)
 QUANTIZED_ONNX, FLOAT_ONNX, HALF_ONNX = "model.onnx", "model_fp32.onnx", "model_fp16.onnx"
 QUANTIZED_HALF_ONNX = "model_qdq_fp16.onnx"
+_NETWORKS = (".onnx", ".engine")
 BASELINES = {FP32: FLOAT_ONNX, FP16: HALF_ONNX}
 
 
@@ -60,12 +61,16 @@ class Executions:
         """
         result = {}
         for name in (n for n in self.names if n in DEPLOYED):
-            half = name == QDQ_FP16 or (name in ENGINES and float_type == "fp16")
-            for reference in (FAKE_QUANT_FP16 if half else FAKE_QUANT, UNOPTIMIZED):
+            for reference in (fake_quantized(name, float_type), UNOPTIMIZED):
                 if reference in self.names and reference != name:
                     result[name] = reference
                     break
         return result
+
+    @property
+    def float_reference(self) -> str | None:
+        """The float network's execution: torch's, or ONNX Runtime's where torch's is not to be had."""
+        return next((name for name in (FLOAT, FP32) if name in self.names), None)
 
     def uncompared(self, float_type: str) -> list[str]:
         """Deployed executions that are neither compared with something nor what others are compared with."""
@@ -75,25 +80,72 @@ class Executions:
 
 
 def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
-    """Open the named executions, or every default one that is available.
+    """Open the named executions with the references that they are judged by, or every default one that is available.
 
     Args:
         run: exported.
-        names: out of `ALL_BACKENDS`; None takes the defaults.
+        names: out of `ALL_BACKENDS`, a deployed one among them; None takes the defaults.
         device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
         float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts and the file that is deployed so.
 
     Raises:
-        InputError: an unknown name, a named execution that is not available, or a file of another run.
+        InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
     """
-    wanted = list(DEFAULT_BACKENDS if names is None else dict.fromkeys(names))
-    unknown = [name for name in wanted if name not in ALL_BACKENDS]
+    named = _named(names, float_type)
+    wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
+    _check_files(run, wanted)
+    result = Executions()
+    for name in wanted:
+        _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
+    # Where torch's side is not to be had, ONNX Runtime stands in for it.
+    if FAKE_QUANT not in result.names and UNOPTIMIZED not in result.names:
+        _open(result, run, UNOPTIMIZED, device, must=False)
+    if result.float_reference is None:
+        _open(result, run, FP32, device, must=False)
+    return result
+
+
+def fake_quantized(deployed: str, float_type: str) -> str:
+    """The fake-quantized network that a deployed execution is compared with: with float parts of its own type."""
+    half = deployed == QDQ_FP16 or (deployed in ENGINES and float_type == "fp16")
+    return FAKE_QUANT_FP16 if half else FAKE_QUANT
+
+
+def _named(names: Sequence[str] | None, float_type: str) -> list[str]:
+    named = list(DEFAULT_BACKENDS if names is None else dict.fromkeys(names))
+    unknown = [name for name in named if name not in ALL_BACKENDS]
     if unknown:
         raise InputError(
             f"there is no execution {unknown[0]!r}", mend=f"use some of {', '.join(ALL_BACKENDS)}"
         )
     if float_type == "fp16":
-        wanted += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in wanted]
+        named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
+    if not any(name in DEPLOYED for name in named):
+        raise InputError(
+            f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
+            where="--backend",
+            mend=f"add one of {', '.join(DEPLOYED)}",
+        )
+    return named
+
+
+def _references_of(named: Sequence[str], float_type: str) -> list[str]:
+    """What the named deployed executions are judged by."""
+    return [FLOAT, *(fake_quantized(name, float_type) for name in named if name in DEPLOYED)]
+
+
+def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
+    try:
+        result.backends.append(open_execution(run, name, device))
+        result.skipped.pop(name, None)
+    except InputError as error:
+        if must:
+            raise
+        result.skipped[name] = str(error)
+
+
+def _check_files(run: Run, wanted: Sequence[str]) -> None:
+    """Hold the files of the wanted executions to the run."""
     if any(name in DEPLOYED and name != QDQ_FP16 for name in wanted):
         check_origin(run)
     if QDQ_FP16 in wanted:
@@ -105,15 +157,6 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     if (run.path / ENGINE).is_file() and any(name in ENGINES for name in wanted):
         # Not being able to run an engine here is one thing; a damaged one must not pass for that.
         engine_file(run.path)
-    result = Executions()
-    for name in wanted:
-        try:
-            result.backends.append(open_execution(run, name, device))
-        except InputError as error:
-            if names is not None or name in (UNOPTIMIZED, OPTIMIZED):
-                raise
-            result.skipped[name] = str(error)
-    return result
 
 
 def open_execution(run: Run, name: str, device: str) -> Backend:
@@ -134,6 +177,13 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
     provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device))
     file = run.file({**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX))
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
+
+
+def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
+    """Networks and engines in the run directory that none of the executions ran, by file name."""
+    ran = {e.detail.get("file") for e in executions}
+    found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
+    return [name for name in found if name not in ran]
 
 
 def provider_of(device: str) -> str:

@@ -9,14 +9,58 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ospq_export.validate.backends import FloatArray
-from ospq_export.validate.parity import finite, predictions
-from ospq_export.validate.verdict import FloorVariation, NoiseFloor
+from ospq_export.validate.parity import finite, margin_change, predictions
 
 Execution = Callable[[FloatArray], FloatArray]
 _SPLIT = 7
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FloorVariation(_Record):
+    """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run.
+
+    Attributes:
+        reference: the execution that it varies.
+        margin_change: the most by which it moved a margin between the predicted class and another, logits.
+    """
+
+    name: str
+    reference: str = "fake_quant"
+    images: int
+    flips: int
+    mean_logit_difference: float
+    margin_change: float = 0.0
+    skipped: str | None = None
+
+    @property
+    def agreement(self) -> float:
+        """Percent of the sample with equal predictions."""
+        return 100.0 * (1 - self.flips / self.images) if self.images else 100.0
+
+
+class NoiseFloor(_Record):
+    """The fake-quantized network's disagreement with itself."""
+
+    variations: list[FloorVariation]
+
+    def worst(self, reference: str) -> FloorVariation | None:
+        """The variation of an execution with the most flips; None where none was run."""
+        run = self._run(reference)
+        return max(run, key=lambda v: v.flips / v.images) if run else None
+
+    def reach(self, reference: str) -> float:
+        """The largest change of a margin in any variation of an execution, logits."""
+        return max((v.margin_change for v in self._run(reference)), default=0.0)
+
+    def _run(self, reference: str) -> list[FloorVariation]:
+        return [v for v in self.variations if v.images and v.reference == reference]
 
 
 @contextmanager
@@ -32,13 +76,20 @@ def _threads(count: int) -> Iterator[None]:
 class FloorMeter:
     """Counts the images on which each variation predicts another class than the reference execution did."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        as_logits: Callable[[FloatArray], FloatArray] = lambda output: output,
+    ) -> None:
         """Prepare the variations.
 
         Args:
             module: the fake-quantized network, float32, on `device`.
             device: torch device.
+            as_logits: from what the network returns to a logit for each class.
         """
+        self.as_logits = as_logits
         self.module, self.device = module, torch.device(device)
         self.double = copy.deepcopy(module).double()
         self.variations: dict[str, Execution] = {"batch split": self._split, "float64": self._double}
@@ -50,6 +101,7 @@ class FloorMeter:
         self.images = dict.fromkeys(self.variations, 0)
         self.flips = dict.fromkeys(self.variations, 0)
         self.difference = dict.fromkeys(self.variations, 0.0)
+        self.margins = dict.fromkeys(self.variations, 0.0)
 
     def add(self, images: FloatArray, reference: FloatArray) -> None:
         """Run the variations on images (B, C, H, W) whose logits (B, K) the reference execution gave."""
@@ -64,6 +116,7 @@ class FloorMeter:
             self.images[name] += len(images)
             self.flips[name] += int((predictions(logits) != predictions(reference)).sum())
             self.difference[name] += float(np.abs(logits.astype(np.float64) - reference).mean()) * len(images)
+            self.margins[name] = max(self.margins[name], finite(margin_change(reference, logits)))
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON has it, for another process to absorb."""
@@ -71,6 +124,7 @@ class FloorMeter:
             "images": self.images,
             "flips": self.flips,
             "difference": self.difference,
+            "margins": self.margins,
             "skipped": self.skipped,
         }
 
@@ -80,6 +134,7 @@ class FloorMeter:
             self.images[name] += counts["images"][name]
             self.flips[name] += counts["flips"][name]
             self.difference[name] += counts["difference"][name]
+            self.margins[name] = max(self.margins[name], counts["margins"][name])
         for name, reason in counts["skipped"].items():
             self.skipped.setdefault(name, reason)
             self.variations.pop(name, None)
@@ -87,7 +142,7 @@ class FloorMeter:
     def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
         with torch.inference_mode():
             result: FloatArray = module(x.to(self.device)).float().cpu().numpy()
-        return result
+        return self.as_logits(result)
 
     def _split(self, images: FloatArray) -> FloatArray:
         parts = torch.from_numpy(images).split(_SPLIT)
@@ -108,6 +163,7 @@ class FloorMeter:
                 images=self.images[name],
                 flips=self.flips[name],
                 mean_logit_difference=finite(self.difference[name] / max(self.images[name], 1)),
+                margin_change=self.margins[name],
             )
             for name in self.variations
         ]

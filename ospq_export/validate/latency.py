@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.errors import InputError
 from ospq_export.validate.backends import Backend, FloatArray
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
@@ -16,7 +18,8 @@ class Latency(BaseModel):
     """One execution at one batch size.
 
     Attributes:
-        median_ms: of one call, host to host, milliseconds.
+        pieces: in how many pieces the execution takes the batch, where its file has a fixed batch size.
+        median_ms: of the whole batch, host to host, milliseconds.
         p90_ms: 90th percentile.
         images_per_second: batch size over the median.
         calls: how many were timed, after the warm-up.
@@ -26,10 +29,28 @@ class Latency(BaseModel):
 
     name: str
     batch_size: int
+    pieces: int = 1
     median_ms: float
     p90_ms: float
     images_per_second: float
     calls: int
+
+
+def check_batches(executions: Sequence[Backend], sizes: Sequence[int]) -> None:
+    """Refuse batch sizes that a file with a fixed batch would have to fill up with images that nobody asked for.
+
+    Raises:
+        InputError: a size is not a multiple of an execution's fixed batch.
+    """
+    for execution in executions:
+        fixed = execution.fixed_batch
+        padded = [size for size in sizes if fixed is not None and size % fixed]
+        if padded:
+            raise InputError(
+                f"{execution.name} takes batches of {fixed} only: a batch of {padded[0]} would be padded, its time wrong",
+                where=f"--latency-batch {padded[0]}",
+                mend=f"time a multiple of {fixed}, or export with another --batch-size",
+            )
 
 
 def measure(execution: Backend, images: FloatArray, batch_size: int) -> Latency:
@@ -52,6 +73,7 @@ def measure(execution: Backend, images: FloatArray, batch_size: int) -> Latency:
     return Latency(
         name=execution.name,
         batch_size=batch_size,
+        pieces=batch_size // (execution.fixed_batch or batch_size),
         median_ms=median * 1e3,
         p90_ms=float(np.percentile(seconds, 90)) * 1e3,
         images_per_second=batch_size / median,

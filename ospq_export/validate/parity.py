@@ -59,14 +59,20 @@ class MarginHistogram(_Record):
 
 
 class Comparison(_Record):
-    """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite."""
+    """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite.
+
+    Without labels there is no Top-1, no test of McNemar's and no class.
+    """
 
     reference: str
     deployed: str
-    top1_difference: float
+    images: int
+    reference_top1: float | None
+    deployed_top1: float | None
+    top1_difference: float | None
     agreement: float
     agreement_interval: Rate
-    mcnemar: McNemar
+    mcnemar: McNemar | None
     max_logit_difference: float
     mean_logit_difference: float
     flips: list[Flip]
@@ -85,6 +91,29 @@ def predictions(logits: FloatArray) -> IntArray:
     for part in row_parts(len(logits)):
         result[part] = np.argmax(_nan_as_smallest(logits[part]), axis=1)
     return result
+
+
+def has_labels(labels: IntArray) -> bool:
+    """Whether every image's class is known."""
+    return bool((labels >= 0).all())
+
+
+def two_classes(logits: FloatArray, threshold: float) -> FloatArray:
+    """Logits of two classes (N, 2) that a single logit (N, 1) stands for: the second class where it exceeds the threshold.
+
+    The first class's logit is the threshold, so that the larger one decides and their difference is the margin.
+    """
+    return np.concatenate([np.full_like(logits, threshold), logits], axis=1)
+
+
+def margin_change(reference: FloatArray, other: FloatArray) -> float:
+    """The most by which the reference's class gained or lost on another class, over all images; logits (N, K).
+
+    A flip needs a change as large as the reference's margin.
+    """
+    change = other.astype(np.float64) - reference
+    own = np.take_along_axis(change, predictions(reference)[:, None], axis=1)
+    return float(np.abs(change - own).max(initial=0.0))
 
 
 def topk_accuracy(logits: FloatArray, labels: IntArray, k: int) -> float:
@@ -165,22 +194,34 @@ def flipped(reference: FloatArray, deployed: FloatArray, labels: IntArray, ids: 
 def compare(
     reference: tuple[str, FloatArray], deployed: tuple[str, FloatArray], labels: IntArray, ids: Sequence[str]
 ) -> Comparison:
-    """All statistics of one pair; logits (N, K) under their names."""
+    """All statistics of one pair.
+
+    Args:
+        reference: name and logits (N, K).
+        deployed: name and logits (N, K).
+        labels: (N,); negative where images have none.
+        ids: N names.
+    """
     (reference_name, ours), (deployed_name, theirs) = reference, deployed
     largest, mean = _logit_difference(ours, theirs)
     correct = predictions(ours) == labels, predictions(theirs) == labels
+    labelled = has_labels(labels)
+    top1 = [100.0 * float(hits.mean()) for hits in correct]
     return Comparison(
         reference=reference_name,
         deployed=deployed_name,
-        top1_difference=topk_accuracy(theirs, labels, 1) - topk_accuracy(ours, labels, 1),
+        images=len(labels),
+        reference_top1=top1[0] if labelled else None,
+        deployed_top1=top1[1] if labelled else None,
+        top1_difference=top1[1] - top1[0] if labelled else None,
         agreement=agreement(ours, theirs),
         agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
-        mcnemar=mcnemar(*correct),
+        mcnemar=mcnemar(*correct) if labelled else None,
         max_logit_difference=finite(largest),
         mean_logit_difference=finite(mean),
         flips=flipped(ours, theirs, labels, ids),
         margins=margin_histogram(ours, theirs),
-        classes=class_changes(*correct, labels),
+        classes=class_changes(*correct, labels) if labelled else [],
     )
 
 

@@ -1,4 +1,4 @@
-"""The report: a pydantic model with a published schema, and its table for the terminal."""
+"""The report: a pydantic model with a published schema."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
+from ospq_export.validate.accuracy import AccuracyChange
+from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import Comparison
 from ospq_export.validate.statistics import Rate
-from ospq_export.validate.verdict import NoiseFloor, Thresholds, Verdict
+from ospq_export.validate.verdict import Thresholds, Verdict
 from ospq_export.validate.weights import WeightComparison
-
-_SHOWN_FLIPS = 5
 
 
 class _Record(BaseModel):
@@ -26,15 +23,15 @@ class _Record(BaseModel):
 
 
 class BackendResult(_Record):
-    """One execution over all images; accuracies in percent."""
+    """One execution over all images; accuracies in percent, none without labels."""
 
     name: str
     detail: dict[str, str]
-    top1: float
-    top1_interval: Rate
-    top5: float
-    top5_interval: Rate
-    calibration_error: float
+    top1: float | None = None
+    top1_interval: Rate | None = None
+    top5: float | None = None
+    top5_interval: Rate | None = None
+    calibration_error: float | None = None
     seconds: float
     images_per_second: float
 
@@ -63,12 +60,26 @@ class BaselineResult(_RunIdentity):
 
 
 class Report(_Record):
-    """The outcome of a validation; `report.json` is its JSON form, docs/report.schema.json its schema."""
+    """The outcome of a validation; `report.json` is its JSON form, docs/report.schema.json its schema.
 
-    schema_version: Literal[4] = 4
+    Attributes:
+        calibration_images_seen: how many of the images the run was calibrated on, by content.
+        not_executed: networks and engines in the run directory that were not executed.
+        decision_threshold: of a network with a single logit; None for all others.
+        accuracy: every deployed execution against the float network.
+        comparisons: every deployed execution against the fake-quantized network.
+        quantization: the fake-quantized network against the float network.
+    """
+
     verdict: Verdict
+    schema_version: Literal[5] = 5
     thresholds: Thresholds
     images: int
+    labelled: bool = True
+    decision_threshold: float | None = None
+    calibration_images_seen: int = 0
+    not_executed: list[str] = []
+    accuracy: list[AccuracyChange] = []
     class_names: list[str] = []
     skipped: list[str]
     executions_skipped: dict[str, str] = {}
@@ -97,88 +108,3 @@ def machine_name() -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores"
-
-
-def render(report: Report) -> Group:
-    """Table of executions, flipped images, verdict last."""
-    references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
-    table = Table(
-        title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
-        caption=f"percent; ± Top-1, agreement and flips: against {references or 'nothing'}",
-    )
-    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
-        table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
-    compared = {c.deployed: c for c in report.comparisons}
-    for result in report.backends:
-        c = compared.get(result.name)
-        numbers = (
-            [f"{c.top1_difference:+.2f}", f"{c.agreement:.2f}", str(len(c.flips))] if c else ["", "", ""]
-        )
-        table.add_row(
-            result.name,
-            f"{result.top1:.2f}",
-            f"{result.top5:.2f}",
-            *numbers,
-            f"{result.images_per_second:.0f}",
-        )
-    lines = [
-        *_baseline_lines(report),
-        *_flip_lines(report),
-        *_skipped_lines(report),
-        *_criterion_lines(report),
-    ]
-    return Group(table, *lines, _verdict_line(report))
-
-
-def _baseline_lines(report: Report) -> list[Text]:
-    if report.baseline is None:
-        return []
-    other, lines = report.baseline, []
-    for c in other.comparisons:
-        test = c.mcnemar
-        lines.append(
-            Text(
-                f"  {c.deployed}: {c.top1_difference:+.2f} points of Top-1 against {other.run} ({other.recipe}), "
-                f"{c.agreement:.2f} % agreement; right here only: {test.only_deployed}, right there only: "
-                f"{test.only_reference}, McNemar p = {test.p_value:.3g}"
-            )
-        )
-    return lines
-
-
-def _flip_lines(report: Report) -> list[Text]:
-    lines = []
-    for comparison in report.comparisons:
-        for flip in comparison.flips[:_SHOWN_FLIPS]:
-            lines.append(
-                Text(
-                    f"  {comparison.deployed} flips {flip.id}: {flip.reference} (margin {flip.reference_margin:.3f}) -> "
-                    f"{flip.deployed} (margin {flip.deployed_margin:.3f}), label {flip.label}"
-                )
-            )
-        if len(comparison.flips) > _SHOWN_FLIPS:
-            lines.append(Text(f"  ... and {len(comparison.flips) - _SHOWN_FLIPS} more, all in report.json"))
-    return lines
-
-
-def _skipped_lines(report: Report) -> list[Text]:
-    if not report.skipped:
-        return []
-    return [
-        Text(
-            f"  {len(report.skipped)} images could not be read: {', '.join(report.skipped[:_SHOWN_FLIPS])}",
-            style="yellow",
-        )
-    ]
-
-
-def _criterion_lines(report: Report) -> list[Text]:
-    notes = [Text(f"  {name} skipped: {why}", style="dim") for name, why in report.executions_skipped.items()]
-    criteria = [Text(f"  {c.deployed}, by {c.by}: {c.text}") for c in report.verdict.criteria if c.passed]
-    return [*notes, *criteria]
-
-
-def _verdict_line(report: Report) -> Text:
-    if report.verdict:
-        return Text("parity: the deployed files predict what was calibrated", style="bold green")
-    return Text("no parity: " + "; ".join(report.verdict.reasons), style="bold red")

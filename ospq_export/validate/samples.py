@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ospq_export.artifact import image_digests
 from ospq_export.validate.backends import FloatArray
 from ospq_export.validate.executions import (
     FAKE_QUANT,
@@ -36,6 +37,7 @@ class Samples:
         kept: images for the comparison of codes, (n, C, H, W) each.
         first: the first images, for timing.
         meter: None where the noise floor is not measured.
+        seen: how many images are among those that the run was calibrated on, by their digests.
     """
 
     def __init__(
@@ -46,7 +48,10 @@ class Samples:
         batch_size: int,
         floor_images: int,
         code_images: int,
+        as_logits: Callable[[FloatArray], FloatArray],
+        calibrated_on: frozenset[str] = frozenset(),
     ) -> None:
+        self.calibrated_on, self.seen = calibrated_on, 0
         batches = max(1, -(-count // batch_size))
         self.per_batch = -(-floor_images // batches)
         self.wanted = code_images
@@ -58,7 +63,7 @@ class Samples:
         self.meter: FloorMeter | None = None
         if FAKE_QUANT in executions.names and floor_images:
             backend = next(e for e in executions.backends if e.name == FAKE_QUANT)
-            self.meter = FloorMeter(backend.module, device)  # type: ignore[attr-defined]
+            self.meter = FloorMeter(backend.module, device, as_logits)  # type: ignore[attr-defined]
 
     def add(self, images: FloatArray, logits: dict[str, FloatArray]) -> None:
         """Take what is needed of a batch (B, C, H, W) and its logits by execution."""
@@ -66,6 +71,7 @@ class Samples:
             self.first = images[:_LATENCY_IMAGES].copy()
         if self.meter is not None:
             self.meter.add(images[: self.per_batch], logits[FAKE_QUANT][: self.per_batch])
+        self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
         room = self.wanted - sum(map(len, self.kept))
         if self.batches % self.every == 0 and room > 0:
             self.kept.append(images[: min(room, self.codes_per_batch)].copy())

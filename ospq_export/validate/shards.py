@@ -61,13 +61,14 @@ def pool(
         "seconds": seconds,
         "unreadable": list(unreadable),
         "kept": kept.shape,
+        "seen": samples.seen,
         "floor": None if samples.meter is None else samples.meter.counts(),
     }
     told = [json.loads(text) for text in world.tell(json.dumps(mine))]
     tensors = [*(collector.logits(name) for name in seconds), kept]
     parts = world.gather({world.rank: [torch.from_numpy(t).flatten() for t in tensors]}, world.size)
     whole = Collector(sum(len(facts["ids"]) for facts in told))
-    samples.kept = []
+    samples.kept, samples.seen = [], sum(facts["seen"] for facts in told)
     for place, (facts, flat) in enumerate(zip(told, parts, strict=True)):
         rows = [t.view(len(facts["ids"]), -1).numpy() for t in flat[:-1]]
         whole.add(

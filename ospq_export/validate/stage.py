@@ -27,12 +27,13 @@ from ospq_export.validate.executions import (
     open_execution,
     open_executions,
 )
-from ospq_export.validate.latency import Latency, measure
+from ospq_export.validate.latency import Latency, check_batches, measure
+from ospq_export.validate.outputs import Outputs
 from ospq_export.validate.parity import Collector
 from ospq_export.validate.report import Report
 from ospq_export.validate.samples import Samples, locate
 from ospq_export.validate.shards import part_of, pool, share_of
-from ospq_export.validate.verdict import Thresholds, default_thresholds
+from ospq_export.validate.verdict import Thresholds
 from ospq_export.world import SOLO, World
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def validate(
     device: str = "cpu",
     workers: int = 0,
     thresholds: Thresholds | None = None,
+    decision_threshold: float | None = None,
     floor_images: int = 1000,
     code_images: int = 32,
     latency_batches: Sequence[int] = (),
@@ -61,18 +63,19 @@ def validate(
     progress: Progress | None = None,
     world: World = SOLO,
 ) -> Report:
-    """Run every execution over the same preprocessed tensors and judge the deployed ones against the fake-quantized network.
+    """Run every execution over the same preprocessed tensors, and judge those that are deployed.
 
     Args:
         run: exported.
-        images: labelled validation images with the run's preprocessing.
-        backends: names out of `ALL_BACKENDS`; None takes every default one that this machine has. A reference ("fake_quant") and
-            a deployed one are needed for a verdict.
+        images: validation images with the run's preprocessing; without labels, accuracy is judged by differing predictions.
+        backends: names out of `ALL_BACKENDS`, a deployed one among them, whose references come along; None takes every
+            default one that this machine has.
         batch_size: images per forward pass.
         limit: use the first `limit` images only.
         device: torch device of the torch executions; a CUDA device makes ONNX Runtime use its CUDA provider.
         workers: processes that decode.
-        thresholds: what counts as parity; None takes the defaults for the recipe's bits.
+        thresholds: what is allowed; None takes the defaults.
+        decision_threshold: of a network with one logit, which stands for two classes: the second one above it; None is 0.
         floor_images: images on which the noise floor is measured, spread over all; 0 leaves it out.
         code_images: images on which codes are compared, spread over all; 0 leaves that out.
         latency_batches: batch sizes to time every execution at, and the float baselines that were exported.
@@ -86,19 +89,29 @@ def validate(
         The report, also written to report.json in the run directory.
 
     Raises:
-        InputError: the run is not exported, an execution is not available, the images have no labels or too many classes, or the
-            baseline's images or classes are others.
+        InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
+            would be padded, or the baseline's images or classes are others.
     """
     check_preprocessing(run, images.config)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
+    check_batches(executions.backends, latency_batches)
+    outputs = Outputs(decision_threshold)
     references = executions.references(float_type)
     count = len(images) if limit is None else min(limit, len(images))
     share = share_of(world, count, batch_size)
-    sampled = [part_of(n, len(share), count) for n in (floor_images, code_images)]
-    samples = Samples(executions, device, len(share), batch_size, *sampled)
+    samples = Samples(
+        executions,
+        device,
+        len(share),
+        batch_size,
+        floor_images=part_of(floor_images, len(share), count),
+        code_images=part_of(code_images, len(share), count),
+        as_logits=outputs,
+        calibrated_on=run.calibration_digests(),
+    )
     everything = [*executions.backends, *others]
-    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples)
+    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, outputs)
     collector, seconds, unreadable = pool(world, collector, seconds, images.skipped, samples)
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
@@ -109,13 +122,14 @@ def validate(
         skipped=executions.skipped,
         unreadable=unreadable,
         references=references,
+        float_reference=executions.float_reference,
         uncompared=executions.uncompared(float_type),
         floor=None if samples.meter is None else samples.meter.result(),
         locations=locate(run, references, samples.kept, device),
+        seen=samples.seen,
+        decision_threshold=outputs.used,
     )
-    recipe = run.manifest.recipe
-    limits = thresholds or default_thresholds(recipe.activation_bits, recipe.weight_bits)
-    report = assemble(run, evidence, limits, baseline)
+    report = assemble(run, evidence, thresholds or Thresholds(), baseline)
     if latency_batches and samples.first is not None:
         timed = _time(run, everything, samples.first, latency_batches, device)
         report = report.model_copy(update={"latencies": timed})
@@ -142,6 +156,7 @@ def _collect(
     workers: int,
     progress: Progress | None,
     samples: Samples,
+    outputs: Outputs,
 ) -> tuple[Collector, dict[str, float]]:
     advance = stepper(progress, "validate", -(-len(share) // batch_size))
     collector = Collector(len(share))
@@ -151,8 +166,9 @@ def _collect(
         logits = {}
         for execution in executions:
             started = time.perf_counter()
-            logits[execution.name] = execution(tensors)
+            output = execution(tensors)
             seconds[execution.name] += time.perf_counter() - started
+            logits[execution.name] = outputs(output)
         _check_classes(logits)
         _check_labels(batch, next(iter(logits.values())).shape[1])
         collector.add(logits, batch.labels.numpy(), batch.ids)
@@ -175,11 +191,7 @@ def _check_classes(logits: dict[str, FloatArray]) -> None:
 
 def _check_labels(batch: Batch, classes: int) -> None:
     labels = batch.labels
-    if bool((labels < 0).any()):
-        raise InputError(
-            "the images have no labels", where="--data", mend="give a folder with one sub-folder per class"
-        )
-    if int(labels.max()) >= classes:
+    if bool((labels >= classes).any()):
         raise InputError(
             f"label {int(labels.max())}, but the network has {classes} classes",
             where="--data",

@@ -1,30 +1,21 @@
-"""The verdict: what counts as parity, and which criterion decided.
+"""The two verdicts: is the deployment faithful, and is accuracy kept? Each is shown, refuted, or not decided by so few images.
 
-Two executions of one quantized network differ where a float sum, in another order, lands on the other side of a rounding edge.
-On some networks that alone flips more predictions than a fixed threshold allows, so a deployed file has to meet the thresholds
-*or* be indistinguishable from the noise floor: the fake-quantized network's disagreement with itself. The rule is ours:
-
-1. agreement: at least `min_agreement`; or, only where the floor itself lies below that, no more flips than the floor has
-   (Fisher's exact test, one-sided, p >= significance).
-2. Top-1: within `max_top1_difference`; or the flips are no more than the floor has, and McNemar's exact test cannot tell the
-   difference from chance (p >= significance).
-3. codes: with equal inputs, every code of the deployed file is that of the fake-quantized network, but at rounding edges. This
-   one does not depend on how chaotic the network is, and catches what 1 and 2 have no power to see.
+*Faithful* holds the deployed file against the fake-quantized network, *kept* against the float network, on the same images. A
+criterion is `met` where the one-sided bound of its figure, at the confidence asked for, lies within what is allowed,
+`missed` where the other bound lies outside, and `open` between the two. The statistics are in docs/statistics.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ospq_export.validate.locate import Location
-from ospq_export.validate.parity import Comparison
-from ospq_export.validate.statistics import excess_p_value
-
-# The smallest difference of two percentages is 100 / N; this keeps rounding of their subtraction out of the verdict.
-_EPSILON = 1e-9
-_SHOWN_FAULTS = 3
+Outcome = Literal["met", "missed", "open"]
+_STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
+# Half of the allowed drop may be due to the deployment, within these limits: percent of equal predictions.
+_LEAST_AGREEMENT, _MOST_AGREEMENT = 99.0, 99.9
 
 
 class _Record(BaseModel):
@@ -32,155 +23,132 @@ class _Record(BaseModel):
 
 
 class Thresholds(_Record):
-    """What counts as parity.
+    """What is allowed.
 
     Attributes:
-        max_top1_difference: between the deployed and the reference Top-1, percentage points.
-        min_agreement: share of images with equal predictions, percent.
-        significance: level of the exact tests against the noise floor.
+        max_drop: points of Top-1 that the deployed network may lose against float.
+        confidence: of every one-sided bound; 0.5 takes the bare estimates.
+        min_agreement: share of images, percent, on which the deployed file has to predict what the fake-quantized
+            network predicts,
+            flips inside the noise aside; None derives it from `max_drop`.
+        max_top1_difference: points of Top-1 between the deployed and the fake-quantized network, either way.
+        significance: level of the exact test against the noise floor.
     """
 
+    max_drop: float = Field(default=1.0, ge=0, le=100)
+    confidence: float = Field(default=0.95, ge=0.5, lt=1)
+    min_agreement: float | None = Field(default=None, ge=0, le=100)
     max_top1_difference: float = Field(default=0.1, ge=0)
-    min_agreement: float = Field(default=99.5, ge=0, le=100)
     significance: float = Field(default=0.01, gt=0, lt=1)
 
-
-class FloorVariation(_Record):
-    """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run.
-
-    Attributes:
-        reference: the execution that it varies.
-    """
-
-    name: str
-    reference: str = "fake_quant"
-    images: int
-    flips: int
-    mean_logit_difference: float
-    skipped: str | None = None
-
     @property
-    def agreement(self) -> float:
-        """Percent of the sample with equal predictions."""
-        return 100.0 * (1 - self.flips / self.images) if self.images else 100.0
-
-
-class NoiseFloor(_Record):
-    """The fake-quantized network's disagreement with itself."""
-
-    variations: list[FloorVariation]
-
-    def worst(self, reference: str) -> FloorVariation | None:
-        """The variation of an execution with the most flips; None where none was run."""
-        run = [v for v in self.variations if v.images and v.reference == reference]
-        return max(run, key=lambda v: v.flips / v.images) if run else None
+    def needed_agreement(self) -> float:
+        """The agreement that is asked for, percent."""
+        if self.min_agreement is not None:
+            return self.min_agreement
+        return min(max(100 - self.max_drop / 2, _LEAST_AGREEMENT), _MOST_AGREEMENT)
 
 
 class Criterion(_Record):
-    """One criterion on one deployed execution, and in words how it was met or missed."""
+    """One criterion on one deployed execution.
+
+    Attributes:
+        deployed: the execution, or the file whose codes were compared.
+        name: "agreement", "top1", "codes", "finite", "compared" or "accuracy".
+        outcome: `met`, `missed`, or `open`: too few images to tell.
+        by: what decided.
+        text: in words, with the figures.
+        images_needed: how many images would decide an open one, were the rates those seen; None where no number would.
+    """
 
     deployed: str
     name: str
-    passed: bool
+    outcome: Outcome
     by: str
     text: str
+    images_needed: int | None = None
+
+
+class Judgement(_Record):
+    """One of the two verdicts: its outcome, the sentence that says it, and the criteria that it rests on."""
+
+    outcome: Outcome
+    text: str
+    criteria: list[Criterion]
+
+    def __bool__(self) -> bool:
+        return self.outcome == "met"
 
 
 class Verdict(_Record):
-    """Whether parity holds, and if not, why."""
+    """Both verdicts.
 
-    parity: bool
-    reasons: list[str]
-    criteria: list[Criterion] = []
+    Attributes:
+        text: what every form of the report begins with, a line for each verdict and for what has to be known beside it.
+        exit_status: 0: both hold; 1: one is refuted; 3: too few images to tell.
+        faithful: deployed against fake-quantized.
+        accuracy: deployed against float.
+    """
+
+    text: list[str]
+    exit_status: Literal[0, 1, 3]
+    faithful: Judgement
+    accuracy: Judgement
 
     def __bool__(self) -> bool:
-        return self.parity
+        return self.exit_status == 0
+
+    @property
+    def reasons(self) -> list[str]:
+        """What was missed, in words."""
+        return [f"{c.deployed}: {c.text}" for c in self.criteria if c.outcome == "missed"]
+
+    @property
+    def criteria(self) -> list[Criterion]:
+        """Those of both verdicts."""
+        return [*self.faithful.criteria, *self.accuracy.criteria]
 
 
-def default_thresholds(activation_bits: int, weight_bits: int) -> Thresholds:
-    """99.5 % agreement, or 99 % where both weights and activations have 4 bits or fewer: one code is a larger step there."""
-    return Thresholds(min_agreement=99.0 if max(activation_bits, weight_bits) <= 4 else 99.5)
-
-
-def judge(
-    comparisons: Sequence[Comparison],
-    not_finite: Sequence[str],
-    thresholds: Thresholds,
-    floor: NoiseFloor | None = None,
-    locations: Sequence[Location] = (),
-    images: int = 0,
+def conclude(
+    faithful: Sequence[Criterion], accuracy: Sequence[Criterion], notes: Sequence[str] = ()
 ) -> Verdict:
-    """Parity holds when every deployed execution meets every criterion and everything is finite.
+    """Both verdicts from their criteria: one that is missed refutes, all that are met show.
 
     Args:
-        comparisons: of each deployed execution with the reference.
-        not_finite: names of executions that gave NaN or infinity.
-        thresholds: what counts as parity.
-        floor: None where it was not measured: then only the thresholds count.
-        locations: code-level comparisons.
-        images: how many images the comparisons are on.
+        faithful: deployed against fake-quantized, of every deployed execution; none shows nothing.
+        accuracy: deployed against float.
+        notes: what has to be known beside the verdict, a line each.
     """
-    reasons = [f"{name} gives logits that are not finite" for name in not_finite]
-    criteria: list[Criterion] = []
-    for c in comparisons:
-        worst = None if floor is None else floor.worst(c.reference)
-        p_value = _p_value(c, worst, images)
-        criteria += [_agreement(c, thresholds, worst, p_value), _top1(c, thresholds, p_value)]
-    criteria += [_codes(location) for location in locations]
-    reasons += [f"{c.deployed}: {c.text}" for c in criteria if not c.passed]
-    if not comparisons:
-        reasons.append("nothing deployed was compared")
-    return Verdict(parity=not reasons, reasons=reasons, criteria=criteria)
-
-
-def _p_value(c: Comparison, worst: FloorVariation | None, images: int) -> float | None:
-    if worst is None or images < 1:
-        return None
-    return excess_p_value(len(c.flips), images, worst.flips, worst.images)
-
-
-def _agreement(
-    c: Comparison, limits: Thresholds, worst: FloorVariation | None, p_value: float | None
-) -> Criterion:
-    text = f"agrees with {c.reference} on {c.agreement:.2f} % of the images"
-    if c.agreement >= limits.min_agreement - _EPSILON:
-        return _criterion(c, "agreement", True, "threshold", f"{text} (needed {limits.min_agreement})")
-    if worst is None or p_value is None or worst.agreement >= limits.min_agreement:
-        return _criterion(c, "agreement", False, "threshold", f"{text} (needed {limits.min_agreement})")
-    passed = p_value >= limits.significance
-    relation = "no worse than" if passed else "worse than"
-    text = (
-        f"{text}: below {limits.min_agreement}, but so is the noise floor; {relation} the floor's "
-        f"{worst.agreement:.2f} % ({worst.name}, {worst.images} images; p = {p_value:.3g})"
+    first = _judgement(
+        faithful,
+        "the deployment is faithful",
+        "the deployment is not faithful",
+        "whether the deployment is faithful",
     )
-    return _criterion(c, "agreement", passed, "noise floor", text)
-
-
-def _top1(c: Comparison, limits: Thresholds, p_value: float | None) -> Criterion:
-    text = f"Top-1 differs by {c.top1_difference:+.2f} points from {c.reference} (allowed {limits.max_top1_difference})"
-    if abs(c.top1_difference) <= limits.max_top1_difference + _EPSILON:
-        return _criterion(c, "top1", True, "threshold", text)
-    if p_value is None or p_value < limits.significance:
-        return _criterion(c, "top1", False, "threshold", text)
-    passed = c.mcnemar.p_value >= limits.significance
-    chance = "indistinguishable from chance" if passed else "not chance"
-    text = f"{text}; by McNemar's exact test {chance} (p = {c.mcnemar.p_value:.3g})"
-    return _criterion(c, "top1", passed, "McNemar", text)
-
-
-def _codes(location: Location) -> Criterion:
-    if location.faults:
-        shown = "; ".join(location.faults[:_SHOWN_FAULTS])
-        text = f"first diverging slice {location.first_diverging}: {shown}"
-    else:
-        text = (
-            f"with equal inputs, the codes of {len(location.quantizers)} quantizers are the fake-quantized network's "
-            f"but at rounding edges ({location.images} images)"
-        )
-    return Criterion(
-        deployed=location.deployed, name="codes", passed=not location.faults, by="equal inputs", text=text
+    second = _judgement(accuracy, "accuracy is kept", "accuracy is not kept", "whether accuracy is kept")
+    status = _STATUS[worst_of(first, second)]
+    return Verdict(
+        text=[first.text, second.text, *notes], exit_status=status, faithful=first, accuracy=second
     )
 
 
-def _criterion(c: Comparison, name: str, passed: bool, by: str, text: str) -> Criterion:
-    return Criterion(deployed=c.deployed, name=name, passed=passed, by=by, text=text)
+def worst_of(*judgements: Judgement) -> Outcome:
+    """The outcome that decides over several: `missed` before `open` before `met`."""
+    outcomes = {judgement.outcome for judgement in judgements}
+    return "missed" if "missed" in outcomes else "open" if "open" in outcomes else "met"
+
+
+def _judgement(criteria: Sequence[Criterion], shown: str, refuted: str, asked: str) -> Judgement:
+    missed = [c for c in criteria if c.outcome == "missed"]
+    undecided = [c for c in criteria if c.outcome == "open"]
+    if missed:
+        return Judgement(outcome="missed", text=f"{refuted}: {_listed(missed)}", criteria=list(criteria))
+    if undecided or not criteria:
+        text = f"too few images to tell {asked}: {_listed(undecided) or 'nothing was compared'}"
+        return Judgement(outcome="open", text=text, criteria=list(criteria))
+    return Judgement(outcome="met", text=f"{shown}: {_listed(criteria)}", criteria=list(criteria))
+
+
+def _listed(criteria: Sequence[Criterion]) -> str:
+    """What criteria say, each text once: several executions of one file often say the same."""
+    return "; ".join(dict.fromkeys(f"{c.deployed} {c.text}" for c in criteria))

@@ -1,0 +1,144 @@
+"""Is the deployment faithful? The deployed file against the fake-quantized network, and against that network's noise floor.
+
+Two executions of one quantized network differ where a float sum, in another order, lands on the other side of a
+rounding edge. How far that moves a margin between two classes is measured: the *noise floor*, the fake-quantized
+network against itself. The rule is ours:
+
+1. agreement: flips that the noise does not explain are rare, where the reference's margin is larger than any change of
+   a margin in the floor; their share is bounded by Clopper and Pearson. And flips as such are rare, or no more frequent
+   than the floor's own (Fisher's exact test).
+2. Top-1: no difference beyond what is allowed can be shown. This can only refute: showing is what agreement does.
+3. codes: with equal inputs, every code of the deployed file is that of the fake-quantized network, but at rounding
+   edges. It does not depend on how chaotic the network is, and sees what 1 and 2 have no power to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ospq_export.validate.floor import FloorVariation, NoiseFloor
+from ospq_export.validate.locate import Location
+from ospq_export.validate.paired import drop_bounds, images_for_share, share_bounds
+from ospq_export.validate.parity import Comparison
+from ospq_export.validate.statistics import excess_p_value
+from ospq_export.validate.verdict import Criterion, Thresholds
+
+_EPSILON = 1e-9
+_SHOWN_FAULTS = 3
+
+
+def faithful_criteria(
+    comparisons: Sequence[Comparison],
+    not_finite: Sequence[str],
+    uncompared: Sequence[str],
+    limits: Thresholds,
+    floor: NoiseFloor | None = None,
+    locations: Sequence[Location] = (),
+) -> list[Criterion]:
+    """All criteria of all deployed executions.
+
+    Args:
+        comparisons: of each deployed execution with its reference.
+        not_finite: names of executions that gave NaN or infinity.
+        uncompared: deployed executions that nothing could be compared with.
+        limits: what is allowed.
+        floor: None where it was not measured: then no flip is noise.
+        locations: comparisons of codes.
+    """
+    criteria = [_plain(name, "finite", "missed", "gives logits that are not finite") for name in not_finite]
+    criteria += [_plain(name, "compared", "missed", "was compared with nothing") for name in uncompared]
+    for c in comparisons:
+        criteria.append(_agreement(c, limits, floor))
+        if c.mcnemar is not None:
+            criteria.append(_top1(c, limits))
+    return [*criteria, *(_codes(location) for location in locations)]
+
+
+def _plain(deployed: str, name: str, outcome: str, text: str) -> Criterion:
+    return Criterion.model_validate(
+        {"deployed": deployed, "name": name, "outcome": outcome, "by": name, "text": text}
+    )
+
+
+def _agreement(c: Comparison, limits: Thresholds, floor: NoiseFloor | None) -> Criterion:
+    worst = None if floor is None else floor.worst(c.reference)
+    reach = 0.0 if floor is None else floor.reach(c.reference)
+    flips, allowed = len(c.flips), 1 - limits.needed_agreement / 100 + _EPSILON
+    beyond = sum(flip.reference_margin > reach for flip in c.flips)
+    p_value = 0.0 if worst is None else excess_p_value(flips, c.images, worst.flips, worst.images)
+    excess = p_value < limits.significance
+    low, high = share_bounds(beyond, c.images, limits.confidence)
+    flips_low, flips_high = share_bounds(flips, c.images, limits.confidence)
+    common = {
+        "deployed": c.deployed,
+        "name": "agreement",
+        "by": "share of flips" if worst is None or not flips else "noise floor",
+    }
+    text = f"{_agreement_text(c, beyond, reach, worst, p_value)} ({limits.needed_agreement:g} % needed)"
+    if low > allowed or (excess and flips_low > allowed):
+        return Criterion(**common, outcome="missed", text=text)
+    if high <= allowed and (not excess or flips_high <= allowed):
+        return Criterion(**common, outcome="met", text=text)
+    count = beyond if high > allowed else flips
+    more = images_for_share(count, c.images, allowed, limits.confidence)
+    return Criterion(**common, outcome="open", text=f"{text}; {enough(more)}", images_needed=more)
+
+
+def _agreement_text(
+    c: Comparison, beyond: int, reach: float, worst: FloorVariation | None, p_value: float
+) -> str:
+    text = f"agrees with {c.reference} on {c.agreement:.2f} % of {c.images:,} images"
+    if not c.flips:
+        return text
+    flips = f"{len(c.flips):,} flip{'' if len(c.flips) == 1 else 's'}"
+    if worst is None:
+        return f"{text}, {flips}"
+    return (
+        f"{text}, {flips}, {beyond:,} of them beyond the noise, which moves margins by up to {reach:.3g} "
+        f"and flips {worst.flips:,} of {worst.images:,} ({worst.name}; p = {p_value:.3g})"
+    )
+
+
+def enough(images: int | None) -> str:
+    """How many images would tell, in words."""
+    return "no number of images would tell" if images is None else f"about {images:,} images would tell"
+
+
+def _top1(c: Comparison, limits: Thresholds) -> Criterion:
+    assert c.mcnemar is not None
+    sure = max(0.5, 1 - limits.significance)
+    low, high = drop_bounds(c.mcnemar.only_reference, c.mcnemar.only_deployed, c.images, sure)
+    allowed = limits.max_top1_difference / 100 + _EPSILON
+    refuted = low > allowed or high < -allowed
+    text = (
+        f"differs by {c.top1_difference:+.2f} points of Top-1 from {c.reference}, "
+        f"{'more than' if refuted else 'not shown to exceed'} the {limits.max_top1_difference:g} allowed"
+    )
+    return Criterion(
+        deployed=c.deployed,
+        name="top1",
+        outcome="missed" if refuted else "met",
+        by="paired interval",
+        text=text,
+    )
+
+
+def _codes(location: Location) -> Criterion:
+    if location.faults:
+        shown = "; ".join(location.faults[:_SHOWN_FAULTS])
+        text = f"diverges first in slice {location.first_diverging}: {shown}"
+    else:
+        text = (
+            f"has, with equal inputs, the fake-quantized network's codes at {len(location.quantizers)} quantizers "
+            f"but at rounding edges ({location.images} images)"
+        )
+    outcome = "missed" if location.faults else "met"
+    return Criterion.model_validate(
+        {
+            "deployed": location.deployed,
+            "name": "codes",
+            "outcome": outcome,
+            "by": "equal inputs",
+            "text": text,
+        }
+    )
