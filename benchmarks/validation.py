@@ -31,7 +31,7 @@ from ospq_export.data import Batch, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.run import Run
 from ospq_export.validate import Report, validate, write_documents
-from ospq_export.validate.executions import OPTIMIZED, open_execution
+from ospq_export.validate.executions import OPTIMIZED, open_executions
 from ospq_export.validate.report import machine_name
 
 _MIB = 1 << 20
@@ -85,13 +85,14 @@ def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
 def measure_time(run: Run, count: int, batch_size: int, repeats: int) -> list[list[Any]]:
     """Rows of the table: seconds and ratios, medians."""
     images: Any = Preprocessed(demo_images("test", run.manifest.data), batch_size, count)
-    session = open_execution(run, OPTIMIZED, "cpu")
+    executions = open_executions(run, [OPTIMIZED], "cpu", "fp32").backends
     tensors = [batch.images.numpy() for batch in images.held]
     reports: list[Report] = []
 
     def bare() -> None:
         for part in tensors:
-            session(part)
+            for execution in executions:
+                execution(part)
 
     def whole() -> None:
         reports.append(validate(run, images, backends=[OPTIMIZED], batch_size=batch_size))
@@ -100,7 +101,8 @@ def measure_time(run: Run, count: int, batch_size: int, repeats: int) -> list[li
         write_documents(run, reports[-1], demo_images("test", run.manifest.data))
 
     works = {"bare loop": bare, "validate": whole, "report.md and report.html": pages}
-    session(tensors[0])
+    for execution in executions:
+        execution(tensors[0])
     turns = [{name: seconds_of(work) for name, work in works.items()} for _ in range(repeats)]
     return [[name, *_summary(turns, name)] for name in works]
 
@@ -170,7 +172,8 @@ def page(run: Run, args: argparse.Namespace, times: list[list[Any]], memory: lis
     header = ["", "seconds", "wall time over the bare loop", "processor time over the bare loop"]
     return (
         f"# What validation costs\n\nWritten by `benchmarks/validation.py` on {machine_name()}: "
-        f"{run.manifest.model.name}, {run.manifest.recipe.name}, ONNX Runtime, batches of {args.batch_size}.\n\n"
+        f"{run.manifest.model.name}, {run.manifest.recipe.name}, ONNX Runtime and its references, "
+        f"batches of {args.batch_size}.\n\n"
         f"## Time\n\n{args.images:,} preprocessed images; medians of {args.repeats} turns in one process. The pages are written "
         f"once per validation, whatever the number of images.\n\n"
         f"{table(header, times)}\n"

@@ -201,14 +201,20 @@ def test_damaged_runs(capsys, images, copy, tmp_path):
 @pytest.mark.slow
 def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
-    loose = ["--min-agreement", 90, "--max-top1-difference", 10]
+    loose = ["--min-agreement", 90, "--max-top1-difference", 10, "--max-drop", 40]
     options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", *loose]
     status, stdout, _ = run(capsys, *options)
-    assert status == 0 and "parity: the deployed files predict" in stdout and "fake_quant" in stdout
+    assert status == 0 and stdout.startswith("the deployment is faithful: ") and "fake_quant" in stdout
+    assert stdout.splitlines()[1].startswith("accuracy is kept: ")
     assert "".join(stdout.split()).endswith(f"report:{copy / 'report.html'}")
-    assert "Parity" in (copy / "report.html").read_text() and (copy / "report.md").is_file()
+    assert (
+        ">the deployment is faithful<" in (copy / "report.html").read_text()
+        and (copy / "report.md").is_file()
+    )
     report = json.loads((copy / "report.json").read_text())
-    assert report["verdict"]["parity"] and not report["verdict"]["reasons"] and report["images"] == 24
+    assert report["verdict"]["exit_status"] == 0 and report["images"] == 24
+    assert report["calibration_images_seen"] == 8 and "8 of the 24 images are calibration images" in stdout
+    assert report["not_executed"] == ["model_fp32.onnx"] and "not judged: model_fp32.onnx" in stdout
     assert {b["name"] for b in report["backends"]} == {
         "float",
         "fake_quant",
@@ -225,7 +231,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert_refused(run(capsys, *options, "--baseline", images), "not a run directory")
     assert_refused(run(capsys, *options, "--significance", 1), "--significance 1")
     status, stdout, _ = run(capsys, *options)
-    assert status == 1 and "no parity: onnxruntime" in stdout
+    assert status == 1 and stdout.startswith("the deployment is not faithful: onnxruntime")
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
 
 
@@ -233,19 +239,31 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
 def test_backends_by_name(capsys, images, copy):
     assert run(capsys, "export", copy, "--quiet", "--batch-size", 4)[0] == 0
     options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", "--batch-size", 7]
-    status, stdout, _ = run(capsys, *options, "--backend", "float", "--backend", "onnxruntime-fp32")
-    assert status == 1 and "nothing deployed was compared" in " ".join(stdout.split())
-    results = json.loads((copy / "report.json").read_text())["backends"]
-    assert [b["name"] for b in results] == ["float", "onnxruntime-fp32"] and results[0]["top1"] == results[1][
-        "top1"
-    ]
+    for name, reference in (("onnxruntime-fp32", "float"), ("onnxruntime", "fake_quant")):
+        status, stdout, _ = run(capsys, *options, "--backend", name)
+        report = json.loads((copy / "report.json").read_text())
+        assert status in (1, 3) and "too few images" in stdout
+        assert {b["name"] for b in report["backends"]} == {"float", reference, name}, (
+            "it brings its references"
+        )
+        assert [(c["reference"], c["deployed"]) for c in report["comparisons"]] == [(reference, name)]
+        assert [(a["reference"], a["deployed"]) for a in report["accuracy"]] == [("float", name)]
     assert_refused(run(capsys, *options, "--backend", "abacus"), "no execution 'abacus'")
+    assert_refused(run(capsys, *options, "--backend", "fake_quant"), "nothing deployed is among fake_quant")
+    assert_refused(run(capsys, *options, "--latency-batch", 6), "a batch of 6 would be padded")
+    assert_refused(run(capsys, *options, "--decision-threshold", 1), "the largest one decides")
 
 
 @pytest.mark.slow
-def test_labels_are_needed_and_must_fit(capsys, images, copy, tmp_path):
+def test_labels_may_be_missing_but_must_fit(capsys, images, copy, tmp_path):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
-    assert_refused(run(capsys, "validate", copy, "--data", images / "a", "--workers", 0), "no labels")
+    options = ["validate", copy, "--data", images / "a", "--workers", 0, "--quiet"]
+    status, stdout, _ = run(capsys, *options)
+    report = json.loads((copy / "report.json").read_text())
+    assert status == 3 and "images have no labels" in stdout and not report["labelled"]
+    assert report["backends"][0]["top1"] is None and report["accuracy"][0]["high"] > 30
+    status, stdout, _ = run(capsys, *options, "--max-drop", 100)
+    assert status == 0 and "accuracy is kept" in stdout
     stranger = tmp_path / "five"
     for name in "abcde":
         (stranger / name).mkdir(parents=True)

@@ -154,7 +154,7 @@ from ospq_export.run import Run
 run = Run.open(Path(sys.argv[1]))
 images = demo_images("test", run.manifest.data)
 report = run_validate(run, images, quiet=True, batch_size=40, limit=int(sys.argv[2]), floor_images=100, code_images=8)
-print("verdict of one process:", report.verdict)
+print("verdict of one process:", report.verdict.text[0])
 """
 
 
@@ -186,7 +186,11 @@ def test_two_processes_validate_as_one_does(tmp_path, finished_runs):
     # How many images are sampled depends on the number of batches in a share.
     for a, b in zip(first["floor"]["variations"], second["floor"]["variations"], strict=True):
         assert a["name"] == b["name"] and 100 <= b["images"] <= a["images"] + 20
-    assert second["verdict"]["parity"] and [x["deployed"] for x in second["locations"]] == ["model.onnx"]
+    assert second["verdict"]["faithful"] == first["verdict"]["faithful"]
+    assert second["calibration_images_seen"] == first["calibration_images_seen"] == 0
+    assert second["verdict"]["faithful"]["outcome"] == "met" and [
+        x["deployed"] for x in second["locations"]
+    ] == ["model.onnx"]
 
 
 def test_shares_are_whole_batches_and_all_of_them():

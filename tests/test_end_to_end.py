@@ -31,7 +31,7 @@ def command(*arguments, expect=0):
 
 @pytest.mark.parametrize("model", ["vit", "swin"])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
-def test_demo_has_parity(tmp_path, model, recipe):
+def test_demo_is_faithful(tmp_path, model, recipe):
     short = [
         "--set",
         "reconstruction.iterations=5",
@@ -40,11 +40,12 @@ def test_demo_has_parity(tmp_path, model, recipe):
         "--set",
         "observation_images=64",
     ]
-    # 3,000 images: one in a thousand flips at a rounding edge, and the 0.1 points that parity allows are three images then.
-    out = command(
-        "demo", "--model", model, "--recipe", recipe, "--limit", 3000, "--out", tmp_path / "run", *short
-    )
-    assert "parity: the deployed files predict what was calibrated" in out
+    arguments = ["demo", "--model", model, "--recipe", recipe, "--limit", 3000, "--out", tmp_path / "run"]
+    # Five steps of reconstruction at 4 bits lose more than the point that is allowed.
+    out = command(*arguments, *short, expect=0 if recipe == "w8a8" else 1)
+    lines = out[out.index("the deployment is") :].splitlines()
+    assert lines[0].startswith("the deployment is faithful: ")
+    assert lines[1].startswith("accuracy is kept: " if recipe == "w8a8" else "accuracy is not kept: ")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     top1 = {b["name"]: b["top1"] for b in report["backends"]}
     assert top1["float"] > 85 and top1["fake_quant"] > (top1["float"] - 1 if recipe == "w8a8" else 75)
@@ -87,7 +88,7 @@ def test_224_px_with_random_weights(tmp_path, jpegs, model):
     command("calibrate", model, *data, "--out", run, "--random-weights", *short)
     command("export", run)
     # Random weights give a thousand near-equal logits: their order says nothing, their values do.
-    loose = ["--min-agreement", 0, "--max-top1-difference", 100]
+    loose = ["--min-agreement", 0, "--max-top1-difference", 100, "--max-drop", 100]
     command("validate", run, *data, *loose, "--batch-size", 4)
     report = json.loads((run / "report.json").read_text())
     # Through twelve blocks rounding edges amplify a last bit to the size of the quantization error itself, in any two executions.

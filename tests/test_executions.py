@@ -95,7 +95,7 @@ def test_latency_by_a_clock_of_its_own(monkeypatch):
     now, calls = [0.0], []
 
     class Execution:
-        name, detail = "x", {}
+        name, detail, fixed_batch = "x", {}, None
 
         def __call__(self, batch):
             calls.append(batch.shape)
@@ -113,7 +113,7 @@ def test_latency_of_something_slow_takes_three_calls(monkeypatch):
     now = [0.0]
 
     class Slow:
-        name, detail = "x", {}
+        name, detail, fixed_batch = "x", {}, None
 
         def __call__(self, batch):
             now[0] += 5.0

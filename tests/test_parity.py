@@ -1,4 +1,4 @@
-"""Parity statistics against slow independent references, and the verdict."""
+"""Parity statistics against slow independent references."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from ospq_export.validate.parity import (
     predictions,
     topk_accuracy,
 )
-from ospq_export.validate.verdict import Thresholds, default_thresholds, judge
 
 # Few distinct values, so that ties happen.
 values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
@@ -64,32 +63,6 @@ def test_flips_and_margins(case):
         assert margin == (np.inf if len(ordered) < 2 else pytest.approx(ordered[0] - ordered[1]))
 
 
-def one_flip(images):
-    reference = np.zeros((images, 3), np.float32)
-    reference[:, 0] = 1
-    deployed = reference.copy()
-    deployed[0] = [0, 2, 0]
-    labels = np.zeros(images, np.int64)
-    return compare(
-        ("fake_quant", reference), ("onnxruntime", deployed), labels, [str(i) for i in range(images)]
-    )
-
-
-def test_verdict_at_the_thresholds():
-    limits = Thresholds(max_top1_difference=0.1, min_agreement=99.5)
-    assert judge([one_flip(1000)], [], limits), "0.1 points and 99.9 % are within"
-    refused = judge([one_flip(500)], [], limits)
-    assert not refused and "Top-1 differs by -0.20 points" in refused.reasons[0]
-    disagrees = judge([one_flip(100)], [], Thresholds(max_top1_difference=5, min_agreement=99.5))
-    assert not disagrees and "agrees with fake_quant on 99.00 %" in disagrees.reasons[0]
-
-
-def test_verdict_without_evidence():
-    assert not judge([], [], Thresholds())
-    verdict = judge([one_flip(10_000)], ["onnxruntime"], Thresholds())
-    assert not verdict and "not finite" in verdict.reasons[0]
-
-
 def test_more_images_than_are_looked_at_at_once():
     generator = np.random.default_rng(0)
     count = 2 * statistics._ROWS + 5
@@ -104,23 +77,6 @@ def test_more_images_than_are_looked_at_at_once():
     found = compare(("a", ours), ("b", theirs), labels, [str(i) for i in range(count)])
     assert found.max_logit_difference == 6.0
     assert found.mean_logit_difference == pytest.approx(np.abs(ours - theirs).mean())
-
-
-def test_nan_never_counts_as_a_match():
-    logits = np.full((4, 3), np.nan, np.float32)
-    labels = np.array([1, 1, 1, 1])
-    comparison = compare(("a", np.eye(4, 3, dtype=np.float32)), ("b", logits), labels, list("abcd"))
-    assert not judge([comparison], ["b"], Thresholds())
-
-
-def test_thresholds_by_bits():
-    assert [default_thresholds(a, w).min_agreement for a, w in ((8, 8), (6, 6), (8, 4), (4, 4), (3, 3))] == [
-        99.5,
-        99.5,
-        99.5,
-        99.0,
-        99.0,
-    ]
 
 
 @pytest.mark.parametrize("capacity", [6, 9])

@@ -42,13 +42,11 @@ def validate(
         float, typer.Option(min=0, help="Faithful: points of Top-1 between deployed and fake-quantized.")
     ] = 0.1,
     min_agreement: Annotated[
-        float | None,
+        float,
         typer.Option(
-            min=0,
-            max=100,
-            help="Faithful: percent of predictions equal to the fake-quantized network's. Default: from --max-drop.",
+            min=0, max=100, help="Faithful: percent of predictions equal to the fake-quantized network's."
         ),
-    ] = None,
+    ] = 99.5,
     significance: Annotated[
         float,
         typer.Option(help="Faithful: level of the exact tests against the noise floor, above 0 and below 1."),

@@ -79,7 +79,10 @@ def accuracy_criteria(changes: Sequence[AccuracyChange], limits: Thresholds) -> 
 def _labelled(c: AccuracyChange, limits: Thresholds) -> Criterion:
     assert c.drop is not None and c.low is not None and c.lost is not None and c.gained is not None
     allowed, margin = limits.max_drop + _EPSILON, limits.max_drop / 100
-    figures = f"has {c.deployed_top1:.2f} %, {c.reference} {c.reference_top1:.2f} %: {_points(c.drop)}"
+    figures = (
+        f"has a Top-1 of {c.deployed_top1:.2f} %, {c.reference} {c.reference_top1:.2f} %: {_points(c.drop)} "
+        f"on {c.images:,} images"
+    )
     sure = f"with {100 * limits.confidence:g} % confidence"
     common = {"deployed": c.deployed, "name": "accuracy", "by": "paired interval"}
     if c.high <= allowed:

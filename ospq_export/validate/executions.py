@@ -40,10 +40,12 @@ class Executions:
     Attributes:
         backends: in the order asked for.
         skipped: name -> reason, of executions that nobody asked for by name.
+        asked: names that were asked for; a float file among them is judged, too, by the float network.
     """
 
     backends: list[Backend] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    asked: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -60,9 +62,9 @@ class Executions:
             float_type: "fp32", or "fp16" where engines were built with FP16 float parts.
         """
         result = {}
-        for name in (n for n in self.names if n in DEPLOYED):
-            for reference in (fake_quantized(name, float_type), UNOPTIMIZED):
-                if reference in self.names and reference != name:
+        for name in (n for n in self.names if n in DEPLOYED or (n in BASELINES and n in self.asked)):
+            for reference in (reference_of(name, float_type), UNOPTIMIZED):
+                if reference in self.names and reference != name and (name in DEPLOYED or reference == FLOAT):
                     result[name] = reference
                     break
         return result
@@ -94,7 +96,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     named = _named(names, float_type)
     wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
     _check_files(run, wanted)
-    result = Executions()
+    result = Executions(asked=named)
     for name in wanted:
         _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
     # Where torch's side is not to be had, ONNX Runtime stands in for it.
@@ -105,8 +107,10 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     return result
 
 
-def fake_quantized(deployed: str, float_type: str) -> str:
-    """The fake-quantized network that a deployed execution is compared with: with float parts of its own type."""
+def reference_of(deployed: str, float_type: str) -> str:
+    """What a deployed execution is compared with: the fake-quantized network with float parts of its own type, or the float one."""
+    if deployed in BASELINES:
+        return FLOAT
     half = deployed == QDQ_FP16 or (deployed in ENGINES and float_type == "fp16")
     return FAKE_QUANT_FP16 if half else FAKE_QUANT
 
@@ -120,7 +124,7 @@ def _named(names: Sequence[str] | None, float_type: str) -> list[str]:
         )
     if float_type == "fp16":
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
-    if not any(name in DEPLOYED for name in named):
+    if not any(name in DEPLOYED or name in BASELINES for name in named):
         raise InputError(
             f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
             where="--backend",
@@ -131,7 +135,7 @@ def _named(names: Sequence[str] | None, float_type: str) -> list[str]:
 
 def _references_of(named: Sequence[str], float_type: str) -> list[str]:
     """What the named deployed executions are judged by."""
-    return [FLOAT, *(fake_quantized(name, float_type) for name in named if name in DEPLOYED)]
+    return [FLOAT, *(reference_of(n, float_type) for n in named if n in DEPLOYED or n in BASELINES)]
 
 
 def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:

@@ -63,7 +63,8 @@ def _plain(deployed: str, name: str, outcome: str, text: str) -> Criterion:
 def _agreement(c: Comparison, limits: Thresholds, floor: NoiseFloor | None) -> Criterion:
     worst = None if floor is None else floor.worst(c.reference)
     reach = 0.0 if floor is None else floor.reach(c.reference)
-    flips, allowed = len(c.flips), 1 - limits.needed_agreement / 100 + _EPSILON
+    flips, allowed = len(c.flips), 1 - limits.min_agreement / 100 + _EPSILON
+    bound = limits.most_flips / 100 + _EPSILON
     beyond = sum(flip.reference_margin > reach for flip in c.flips)
     p_value = 0.0 if worst is None else excess_p_value(flips, c.images, worst.flips, worst.images)
     excess = p_value < limits.significance
@@ -74,13 +75,13 @@ def _agreement(c: Comparison, limits: Thresholds, floor: NoiseFloor | None) -> C
         "name": "agreement",
         "by": "share of flips" if worst is None or not flips else "noise floor",
     }
-    text = f"{_agreement_text(c, beyond, reach, worst, p_value)} ({limits.needed_agreement:g} % needed)"
+    text = f"{_agreement_text(c, beyond, reach, worst, p_value)} ({limits.min_agreement:g} % needed)"
     if low > allowed or (excess and flips_low > allowed):
         return Criterion(**common, outcome="missed", text=text)
-    if high <= allowed and (not excess or flips_high <= allowed):
+    if high <= bound and (not excess or flips_high <= bound):
         return Criterion(**common, outcome="met", text=text)
-    count = beyond if high > allowed else flips
-    more = images_for_share(count, c.images, allowed, limits.confidence)
+    count = beyond if high > bound else flips
+    more = images_for_share(count, c.images, bound, limits.confidence)
     return Criterion(**common, outcome="open", text=f"{text}; {enough(more)}", images_needed=more)
 
 

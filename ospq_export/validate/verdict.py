@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Outcome = Literal["met", "missed", "open"]
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
-# Half of the allowed drop may be due to the deployment, within these limits: percent of equal predictions.
-_LEAST_AGREEMENT, _MOST_AGREEMENT = 99.0, 99.9
 
 
 class _Record(BaseModel):
@@ -28,25 +26,23 @@ class Thresholds(_Record):
     Attributes:
         max_drop: points of Top-1 that the deployed network may lose against float.
         confidence: of every one-sided bound; 0.5 takes the bare estimates.
-        min_agreement: share of images, percent, on which the deployed file has to predict what the fake-quantized
-            network predicts,
-            flips inside the noise aside; None derives it from `max_drop`.
+        min_agreement: share of images, percent, on which the deployed file has to predict what the fake-quantized network
+            predicts, flips inside the noise aside; refuted where it is shown to be lower, shown where the rest is at most
+            `max_drop`.
         max_top1_difference: points of Top-1 between the deployed and the fake-quantized network, either way.
         significance: level of the exact test against the noise floor.
     """
 
     max_drop: float = Field(default=1.0, ge=0, le=100)
     confidence: float = Field(default=0.95, ge=0.5, lt=1)
-    min_agreement: float | None = Field(default=None, ge=0, le=100)
+    min_agreement: float = Field(default=99.5, ge=0, le=100)
     max_top1_difference: float = Field(default=0.1, ge=0)
     significance: float = Field(default=0.01, gt=0, lt=1)
 
     @property
-    def needed_agreement(self) -> float:
-        """The agreement that is asked for, percent."""
-        if self.min_agreement is not None:
-            return self.min_agreement
-        return min(max(100 - self.max_drop / 2, _LEAST_AGREEMENT), _MOST_AGREEMENT)
+    def most_flips(self) -> float:
+        """The share of flips, in percent, that a faithful deployment is shown to stay below."""
+        return max(self.max_drop, 100 - self.min_agreement)
 
 
 class Criterion(_Record):
@@ -150,5 +146,8 @@ def _judgement(criteria: Sequence[Criterion], shown: str, refuted: str, asked: s
 
 
 def _listed(criteria: Sequence[Criterion]) -> str:
-    """What criteria say, each text once: several executions of one file often say the same."""
-    return "; ".join(dict.fromkeys(f"{c.deployed} {c.text}" for c in criteria))
+    """What criteria say; executions that say the same are named together."""
+    names: dict[str, list[str]] = {}
+    for c in criteria:
+        names.setdefault(c.text, []).append(c.deployed)
+    return "; ".join(f"{' and '.join(dict.fromkeys(who))} {text}" for text, who in names.items())
