@@ -108,7 +108,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
 
 
 def reference_of(deployed: str, float_type: str) -> str:
-    """What a deployed execution is compared with: the fake-quantized network with float parts of its own type, or the float one."""
+    """What a deployed execution is compared with: the float network for a float file, else the fake-quantized one of its type."""
     if deployed in BASELINES:
         return FLOAT
     half = deployed == QDQ_FP16 or (deployed in ENGINES and float_type == "fp16")
