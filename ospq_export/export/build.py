@@ -83,10 +83,11 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
     try:
-        data = onnx_file.read_bytes()
+        onnx_file.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=onnx_file) from error
-    if not parser.parse(data):
+    # By its path: weights beside the file are found only so.
+    if not parser.parse_from_file(str(onnx_file)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise InputError(
             f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}",

@@ -102,6 +102,8 @@ def export(
     gc.collect()
     described["onnxruntime"] = integer_kernels(path / QUANTIZED_ONNX).model_dump(mode="json")
     artifact.write_json(path / SCALES, described)
+    weights = [artifact.data_file(path / name) for name in files]
+    files += [file.name for file in weights if file.is_file()]
     run.manifest = artifact.record_files(path, run.manifest, *files)
     advance()
     return run
@@ -122,7 +124,8 @@ def _claim(run: Run, files: Sequence[str], *, overwrite: bool) -> Manifest:
         )
     if not there:
         return run.manifest
-    kept = {name: digest for name, digest in run.manifest.files.items() if name not in there}
+    gone = {*there, *(artifact.data_file(Path(name)).name for name in there)}
+    kept = {name: digest for name, digest in run.manifest.files.items() if name not in gone}
     manifest = run.manifest.model_copy(update={"files": kept})
     artifact.write_manifest(run.path, manifest)
     return manifest
