@@ -15,10 +15,11 @@ from test_tensorrt import RTX, SETTINGS
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
-from ospq_export.export import Extras, export, serialize
+from ospq_export.export import export, serialize
 from ospq_export.export.engine import build_engine
 from ospq_export.export.lint import lint
 from ospq_export.export.onnx_read import read_model
+from ospq_export.export.stage import Extras
 from ospq_export.run import Run
 from ospq_export.validate.backends import OnnxRuntimeBackend
 from ospq_export.validate.probes import open_probed

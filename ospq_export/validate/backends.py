@@ -119,20 +119,14 @@ class OnnxRuntimeBackend:
         return result
 
 
-def open_session(
-    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """Open a file, or a model in memory, on the provider that is asked for and on no other.
+def check_provider(provider: str) -> str:
+    """ONNX Runtime's name of a provider.
 
     Args:
-        model: the file, or its content; its external data lies beside `where`.
-        where: what errors name.
-        optimize: all of ONNX Runtime's graph optimisations, or none.
         provider: "cpu", "cuda" or "tensorrt".
-        threads: intra-op threads; None leaves the choice to ONNX Runtime.
 
     Raises:
-        InputError: the file cannot be loaded, or the provider is not there or fell back.
+        InputError: this ONNX Runtime was built without it, or there is no GPU for it.
     """
     wanted = _PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -148,6 +142,25 @@ def open_session(
             where=f"provider {provider!r}",
             mend="check the driver, or use the CPU",
         )
+    return wanted
+
+
+def open_session(
+    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a file, or a model in memory, on the provider that is asked for and on no other.
+
+    Args:
+        model: the file, or its content; its external data lies beside `where`.
+        where: what errors name.
+        optimize: all of ONNX Runtime's graph optimisations, or none.
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: intra-op threads; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        InputError: the file cannot be loaded, or the provider is not there or fell back.
+    """
+    wanted = check_provider(provider)
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL

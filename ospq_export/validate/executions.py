@@ -132,8 +132,15 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
     if name in ENGINES:
         return EngineBackend(name, engine_file(run.path))
     provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device))
-    file = run.file({**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX))
+    file = run.file(file_of(name) or QUANTIZED_ONNX)
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
+
+
+def file_of(name: str) -> str | None:
+    """The ONNX file that an execution runs; None for torch's and for engines."""
+    if name in (FLOAT, FAKE_QUANT, FAKE_QUANT_FP16, *ENGINES):
+        return None
+    return {**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX)
 
 
 def provider_of(device: str) -> str:

@@ -29,6 +29,7 @@ from ospq_export.validate.executions import (
 )
 from ospq_export.validate.latency import Latency, measure
 from ospq_export.validate.parity import Collector
+from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report import Report
 from ospq_export.validate.samples import Samples, locate
 from ospq_export.validate.shards import part_of, pool, share_of
@@ -89,7 +90,9 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have no labels or too many classes, or the
             baseline's images or classes are others.
     """
+    check_request(run, backends, device, baseline)
     check_preprocessing(run, images.config)
+    check_batch_memory(min(limit or len(images), len(images)), batch_size, images.config.input_size)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     references = executions.references(float_type)
