@@ -22,6 +22,11 @@ log = logging.getLogger(__name__)
 CERTAIN = 0.8
 
 
+# What protobuf allows one message to have, less room for those who read a file and write it again with more in it: the shapes of
+# all inner tensors, more outputs, another graph of the same weights.
+ONNX_BYTES = (1 << 31) - 1 - (1 << 26)
+
+
 def gigabytes(amount: float) -> str:
     """Bytes for people, "0.6 GB"; small amounts keep two digits."""
     return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e9:.2g} GB"
@@ -152,6 +157,22 @@ def check_apart(out: Path, data: Path) -> None:
         raise InputError(
             "the run directory would lie among the images", where=f"--out {out}", mend="choose another --out"
         )
+
+
+def files_summary(weights: int, quantized: int, most: int) -> str:
+    """One line for people: what the files of a run and of its export will weigh.
+
+    Args:
+        weights: bytes of the float constants.
+        quantized: bytes of the same where the quantized weights are codes of one byte.
+        most: bytes that one ONNX file holds; more lies beside it.
+    """
+    exported = [
+        f"{name} {gigabytes(size)}{' (its weights in a file beside it)' if size > most else ''}"
+        for name, size in (("model.onnx", quantized), ("model_fp32.onnx", weights))
+    ]
+    kept = f"float.safetensors {gigabytes(weights)}, quantized.safetensors {gigabytes(quantized)}"
+    return f"files: {kept}; of an export: {', '.join(exported)}"
 
 
 def network_bytes(spec: ModelSpec) -> int | None:

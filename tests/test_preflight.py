@@ -82,6 +82,15 @@ def test_images_and_budget() -> None:
         preflight.check_images(1000, size, 64 * image - 1, 32, available=GB)
 
 
+def test_what_the_files_weigh() -> None:
+    line = preflight.files_summary(2_300_000_000, 570_000_000, preflight.ONNX_BYTES)
+    assert line == (
+        "files: float.safetensors 2.3 GB, quantized.safetensors 0.6 GB; of an export: model.onnx 0.6 GB, "
+        "model_fp32.onnx 2.3 GB (its weights in a file beside it)"
+    )
+    assert preflight.gigabytes(4_200_000) == "0.0042 GB"
+
+
 def test_network_bytes_without_the_network() -> None:
     kwargs = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "img_size": 32}
     spec = ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError
-from ospq_export.export.onnx_read import PROTOBUF_BYTES
+from ospq_export.preflight import ONNX_BYTES
 
 # Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
 STREAMED_BYTES = 1 << 18
-# protobuf's own limit of a message, less room for those who read a file and write it again with more in it: the shapes of all
-# inner tensors, more outputs, another graph of the same weights. What is larger goes to two files, see `external`.
-MAX_BYTES = PROTOBUF_BYTES - (1 << 26)
+# What is larger goes to two files, see `external`.
+MAX_BYTES = ONNX_BYTES
 # Field numbers of onnx.proto3: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _LENGTH_DELIMITED = 2
