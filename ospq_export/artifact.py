@@ -230,6 +230,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def data_file(path: Path) -> Path:
+    """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
+    return path.with_name(f"{path.name}.data")
+
+
+def stored_bytes(path: Path) -> int:
+    """What a file takes on the disk, with the weights beside it."""
+    return sum(file.stat().st_size for file in (path, data_file(path)) if file.is_file())
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a file is what `replacing` leaves behind when the process is killed."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

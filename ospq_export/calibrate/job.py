@@ -31,6 +31,7 @@ from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
+from ospq_export.preflight import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
 from ospq_export.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
 from ospq_export.world import SOLO, World
@@ -99,6 +100,7 @@ class Job:
         """
         if not self.writes:
             return
+        self._say(self._files(captured))
         for folder in (self.out, self.out / artifact.CHECKPOINTS):
             artifact.remove_temporary(folder)
         found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
@@ -119,6 +121,11 @@ class Job:
             for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS, artifact.CALIBRATION_IMAGES):
                 (self.out / name).unlink(missing_ok=True)
             raise
+
+    def _files(self, captured: fx.GraphModule) -> str:
+        sizes = {name: buffer.nbytes for name, buffer in captured.named_buffers()}
+        codes = {w.constant: sizes[w.constant] // 4 for w in self.network.weights.values()}
+        return files_summary(sum(sizes.values()), sum({**sizes, **codes}.values()), ONNX_BYTES)
 
     def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
         artifact.check_files(self.out, found)

@@ -34,11 +34,58 @@ def process_bytes(field: str) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that are free or can be freed."""
+    """Bytes of host memory that are free or can be freed, in the machine and in every control group of this process."""
     try:
-        return _kib(Path("/proc/meminfo"))["MemAvailable"] * 1024
+        machine = _kib(Path("/proc/meminfo"))["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
-        return total_memory(torch.device("cpu"))
+        machine = total_memory(torch.device("cpu"))
+    return min(machine, *group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+
+
+def group_memory(root: Path, membership: Path) -> list[int]:
+    """What the control groups of a process leave it, in bytes: a container's limit, say, less what is in use there.
+
+    Args:
+        root: where control groups are mounted, of version 1 or 2.
+        membership: the file that names the process's groups, see cgroups(7).
+
+    Returns:
+        One figure for each group with a limit, from the innermost out, and an unlimited one, so that it is never empty.
+    """
+    found = [sys.maxsize]
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return found
+    for words in lines:
+        if len(words) != 3 or words[1] not in ("", "memory"):
+            continue
+        top = root if words[1] == "" else root / "memory"
+        group = top / words[2].lstrip("/")
+        while group == top or top in group.parents:
+            left = _left(group, _GROUP_FILES[words[1]])
+            found += [] if left is None else [left]
+            group = group.parent
+    return found
+
+
+# Limit, use, and the page cache among it that can be dropped: version 2, version 1.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left(group: Path, names: tuple[str, str, str]) -> int | None:
+    """Limit less use of one group; None where it has no limit or does not exist."""
+    limit, usage, cache = names
+    try:
+        most = int((group / limit).read_text())
+        used = int((group / usage).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, most - used + int(stat.get(cache, 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def total_memory(device: torch.device) -> int:

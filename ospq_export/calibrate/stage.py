@@ -14,19 +14,23 @@ from torch import Tensor, fx, nn
 
 from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
+from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.store import Store
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.graph.slicing import Slice
 from ospq_export.models import ModelSpec, torch_device
+from ospq_export.preflight import check_disk
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
 from ospq_export.run import Run
@@ -79,8 +83,8 @@ def calibrate(
     """
     check_output_folder(out)
     target = torch_device(device)
-    _check_batch(recipe, len(images.images))
-    _check_processes(recipe)
+    check_batch(recipe, len(images.images))
+    check_processes(recipe)
     with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
@@ -116,8 +120,9 @@ def _calibrate(
 ) -> Run:
     captured = capture(model, data.input_size)
     if recipe.slicing != "auto":
-        # A slicing that does not fit is better said before the observation than after it.
-        slicing_of(captured.graph, recipe.slicing)
+        # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
+        slices = slicing_of(captured.graph, recipe.slicing)
+        check_cost(captured.graph, slices, len(images.images), recipe, out, target, options.memory_budget)
     bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
     captured.to(target)
     equalized = _equalize(captured, images.images, bits, recipe, seed, progress)
@@ -173,7 +178,12 @@ def check_output_folder(out: Path) -> None:
         )
 
 
-def _check_batch(recipe: Recipe, images: int) -> None:
+def check_batch(recipe: Recipe, images: int) -> None:
+    """Hold the number of images to the recipe's batch.
+
+    Raises:
+        InputError: there are too few.
+    """
     settings = recipe.reconstruction
     if settings.iterations > 0 and images < settings.batch_size:
         raise InputError(
@@ -183,13 +193,46 @@ def _check_batch(recipe: Recipe, images: int) -> None:
         )
 
 
-def _check_processes(recipe: Recipe) -> None:
+def check_processes(recipe: Recipe) -> None:
+    """Hold the recipe's batch to the number of processes.
+
+    Raises:
+        InputError: they cannot share it evenly.
+    """
     size, batch = int(os.environ.get("WORLD_SIZE", "1")), recipe.reconstruction.batch_size
     if batch % size:
         raise InputError(
             f"a batch of {batch} images cannot be shared evenly by {size} processes",
             where="reconstruction.batch_size",
             mend=f"--set reconstruction.batch_size={max(1, batch // size) * size}",
+        )
+
+
+def check_cost(
+    graph: fx.Graph,
+    slices: list[Slice],
+    images: int,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    memory_budget: int | None,
+) -> None:
+    """Hold the activations of a calibration to its memory budget and to the disk.
+
+    Raises:
+        InputError: the budget cannot hold one batch, or the disk cannot hold what the budget does not.
+    """
+    store = Store.with_default(memory_budget, out, device)
+    cost = cost_of(graph, slices, len(slices), images, recipe.reconstruction, None)
+    check_budget(cost, store.budget)
+    if device.type == "cpu":
+        # The estimate is for the worst moment, and counts all that is held at both sides of a slice.
+        least = int(cost.activation_bytes / 2)
+        check_disk(
+            out,
+            "the activations beyond the memory budget",
+            certain=max(0, least - store.budget),
+            likely=max(0, cost.activation_bytes - store.budget),
         )
 
 

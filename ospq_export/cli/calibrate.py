@@ -30,8 +30,11 @@ from ospq_export.cli.options import (
     model_spec,
     read_recipe,
 )
+from ospq_export.preflight import check_apart
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ospq_export.data import Batch, DataConfig, ImageSet
     from ospq_export.models import ModelSpec
     from ospq_export.recipes import Recipe
@@ -67,6 +70,7 @@ def calibrate(
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
     chosen = read_recipe(recipe, overrides)
+    check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights)
     given = data_settings(input_size, mean, std, crop_pct, interpolation)
 
@@ -113,11 +117,13 @@ def run_calibrate(
     check_output_folder(out)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     events = no_events if log_json is None else json_lines(log_json)
+    _check_before(spec, recipe, out, device, log_json)
     network = _create_model(spec, seed)
     from ospq_export.data import resolve_data_config
 
     config = resolve_data_config(network, spec, settings)
     image_set: ImageSet = images(config)
+    _check_images(len(image_set), config, recipe, budget, network)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
     with stage_progress(disable=quiet or not first) as progress:
@@ -142,6 +148,37 @@ def run_calibrate(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )
+
+
+def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
+    """What is known before the network is built."""
+    from ospq_export import preflight
+    from ospq_export.calibrate.stage import check_processes
+    from ospq_export.models import torch_device
+
+    preflight.check_folder(out, "--out")
+    if log_json not in (None, "-"):
+        preflight.check_file(Path(log_json), "--log-json")
+    torch_device(device)
+    check_processes(recipe)
+    preflight.check_calibration(out, preflight.network_bytes(spec))
+
+
+def _check_images(
+    found: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
+) -> None:
+    """What is known before images are decoded."""
+    from ospq_export import preflight
+    from ospq_export.calibrate.stage import check_batch
+    from ospq_export.graph.capture import capture
+    from ospq_export.graph.granularity import slicing_of
+
+    count = min(found, recipe.calibration_images)
+    check_batch(recipe, count)
+    preflight.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
+    if not isinstance(recipe.slicing, str):
+        # Cut points are names in this network's graph; the named slicings fit any.
+        slicing_of(capture(network, config.input_size, share=True).graph, recipe.slicing)
 
 
 def _create_model(spec: ModelSpec, seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,10 +107,16 @@ def export(
     )
     batches = None if profile is None else _batches(profile)
     if engine is None:
-        if batches is not None or compute_capability:
-            raise InputError(
-                "only an engine has these", where="--profile, --compute-capability", mend="give --engine"
-            )
+        _refuse_engine_options(
+            {
+                "--profile": profile,
+                "--compute-capability": compute_capability,
+                "--workspace": workspace,
+                "--timing-cache": timing_cache,
+                "--version-compatible": version_compatible,
+                "--hardware-compatibility": hardware_compatibility,
+            }
+        )
         run_export(run, batch_size, quiet, extras=extras, overwrite=overwrite)
         return
     from ospq_export import artifact
@@ -130,8 +137,21 @@ def export(
     replace = overwrite or ENGINE not in artifact.read_manifest(run).files
     check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
-    run_export(run, batch_size, quiet, extras=extras, deploy_batch_size=deploy, overwrite=overwrite)
-    run_build(run, settings, replace, quiet)
+    run_export(
+        run,
+        batch_size,
+        quiet,
+        extras=extras,
+        deploy_batch_size=deploy,
+        overwrite=overwrite,
+        engine=settings,
+    )
+
+
+def _refuse_engine_options(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InputError("only an engine has these", where=", ".join(given), mend="give --engine")
 
 
 def _batches(text: str) -> tuple[int, int, int]:
@@ -149,10 +169,21 @@ def run_export(
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
     overwrite: bool = False,
+    engine: BuildSettings | None = None,
 ) -> None:
-    """Export with a progress bar and a line at the end."""
+    """Export, and build an engine on request, with progress bars and a line at the end."""
     from ospq_export.export import export
+    from ospq_export.export.engine import ENGINE, SIDECAR, build_engine
+    from ospq_export.export.stage import DEPLOY_ONNX
     from ospq_export.progress import stage_progress
+
+    built: list[EngineRecord] = []
+
+    def build(folder: Path) -> list[str]:
+        assert engine is not None
+        shown = None if quiet else progress
+        built.append(build_engine(folder / DEPLOY_ONNX, folder / ENGINE, engine, progress=shown))
+        return [ENGINE, SIDECAR]
 
     with stage_progress(disable=quiet) as progress:
         done = export(
@@ -162,34 +193,22 @@ def run_export(
             deploy_batch_size=deploy_batch_size,
             overwrite=overwrite,
             progress=progress,
+            finish=None if engine is None else build,
         )
     console().print(
         f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"
     )
+    for record in built:
+        _print_engine(run, record)
 
 
-def run_build(run: Path, settings: BuildSettings, overwrite: bool, quiet: bool) -> EngineRecord:
-    """Build model.engine of an exported run with the builder's progress, and say what it compiled to."""
-    from ospq_export import artifact
-    from ospq_export.export.engine import ENGINE, SIDECAR, build_engine
-    from ospq_export.export.stage import DEPLOY_ONNX
-    from ospq_export.progress import stage_progress
-
-    with stage_progress(disable=quiet) as progress:
-        record = build_engine(
-            run / DEPLOY_ONNX,
-            run / ENGINE,
-            settings,
-            overwrite=overwrite,
-            progress=None if quiet else progress,
-        )
-    artifact.record_files(run, artifact.read_manifest(run), ENGINE, SIDECAR)
+def _print_engine(run: Path, record: EngineRecord) -> None:
     fusion = record.fusion
     console().print(
-        f"built {run / ENGINE} with {record.product} {record.version} for {', '.join(record.compute_capabilities)}: "
+        f"built {run / 'model.engine'} with {record.product} {record.version} for "
+        f"{', '.join(record.compute_capabilities)}: "
         f"{fusion.int8_gemms} of {fusion.gemms} products on Int8, "
         f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
     )
     for name, reason in {**fusion.not_int8, **fusion.not_fused}.items():
         console().print(f"  {name}: {reason}")
-    return record

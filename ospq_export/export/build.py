@@ -15,6 +15,7 @@ from rich.progress import Progress
 from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
 from ospq_export.export.products import Message, Product, load, recorder
+from ospq_export.preflight import check_file
 
 _MIB = 1 << 20
 
@@ -56,6 +57,7 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     Raises:
         InputError: the product is missing, a setting is not for it, the parser or the builder refuses: with its reason.
     """
+    check_settings(settings)
     trt, log = load(settings.product), recorder(settings.product)
     log.clear()
     builder = trt.Builder(log)
@@ -63,7 +65,7 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     config = _config(trt, builder, network, settings)
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
-    cache = _timing_cache(config, settings.product, settings.timing_cache)
+    cache = _timing_cache(config, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise InputError(
@@ -83,10 +85,11 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
     try:
-        data = onnx_file.read_bytes()
+        onnx_file.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=onnx_file) from error
-    if not parser.parse(data):
+    # By its path: weights beside the file are found only so.
+    if not parser.parse_from_file(str(onnx_file)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise InputError(
             f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}",
@@ -119,10 +122,61 @@ def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> An
 
 
 def _member(kind: Any, name: str, option: str) -> Any:
-    known = [n for n in dir(kind) if n.isupper()]
+    known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
         raise InputError(f"{name!r} is not known here", where=option, mend=f"use one of {', '.join(known)}")
     return getattr(kind, name.upper())
+
+
+def check_settings(settings: BuildSettings) -> None:
+    """Refuse what the product cannot do, before anything is exported.
+
+    Raises:
+        InputError: the product is missing; a target, a level or a profile is impossible, or not for this product; a file
+            cannot be written.
+    """
+    trt = load(settings.product)
+    target_members(settings)
+    if settings.product is Product.TENSORRT_RTX:
+        _check_rtx(settings)
+    if settings.hardware_compatibility is not None:
+        _member(trt.HardwareCompatibilityLevel, settings.hardware_compatibility, "--hardware-compatibility")
+    if settings.workspace_mib is not None and settings.workspace_mib < 1:
+        raise InputError(f"{settings.workspace_mib} MiB", where="--workspace", mend="give 1 or more")
+    if settings.profile is not None:
+        _check_profile(settings.profile)
+    if settings.timing_cache is not None:
+        check_file(settings.timing_cache, "--timing-cache")
+
+
+def _check_rtx(settings: BuildSettings) -> None:
+    refused = {
+        "--timing-cache": (
+            settings.timing_cache is not None,
+            "TensorRT-RTX measures nothing while it builds: it has no timing cache",
+        ),
+        "--version-compatible": (
+            settings.version_compatible,
+            "TensorRT-RTX comes without the lean runtime that a version-compatible engine needs",
+        ),
+        "--hardware-compatibility": (
+            settings.hardware_compatibility is not None,
+            "TensorRT-RTX builds for the targets that --compute-capability names, whatever the level",
+        ),
+    }
+    for option, (given, why) in refused.items():
+        if given:
+            raise InputError(why, where=option, mend="leave it out")
+
+
+def _check_profile(profile: tuple[int, int, int]) -> None:
+    smallest, likely, largest = profile
+    if not 1 <= smallest <= likely <= largest:
+        raise InputError(
+            f"batches {smallest}, {likely}, {largest} do not rise",
+            where="--profile",
+            mend="write MIN,OPT,MAX",
+        )
 
 
 def target_members(settings: BuildSettings) -> list[Any]:
@@ -146,8 +200,11 @@ def target_members(settings: BuildSettings) -> list[Any]:
             where="--compute-capability",
             mend=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
         )
-    names = wanted or ("CURRENT",)
-    return [_member(trt.ComputeCapability, n, "--compute-capability") for n in names] if has_targets else []
+    if not has_targets:
+        return []
+    if not wanted:
+        return [trt.ComputeCapability.CURRENT]
+    return [_member(trt.ComputeCapability, name, "--compute-capability") for name in dict.fromkeys(wanted)]
 
 
 def _set_targets(config: Any, settings: BuildSettings) -> None:
@@ -174,27 +231,15 @@ def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSetting
                 f"the file has a static batch of {shape[0]}", where="--profile", mend="export a dynamic one"
             )
         return
-    smallest, likely, largest = settings.profile or (1, 1, 1)
-    if not 1 <= smallest <= likely <= largest:
-        raise InputError(
-            f"batches {smallest}, {likely}, {largest} do not rise",
-            where="--profile",
-            mend="write MIN,OPT,MAX",
-        )
+    batches = settings.profile or (1, 1, 1)
     profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, *((batch, *shape[1:]) for batch in (smallest, likely, largest)))
+    profile.set_shape(images.name, *((batch, *shape[1:]) for batch in batches))
     config.add_optimization_profile(profile)
 
 
-def _timing_cache(config: Any, product: Product, path: Path | None) -> Any:
+def _timing_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
-    if product is Product.TENSORRT_RTX:
-        raise InputError(
-            "TensorRT-RTX measures nothing while it builds: it has no timing cache",
-            where="--timing-cache",
-            mend="leave it out",
-        )
     try:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     except OSError as error:

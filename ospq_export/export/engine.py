@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from ospq_export import artifact
 from ospq_export.errors import InputError
-from ospq_export.export.build import BuildSettings, Built, build, target_members
+from ospq_export.export.build import BuildSettings, Built, build, check_settings
 from ospq_export.export.fusion import Fusion, analyse
 from ospq_export.export.plan import PlanLayer, layers_from_inspector, layers_from_log
 from ospq_export.export.products import Product, load, recorder
@@ -65,11 +65,11 @@ def check_target(out: Path, settings: BuildSettings, *, overwrite: bool) -> None
     """What can be known before anything is exported or built.
 
     Raises:
-        InputError: the engine exists, the product is missing, or it cannot build for the target.
+        InputError: the engine exists, the product is missing, or it cannot build as the settings say.
     """
     if out.exists() and not overwrite:
         raise InputError("the engine exists", where=out, mend="give --overwrite, or move it away")
-    target_members(settings)
+    check_settings(settings)
 
 
 def build_engine(

@@ -74,7 +74,7 @@ def integer_kernels(path: Path) -> Kernels:
             # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"ONNX Runtime cannot load the file: {reason}", where=path) from error
-    original = onnx.load(str(path))
+    original = onnx.load(str(path), load_external_data=False)
     return _compare(original, model, onnxruntime.__version__)
 
 

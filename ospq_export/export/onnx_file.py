@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ospq_export.artifact import replacing
 from ospq_export.errors import InputError
-from ospq_export.export import serialize
+from ospq_export.export import external, serialize
 from ospq_export.export.names import name_everything
 from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
 
@@ -45,7 +44,8 @@ def write_onnx(
 
     Args:
         module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
-        path: the file; replaced only by a complete and checked one.
+        path: the file; replaced only by a complete and checked one. Where it would be too large, its weights lie beside it in
+            `artifact.data_file(path)`.
         input_size: (channels, height, width) in pixels.
         batch_size: a fixed batch, or None for a dynamic one.
         metadata: key-value pairs for the model's metadata.
@@ -66,8 +66,7 @@ def write_onnx(
     del model
     serialize.check(proto, tensors, path)
     check_deployable(proto, path)
-    with replacing(path) as temporary:
-        serialize.write(proto, tensors, temporary, path)
+    external.save(proto, tensors, path)
 
 
 def _translate(

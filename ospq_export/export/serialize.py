@@ -6,16 +6,17 @@ constants; these follow one by one, as more of the same message's fields: https:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError
+from ospq_export.preflight import ONNX_BYTES
 
 # Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
 STREAMED_BYTES = 1 << 18
-# protobuf's own limit of a message.
-MAX_BYTES = (1 << 31) - 1
+# What is larger goes to two files, see `external`.
+MAX_BYTES = ONNX_BYTES
 # Field numbers of onnx.proto3: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _LENGTH_DELIMITED = 2
@@ -62,6 +63,18 @@ def check(proto: Any, tensors: list[Any], where: Path) -> None:
         del proto.graph.input[declared:]
 
 
+def file_bytes(proto: Any, tensors: Sequence[Any]) -> int:
+    """What `write` would make of a split model, in bytes: known before anything is written."""
+    streamed = sum(_streamed_bytes(tensor) for tensor in tensors)
+    # Tag and length of the graph, once more: with the streamed constants the length may need more bytes.
+    return int(proto.ByteSize()) + streamed + len(_field(_GRAPH, streamed))
+
+
+def _streamed_bytes(tensor: Any) -> int:
+    size = len(_header(tensor)) + int(tensor.nbytes)
+    return len(_field(_INITIALIZER, size)) + size
+
+
 def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
     """Write a split model as one ordinary ONNX file.
 
@@ -72,7 +85,7 @@ def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
         where: what an error names.
 
     Raises:
-        InputError: the file would be larger than protobuf's 2 GiB.
+        InputError: the file would be larger than `MAX_BYTES`.
     """
     graph = proto.graph.SerializeToString(deterministic=True)
     headers = [_header(tensor) for tensor in tensors]
@@ -80,9 +93,9 @@ def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
     total = len(graph) + sum(len(_field(_INITIALIZER, size)) + size for size in sizes)
     if total > MAX_BYTES:
         raise InputError(
-            f"the file would have {total / 2**30:.1f} GiB, an ONNX file holds 2",
+            f"the file would have {total / 1e9:.2f} GB, one ONNX file holds {MAX_BYTES / 1e9:.2f}",
             where=where,
-            mend="this model is too large for one file",
+            mend="this model is too large",
         )
     proto.ClearField("graph")
     with path.open("wb") as file:

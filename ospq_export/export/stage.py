@@ -21,8 +21,10 @@ from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
+from ospq_export.export.staging import staging, take
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.preflight import CERTAIN, check_disk, check_folder
 from ospq_export.progress import stepper
 from ospq_export.run import Run
 
@@ -62,11 +64,12 @@ def export(
     deploy_batch_size: int | None = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[Path], Sequence[str]] | None = None,
 ) -> Run:
     """Write the deployable files of a calibrated run.
 
-    Each file is written under a temporary name and renamed when it is complete and checked; the manifest lists them when all
-    are. What an interrupted export left is not listed, and is replaced without asking.
+    The files are written to a folder of their own inside the run directory, and take their place when all of them are complete
+    and checked: an export that fails or is interrupted leaves the run as it was.
 
     Args:
         path: the run directory.
@@ -77,22 +80,38 @@ def export(
             asked otherwise, because a static shape is what fuses and tunes best.
         overwrite: whether files of an earlier export may be replaced.
         progress: where to show a progress bar.
+        finish: called with the folder of the finished files before they take their place; what it writes there, an engine, takes
+            its place with them, and the names that it returns are listed in the manifest.
 
     Returns:
         The run with the new files in its manifest.
 
     Raises:
-        InputError: the run directory is damaged, a file of it exists, or the network cannot be written as ONNX.
+        InputError: the run directory is damaged or has no room, a file of it exists, or the network cannot be written as ONNX.
     """
     for size in (batch_size, deploy_batch_size):
         if size is not None and size < 1:
             raise InputError(f"a batch of {size} images", where="--batch-size", mend="give 1 or more")
+    check_folder(path, "RUN")
     run = Run.open(path)
     jobs = _jobs(run, extras or Extras(), batch_size, deploy_batch_size)
     files = [*(job.file for job in jobs), SCALES]
-    run.manifest = _claim(run, files, overwrite=overwrite)
-    writer = _Writer(run)
+    _check_free(run, files, overwrite=overwrite)
+    _check_room(run, jobs)
     advance = stepper(progress, "export", len(jobs) + 1)
+    with staging(path) as folder:
+        _write(run, jobs, folder, advance)
+        files += [] if finish is None else finish(folder)
+        files += [data for data in _data_files(files) if (folder / data).is_file()]
+        run.manifest = _claim(run, files)
+        take(folder, path, stale=_data_files(files))
+    run.manifest = artifact.record_files(path, run.manifest, *files)
+    advance()
+    return run
+
+
+def _write(run: Run, jobs: Sequence[_Job], folder: Path, advance: Callable[[], None]) -> None:
+    writer = _Writer(run, folder)
     for job in jobs:
         writer.write(job)
         advance()
@@ -100,19 +119,15 @@ def export(
     # ONNX Runtime loads the weights a few times over: the networks make room first.
     del writer
     gc.collect()
-    described["onnxruntime"] = integer_kernels(path / QUANTIZED_ONNX).model_dump(mode="json")
-    artifact.write_json(path / SCALES, described)
-    run.manifest = artifact.record_files(path, run.manifest, *files)
-    advance()
-    return run
+    described["onnxruntime"] = integer_kernels(folder / QUANTIZED_ONNX).model_dump(mode="json")
+    artifact.write_json(folder / SCALES, described)
 
 
-def _claim(run: Run, files: Sequence[str], *, overwrite: bool) -> Manifest:
-    """Take files that are about to be written off the manifest: an interruption then leaves a sound run without them.
+def _data_files(files: Sequence[str]) -> list[str]:
+    return [artifact.data_file(Path(name)).name for name in files if name.endswith(".onnx")]
 
-    Raises:
-        InputError: some are there already.
-    """
+
+def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
     there = [name for name in files if name in run.manifest.files]
     if there and not overwrite:
         raise InputError(
@@ -120,9 +135,24 @@ def _claim(run: Run, files: Sequence[str], *, overwrite: bool) -> Manifest:
             where=run.path,
             mend="give --overwrite, or copy the run directory",
         )
-    if not there:
+
+
+def _check_room(run: Run, jobs: Sequence[_Job]) -> None:
+    """Hold the files to come to the room on the disk; those that they replace go only when all are there."""
+    weights = (run.path / artifact.FLOAT_TENSORS).stat().st_size
+    codes = (run.path / artifact.QUANTIZED_TENSORS).stat().st_size
+    halves = {HALF_ONNX, INT4_ONNX}
+    sizes = ((codes if job.quantized else weights) // (2 if job.file in halves else 1) for job in jobs)
+    total = sum(sizes)
+    check_disk(run.path, "the exported files", certain=int(CERTAIN * total), likely=total)
+
+
+def _claim(run: Run, files: Sequence[str]) -> Manifest:
+    """Take files that are about to be replaced off the manifest: an interruption then leaves a sound run without them."""
+    gone = {*files, *_data_files(files)}
+    kept = {name: digest for name, digest in run.manifest.files.items() if name not in gone}
+    if len(kept) == len(run.manifest.files):
         return run.manifest
-    kept = {name: digest for name, digest in run.manifest.files.items() if name not in there}
     manifest = run.manifest.model_copy(update={"files": kept})
     artifact.write_manifest(run.path, manifest)
     return manifest
@@ -179,8 +209,8 @@ def _int4_job(run: Run, batch_size: int | None) -> _Job:
 class _Writer:
     """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
         self.captured: fx.GraphModule | None = None
         self.quantized: QuantizedGraph | None = None
         self.lowered: fx.GraphModule | None = None
@@ -208,7 +238,7 @@ class _Writer:
         metadata = _metadata(self.run) if job.quantized else _float_metadata(self.run)
         write_onnx(
             module,
-            self.run.path / job.file,
+            self.folder / job.file,
             input_size=self.run.manifest.data.input_size,
             batch_size=job.batch_size,
             metadata={**metadata, **dict(job.metadata)},

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ospq_export.artifact import stored_bytes
 from ospq_export.errors import InputError
 from ospq_export.world import local_rank
 
@@ -21,6 +22,7 @@ _PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _ERRORS_ONLY = 3
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Backend(Protocol):
@@ -88,7 +90,7 @@ class OnnxRuntimeBackend:
             "optimisations": "all" if optimize else "off",
             "provider": self.session.get_providers()[0],
             "file": path.name,
-            "bytes": str(path.stat().st_size),
+            "bytes": str(stored_bytes(path)),
         }
 
     def __call__(self, images: FloatArray) -> FloatArray:
@@ -121,20 +123,14 @@ class OnnxRuntimeBackend:
         return result
 
 
-def open_session(
-    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """Open a file, or a model in memory, on the provider that is asked for and on no other.
+def check_provider(provider: str) -> str:
+    """ONNX Runtime's name of a provider.
 
     Args:
-        model: the file, or its content.
-        where: what errors name.
-        optimize: all of ONNX Runtime's graph optimisations, or none.
         provider: "cpu", "cuda" or "tensorrt".
-        threads: intra-op threads; None leaves the choice to ONNX Runtime.
 
     Raises:
-        InputError: the file cannot be loaded, or the provider is not there or fell back.
+        InputError: this ONNX Runtime was built without it, or there is no GPU for it.
     """
     wanted = _PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -150,10 +146,31 @@ def open_session(
             where=f"provider {provider!r}",
             mend="check the driver, or use the CPU",
         )
+    return wanted
+
+
+def open_session(
+    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a file, or a model in memory, on the provider that is asked for and on no other.
+
+    Args:
+        model: the file, or its content; its external data lies beside `where`.
+        where: what errors name.
+        optimize: all of ONNX Runtime's graph optimisations, or none.
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: intra-op threads; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        InputError: the file cannot be loaded, or the provider is not there or fell back.
+    """
+    wanted = check_provider(provider)
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
+    if isinstance(model, bytes):
+        options.add_session_config_entry(_DATA_FOLDER, str(where.parent.resolve()))
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -103,6 +103,17 @@ def _check_gpu(name: str) -> None:
         )
 
 
+def check_engine(name: str, folder: Path) -> None:
+    """Hold a named engine execution to this machine and to the run.
+
+    Raises:
+        InputError: no package, no GPU, or no engine that is the one its sidecar describes.
+    """
+    _package(name)
+    _check_gpu(name)
+    engine_file(folder)
+
+
 def engine_file(folder: Path) -> Path:
     """The run's engine.
 

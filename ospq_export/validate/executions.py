@@ -93,7 +93,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     Raises:
         InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
     """
-    named = _named(names, float_type)
+    named = named_executions(names, float_type)
     wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
     _check_files(run, wanted)
     result = Executions(asked=named)
@@ -115,7 +115,12 @@ def reference_of(deployed: str, float_type: str) -> str:
     return FAKE_QUANT_FP16 if half else FAKE_QUANT
 
 
-def _named(names: Sequence[str] | None, float_type: str) -> list[str]:
+def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
+    """What is asked for by name, or every default execution.
+
+    Raises:
+        InputError: an unknown name, or none that is deployed.
+    """
     named = list(DEFAULT_BACKENDS if names is None else dict.fromkeys(names))
     unknown = [name for name in named if name not in ALL_BACKENDS]
     if unknown:
@@ -179,7 +184,7 @@ def open_execution(run: Run, name: str, device: str) -> Backend:
     if name in ENGINES:
         return EngineBackend(name, engine_file(run.path))
     provider = {CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device))
-    file = run.file({**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX))
+    file = run.file(file_of(name) or QUANTIZED_ONNX)
     return OnnxRuntimeBackend(name, file, optimize=name != UNOPTIMIZED, provider=provider)
 
 
@@ -188,6 +193,13 @@ def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     ran = {e.detail.get("file") for e in executions}
     found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
     return [name for name in found if name not in ran]
+
+
+def file_of(name: str) -> str | None:
+    """The ONNX file that an execution runs; None for torch's and for engines."""
+    if name in (FLOAT, FAKE_QUANT, FAKE_QUANT_FP16, *ENGINES):
+        return None
+    return {**BASELINES, QDQ_FP16: QUANTIZED_HALF_ONNX}.get(name, QUANTIZED_ONNX)
 
 
 def provider_of(device: str) -> str:

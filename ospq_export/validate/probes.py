@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
-from ospq_export.export.onnx_graph import infer_shapes
+from ospq_export.export.onnx_shapes import hollow, infer_shapes
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
@@ -40,7 +40,7 @@ class Probed:
 
 
 def read_proto(path: Path) -> Any:
-    """An ONNX file as a protobuf.
+    """An ONNX file as a protobuf; external data stays where it is.
 
     Raises:
         InputError: missing, truncated, or not ONNX.
@@ -48,7 +48,7 @@ def read_proto(path: Path) -> Any:
     import onnx
 
     try:
-        proto = onnx.load(str(path))
+        proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         # protobuf's errors have no public common base.
         raise InputError(
@@ -98,10 +98,7 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
 
 def _element_types(proto: Any, path: Path) -> dict[str, int]:
     """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
-    from onnx import ModelProto
-
-    bare = ModelProto()
-    bare.CopyFrom(proto)
+    bare = hollow(proto)
     del bare.graph.value_info[:]
     inferred = infer_shapes(bare, path).graph.value_info
     return {v.name: v.type.tensor_type.elem_type for v in inferred}

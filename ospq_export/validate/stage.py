@@ -30,6 +30,7 @@ from ospq_export.validate.executions import (
 from ospq_export.validate.latency import Latency, check_batches, measure
 from ospq_export.validate.outputs import Outputs
 from ospq_export.validate.parity import Collector
+from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report import Report
 from ospq_export.validate.samples import Samples, locate
 from ospq_export.validate.shards import part_of, pool, share_of
@@ -92,7 +93,9 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
             would be padded, or the baseline's images or classes are others.
     """
+    check_request(run, backends, device, baseline)
     check_preprocessing(run, images.config)
+    check_batch_memory(min(limit or len(images), len(images)), batch_size, images.config.input_size)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)

@@ -1,0 +1,81 @@
+"""What can be known before a network is built or an image is decoded: names, devices, files, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ospq_export.models import torch_device
+from ospq_export.preflight import check_folder, check_memory
+from ospq_export.validate.backends import check_provider
+from ospq_export.validate.engines import check_engine
+from ospq_export.validate.executions import (
+    CUDA,
+    ENGINES,
+    QUANTIZED_ONNX,
+    TENSORRT_PROVIDER,
+    file_of,
+    named_executions,
+    provider_of,
+)
+
+if TYPE_CHECKING:
+    from ospq_export.run import Run
+
+
+def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: Run | None) -> None:
+    """Hold what is asked for to what there is.
+
+    Args:
+        run: what is validated; its folder takes the report.
+        names: executions that were asked for by name; None where the machine's own are taken.
+        device: torch device.
+        baseline: another run, or None.
+
+    Raises:
+        InputError: an unknown or unavailable execution, none that is deployed, a device that does not work, a run that is not exported, or a folder
+            that does not take the report.
+    """
+    check_folder(run.path, "RUN")
+    torch_device(device)
+    named_executions(names, "fp32")
+    if baseline is not None:
+        baseline.file(QUANTIZED_ONNX)
+    for name in names or ():
+        _check_available(run, name, device)
+
+
+def _check_available(run: Run, name: str, device: str) -> None:
+    if name in ENGINES:
+        check_engine(name, run.path)
+        return
+    file = file_of(name)
+    if file is not None:
+        run.file(file)
+        check_provider({CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device)))
+
+
+def check_batch_memory(
+    images: int, batch_size: int, size: tuple[int, int, int], available: int | None = None
+) -> None:
+    """Hold a batch of decoded images to the memory there is.
+
+    Args:
+        images: how many there are.
+        batch_size: images per forward pass.
+        size: channels, height and width in pixels.
+        available: bytes there are; None asks the system.
+
+    Raises:
+        InputError: a batch does not fit.
+    """
+    count = min(images, batch_size)
+    needed = 4 * count * size[0] * size[1] * size[2]
+    check_memory(
+        f"{count:,} images of {'x'.join(map(str, size))}",
+        certain=needed,
+        likely=needed,
+        where="--batch-size",
+        mend="give a smaller one",
+        available=available,
+    )

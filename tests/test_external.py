@@ -1,0 +1,215 @@
+"""Files too large for one protobuf message: written as two, run, linted, compiled, replaced, and refused where one is wrong."""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto
+from test_tensorrt import RTX, SETTINGS
+
+from ospq_export.cli.app import app
+from ospq_export.demo import demo_images
+from ospq_export.errors import InputError
+from ospq_export.export import export, serialize
+from ospq_export.export.engine import build_engine
+from ospq_export.export.lint import lint
+from ospq_export.export.onnx_read import read_model
+from ospq_export.export.stage import Extras
+from ospq_export.run import Run
+from ospq_export.validate.backends import OnnxRuntimeBackend
+from ospq_export.validate.probes import open_probed
+
+LIMIT = 500_000
+EVERYTHING = Extras(fp16=True, debug=True, uint8_input=True, uint8_activations=True)
+
+
+def images(run: Path) -> Any:
+    config = Run.open(run).manifest.data
+    return next(iter(demo_images("test", config).batches(4, range(4), 0))).images.numpy()
+
+
+def logits(file: Path, x: Any) -> Any:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    if session.get_inputs()[0].type != "tensor(float)":
+        x = np.zeros((len(x), *session.get_inputs()[0].shape[1:]), np.uint8)
+    size = session.get_inputs()[0].shape[0]
+    return session.run(["logits"], {"images": x[:size] if isinstance(size, int) else x})[0]
+
+
+@pytest.fixture(scope="module")
+def pair(finished_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One run exported with everything, as ordinary files and with the weights beside them; do not change them."""
+    folder = tmp_path_factory.mktemp("external")
+    whole, beside = (Path(shutil.copytree(finished_runs["w8a8"], folder / n)) for n in ("whole", "beside"))
+    export(whole, extras=EVERYTHING, overwrite=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serialize, "MAX_BYTES", LIMIT)
+        export(beside, extras=EVERYTHING, overwrite=True)
+    return whole, beside
+
+
+@pytest.fixture
+def copy(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair[1], tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_every_file_runs_to_the_same_bits_and_is_listed(pair: tuple[Path, Path]) -> None:
+    whole, beside = pair
+    files = [n for n in Run.open(whole).manifest.files if n.endswith(".onnx")]
+    assert len(files) == 7
+    listed = Run.open(beside).manifest.files
+    x = images(whole)
+    for name in files:
+        assert f"{name}.data" in listed and not (whole / f"{name}.data").exists()
+        assert (beside / name).stat().st_size <= LIMIT
+        np.testing.assert_array_equal(logits(whole / name, x), logits(beside / name, x), err_msg=name)
+        onnx.checker.check_model(str(beside / name), full_check=True)
+
+
+@pytest.mark.slow
+def test_where_the_weights_lie(pair: tuple[Path, Path]) -> None:
+    model = onnx.load(str(pair[1] / "model.onnx"), load_external_data=False)
+    places = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {e.key: e.value for e in tensor.external_data}
+            assert entries["location"] == "model.onnx.data"
+            places.append((int(entries["offset"]), int(entries["length"])))
+    places.sort()
+    assert len(places) > 40 and all(offset % 4096 == 0 for offset, _ in places)
+    assert all(
+        offset + length <= following for (offset, length), (following, _) in itertools.pairwise(places)
+    )
+    assert sum(places[-1]) == (pair[1] / "model.onnx.data").stat().st_size
+
+
+@pytest.mark.slow
+def test_lint_validation_and_probes_read_them(pair: tuple[Path, Path]) -> None:
+    whole, beside = pair
+    x = images(whole)
+    for name in ("model.onnx", "model_qdq_fp16.onnx", "model_uint8_activations.onnx"):
+        assert lint(beside / name) == lint(whole / name)
+    sizes = [int(OnnxRuntimeBackend("x", run / "model.onnx", optimize=True).detail["bytes"]) for run in pair]
+    assert sizes[0] <= sizes[1] < 2 * sizes[0]
+    wanted = frozenset(
+        f"{r.name}.codes" for r in Run.open(whole).manifest.quantizers if r.kind == "activation"
+    )
+    seen = [open_probed(run / "model.onnx", wanted, optimize=False, provider="cpu").run(x) for run in pair]
+    assert len(seen[0]) > 20 and seen[0].keys() == seen[1].keys()
+    for name, values in seen[0].items():
+        np.testing.assert_array_equal(values, seen[1][name])
+
+
+@pytest.mark.slow
+def test_an_export_that_needs_them_no_more_removes_them(copy: Path) -> None:
+    before = (copy / "model_fp32.onnx.data").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serialize, "MAX_BYTES", LIMIT)
+        export(copy, overwrite=True)
+    assert (copy / "model_fp32.onnx.data").read_bytes() == before, "replaced, not appended to"
+    done = export(copy, overwrite=True)
+    for name in ("model.onnx", "model_fp32.onnx"):
+        assert not (copy / f"{name}.data").exists() and f"{name}.data" not in done.manifest.files
+    assert "model_debug.onnx.data" in Run.open(copy).manifest.files, "another file's weights stay"
+    assert not [p for p in copy.iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_wrong_weights_are_refused_by_name(copy: Path, runner_error: Any) -> None:
+    data = copy / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.onnx\.data was changed or truncated"):
+        Run.open(copy)
+    assert "model.onnx.data is not the one" in runner_error("lint", str(copy / "model.onnx"))
+    # Another export's: of the same length and places, with other weights.
+    shutil.copy(copy / "model_debug.onnx.data", data)
+    data.unlink()
+    with pytest.raises(InputError, match=r"lacks model\.onnx\.data"):
+        Run.open(copy)
+    assert "model.onnx.data cannot be read: No such file" in runner_error("lint", str(copy / "model.onnx"))
+    with pytest.raises(InputError):
+        OnnxRuntimeBackend("x", copy / "model.onnx", optimize=True)
+
+
+@pytest.fixture
+def runner_error() -> Any:
+    """The one line that a command ends with."""
+    from typer.testing import CliRunner
+
+    def run(*words: str) -> str:
+        error = CliRunner().invoke(app, list(words)).exception
+        assert isinstance(error, InputError)
+        return str(error)
+
+    return run
+
+
+@pytest.mark.slow
+def test_no_space_for_the_weights_leaves_what_was_there(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ospq_export.export import external
+
+    def full(_tensors: Any, path: Path) -> list[int]:
+        path.write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serialize, "MAX_BYTES", LIMIT)
+    monkeypatch.setattr(external, "_write", full)
+    before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    with pytest.raises(InputError, match=r"cannot be written: No space left.*model_fp32\.onnx\.data"):
+        export(run_copy, overwrite=True)
+    after = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    assert {k: v for k, v in after.items() if k != "manifest.json"} == {
+        k: v for k, v in before.items() if k != "manifest.json"
+    }
+
+
+def test_too_large_without_its_weights(
+    finished_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx_ir
+
+    from ospq_export.export import external
+
+    monkeypatch.setattr(serialize, "MAX_BYTES", 20_000)
+    proto, tensors = serialize.split(onnx_ir.load(str(finished_runs["w8a8"] / "model.onnx")))
+    with pytest.raises(InputError, match="one ONNX file holds"):
+        external.save(proto, tensors, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_size_is_known_beforehand(
+    finished_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx_ir
+
+    for streamed in (100, 10_000, 1 << 40):
+        monkeypatch.setattr(serialize, "STREAMED_BYTES", streamed)
+        proto, tensors = serialize.split(onnx_ir.load(str(finished_runs["w8a8"] / "model.onnx")))
+        expected = serialize.file_bytes(proto, tensors)
+        serialize.write(proto, tensors, tmp_path / "m.onnx", tmp_path)
+        assert 0 <= expected - (tmp_path / "m.onnx").stat().st_size < 16
+
+
+@pytest.mark.slow
+@RTX
+def test_an_engine_is_built_from_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, beside = (
+        build_engine(run / "model_qdq_fp16.onnx", tmp_path / f"{run.name}.engine", SETTINGS) for run in pair
+    )
+    assert whole.fusion == beside.fusion and beside.fusion.int8_gemms > 0
+    assert [layer.kind for layer in whole.layers] == [layer.kind for layer in beside.layers]
+
+
+def test_lint_reads_what_we_wrote(pair: tuple[Path, Path]) -> None:
+    model = read_model(pair[1] / "model.onnx")
+    assert all(len(t.dims) > 1 or t.data_location != TensorProto.EXTERNAL for t in model.graph.initializer)
