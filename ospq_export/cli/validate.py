@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+from ospq_export.cli.options import (
+    DataOption,
+    DeviceOption,
+    QuietOption,
+    RunArgument,
+    ThreadsOption,
+    WorkersOption,
+    compute_with,
+    console,
+)
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,9 +70,11 @@ def validate(
     ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Compare the deployed files' predictions with the fake-quantized network's; exit 1 without parity."""
+    compute_with(threads)
     from ospq_export.data import ImageSet
     from ospq_export.run import Run
 
