@@ -129,9 +129,9 @@ def _group_folders(groups: list[str], mounts: list[str]) -> Iterator[Path]:
     """Folders of the process's groups that limit processors, and of all groups above them."""
     places = {}
     for line in groups:
-        number, controllers, path = line.split(":", 2)
+        number, controllers, name = line.split(":", 2)
         if number == "0" or "cpu" in controllers.split(","):
-            places["cgroup2" if number == "0" else "cgroup"] = PurePosixPath(path)
+            places["cgroup2" if number == "0" else "cgroup"] = PurePosixPath(name)
     for line in mounts:
         left, _, right = line.partition(" - ")
         fields, kind, options = left.split(), *_kind_and_options(right)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ospq_export.processor import Processor
+from ospq_export.processor import machine_name as machine_name
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import Comparison
@@ -54,6 +54,8 @@ class Provenance(_RunIdentity):
     file_bytes: dict[str, int]
     versions: dict[str, str]
     machine: str
+    processor: Processor | None = None
+    threads: int | None = None
 
 
 class BaselineResult(_RunIdentity):
@@ -72,6 +74,7 @@ class Report(_Record):
     class_names: list[str] = []
     skipped: list[str]
     executions_skipped: dict[str, str] = {}
+    findings: list[str] = []
     backends: list[BackendResult]
     comparisons: list[Comparison]
     quantization: Comparison | None
@@ -81,22 +84,6 @@ class Report(_Record):
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None
     provenance: Provenance
-
-
-def machine_name() -> str:
-    """Processor and core count in words."""
-    import os
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def render(report: Report) -> Group:
@@ -125,6 +112,7 @@ def render(report: Report) -> Group:
         *_baseline_lines(report),
         *_flip_lines(report),
         *_skipped_lines(report),
+        *(Text(f"  {finding}", style="yellow") for finding in report.findings),
         *_criterion_lines(report),
     ]
     return Group(table, *lines, _verdict_line(report))
