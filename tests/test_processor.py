@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.saturation import saturable_pairs
 from ospq_export.processor import PRECISE_KERNELS, Processor, examine_processor
+from ospq_export.run import Run
+from ospq_export.validate.findings import processor_findings
 
 NARROW = Processor(name="one", architecture="x86_64", cores=1, instructions=["AVX2"], saturates=True)
 EXACT = NARROW.model_copy(update={"instructions": ["AVX512-VNNI"], "saturates": False})
@@ -83,6 +85,22 @@ def quantized(path: Path, operator: str, codes: np.ndarray, layout: type[np.inte
     return path
 
 
+@ON_X86
+@pytest.mark.parametrize(("bound", "expected"), [(127.0, True), (7.0, True), (0.0, False)])
+def test_a_clip_in_front_of_the_quantizer_counts(tmp_path, bound, expected):
+    codes = np.full((64, 16), 127, np.int8)
+    # 128 * (127 + 127) is 32,512, which 16 bits hold; 129 times is 32,766, and 135 times is too much.
+    model = onnx.load(quantized(tmp_path / "plain.onnx", "MatMul", codes, np.uint8))
+    for name, value in {"low": -8.0, "high": bound}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    model.graph.node[0].input[0] = "clipped"
+    model.graph.node.insert(0, helper.make_node("Clip", ["x", "low", "high"], ["clipped"]))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert bool(integer_kernels(tmp_path / "model.onnx").saturable) is expected
+    wrong = bool(np.abs(result(tmp_path / "model.onnx", 127.0) - bound * 127 * 64).max() > 127 * 64)
+    assert wrong is (expected and bool(examine_processor().saturates))
+
+
 def result(path: Path, level: float, precise: str = "0") -> np.ndarray:
     """What ONNX Runtime computes where every activation is `level`."""
     options = onnxruntime.SessionOptions()
@@ -149,3 +167,18 @@ def test_the_processor_is_named_as_the_system_names_it():
         exact = {"AVX512-VNNI", "AVX-VNNI"} & set(found.instructions)
         assert found.saturates is (not exact)
     assert found.saturates is not None
+
+
+@pytest.mark.slow
+def test_validate_says_which_files_can_saturate(finished_runs, monkeypatch):
+    run = Run.open(finished_runs["w8a8"])
+    monkeypatch.setattr("ospq_export.validate.findings.examine_processor", lambda: NARROW)
+    found = processor_findings(run, ["onnxruntime", "fake_quant"])
+    if examine_processor().architecture == "x86_64":
+        assert len(found) == 1
+        assert "model.onnx" in found[0] and PRECISE_KERNELS in found[0] and "AVX2" in found[0]
+    assert processor_findings(run, ["onnxruntime-unoptimised", "fake_quant"]) == []
+    # 4-bit codes cannot, and the first and last layer's 8-bit products stay in float.
+    assert processor_findings(Run.open(finished_runs["w4a4"]), ["onnxruntime"]) == []
+    monkeypatch.setattr("ospq_export.validate.findings.examine_processor", lambda: EXACT)
+    assert processor_findings(run, ["onnxruntime"]) == []

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ospq_export.export.onnx_graph import MOVES
+
 LOWEST, HIGHEST = -(1 << 15), (1 << 15) - 1
 # Where a kernel's operands are: activations, their zero point, weights.
 _OPERANDS = {
@@ -65,7 +67,7 @@ def saturable(model: Any, folder: Path) -> dict[str, int]:
         unsigned = offset is None or offset.data_type == TensorProto.UINT8
         if codes is None or codes.data_type != TensorProto.INT8 or not unsigned:
             continue
-        limits = _limits(producers.get(activation), tensors)
+        limits = _limits(activation, producers, tensors)
         columns = _columns(node, np.asarray(numpy_helper.to_array(codes, str(folder))))
         pairs = max((saturable_pairs(c, *limits) for c in columns), default=0)
         if pairs:
@@ -87,14 +89,32 @@ def _columns(node: Any, weights: NDArray[np.int8]) -> list[NDArray[np.int8]]:
     return [np.moveaxis(weights, -2, 0).reshape(weights.shape[-2], -1)] if weights.ndim > 1 else []
 
 
-def _limits(producer: Any, tensors: dict[str, Any]) -> tuple[int, int]:
-    """Codes that an activation may have: what a Clip leaves, and what padding adds."""
+def _limits(name: str, producers: dict[str, Any], tensors: dict[str, Any]) -> tuple[int, int]:
+    """Codes that an activation may have: what a Clip in front of its quantizer leaves, and what padding adds."""
+    source = _source(name, producers)
+    if source is None or source.op_type != "QuantizeLinear":
+        return 0, 255
+    clip = _source(source.input[0], producers)
+    scale, zero = (_scalar(tensors.get(name)) for name in source.input[1:3])
+    if clip is None or clip.op_type != "Clip" or scale is None or zero is None:
+        return 0, 255
+    low, high = (_scalar(tensors.get(name)) for name in [*clip.input[1:3], "", ""][:2])
+    codes = [None if bound is None else round(bound / scale + zero) for bound in (low, high)]
+    # Padding has the code of zero.
+    least = 0 if codes[0] is None else min(max(codes[0], 0), int(zero))
+    return least, 255 if codes[1] is None else max(min(codes[1], 255), int(zero))
+
+
+def _source(name: str, producers: dict[str, Any]) -> Any:
+    node = producers.get(name)
+    while node is not None and node.op_type in MOVES and node.op_type != "Cast":
+        node = producers.get(node.input[0])
+    return node
+
+
+def _scalar(tensor: Any) -> float | None:
     from onnx import numpy_helper
 
-    if producer is None or producer.op_type != "Clip":
-        return 0, 255
-    given = [tensors.get(name) for name in producer.input[1:3]]
-    bounds = [None if t is None else int(numpy_helper.to_array(t)) for t in given]
-    low, high = (*bounds, None, None)[:2]
-    # Padding has the code of zero, which these files keep at 128.
-    return min(low or 0, 128), max(255 if high is None else high, 128)
+    if tensor is None or int(np.prod(tensor.dims)) != 1:
+        return None
+    return float(numpy_helper.to_array(tensor).reshape(()))
