@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ospq_export.demo import demo_images
 from ospq_export.export.kernels import integer_kernels
 from ospq_export.export.saturation import saturable_pairs
 from ospq_export.processor import PRECISE_KERNELS, Processor, examine_processor
@@ -182,3 +183,22 @@ def test_validate_says_which_files_can_saturate(finished_runs, monkeypatch):
     assert processor_findings(Run.open(finished_runs["w4a4"]), ["onnxruntime"]) == []
     monkeypatch.setattr("ospq_export.validate.findings.examine_processor", lambda: EXACT)
     assert processor_findings(run, ["onnxruntime"]) == []
+
+
+@pytest.mark.slow
+def test_exact_kernels_take_our_files_and_agree_with_float_products(finished_runs):
+    # Weights that share a zero point are refused under this option.
+    run = Run.open(finished_runs["w8a8"])
+    images = next(iter(demo_images("test", run.manifest.data).batches(100, range(100), 0))).images.numpy()
+    level = onnxruntime.GraphOptimizationLevel
+    logits = []
+    for optimisations, precise in ((level.ORT_ENABLE_ALL, "1"), (level.ORT_DISABLE_ALL, "0")):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = optimisations
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry(PRECISE_KERNELS, precise)
+        file = run.path / "model.onnx"
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        logits.append(session.run(None, {"images": images})[0])
+    assert (logits[0].argmax(1) != logits[1].argmax(1)).sum() <= 1
+    assert np.abs(logits[0] - logits[1]).mean() < 0.02
