@@ -59,8 +59,8 @@ def _name_quantizer_constants(graph: Any) -> None:
 def _separate_zero_points(graph: Any) -> None:
     """A zero point of its own for every weight: what ONNX Runtime makes of each has one name (s8_to_u8.cc).
 
-    With `session.x64quantprecision`, the option for processors that saturate, it converts weights with their zero points to uint8,
-    and refuses a file in which two weights share one.
+    With `session.x64quantprecision`, the option for processors that saturate, it converts weights with their zero points to
+    uint8, and refuses a file in which two weights share one.
     """
     import onnx_ir as ir
 
