@@ -130,7 +130,11 @@ class OutlierRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What the run was calibrated on."""
+    """What the run was calibrated on.
+
+    Attributes:
+        threads: that computed; sums are split among them, so that another number gives other last digits. None in older runs.
+    """
 
     images: int
     images_sha256: str
@@ -138,6 +142,7 @@ class CalibrationRecord(_Record):
     seed: int
     device: str
     processes: int = 1
+    threads: int | None = None
 
 
 class Manifest(_Record):
@@ -164,6 +169,7 @@ class Manifest(_Record):
         dumped = self.model_dump(mode="json")
         keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
         result = {key: dumped[key] for key in keys}
+        result["calibration"] = {k: v for k, v in dumped["calibration"].items() if k != "threads"}
         result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result

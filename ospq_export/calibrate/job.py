@@ -142,6 +142,15 @@ class Job:
                 where=self.out,
                 mend="repeat the very same command to resume, or choose another --out",
             )
+        before, now = found.calibration.threads, self.manifest.calibration.threads
+        if before not in (None, now):
+            log.warning(
+                "the run was begun with %d threads and goes on with %d: the last digits of its sums differ from those of a "
+                "run that is not interrupted; --threads %d avoids it",
+                before,
+                now,
+                before,
+            )
         self.manifest = found
 
     def slice(self, captured: fx.GraphModule, images: Tensor) -> None:

@@ -134,6 +134,7 @@ def _calibrate(
         seed=seed,
         device=target.type,
         processes=options.world.size,
+        threads=torch.get_num_threads(),
     )
     manifest = Manifest(
         status="calibrating",

@@ -15,6 +15,7 @@ from ospq_export.cli.inspect import inspect
 from ospq_export.cli.lint import lint
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
+from ospq_export.threads import wait_passively
 
 app = typer.Typer(
     add_completion=False,
@@ -28,6 +29,8 @@ for command in (calibrate, export, validate, inspect, lint, doctor, demo):
 
 def main() -> None:
     """Entry point: runs the command line and turns bad input into one line on stderr and exit status 2."""
+    # Read when torch loads OpenMP, which no command has done yet.
+    wait_passively()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app(standalone_mode=True)

@@ -24,7 +24,9 @@ from ospq_export.cli.options import (
     SeedOption,
     SetOption,
     StdOption,
+    ThreadsOption,
     WorkersOption,
+    compute_with,
     console,
     data_settings,
     model_spec,
@@ -57,6 +59,7 @@ def calibrate(
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
     memory_budget: Annotated[
         str | None,
@@ -69,6 +72,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
+    compute_with(threads)
     chosen = read_recipe(recipe, overrides)
     check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights)

@@ -16,6 +16,8 @@ from ospq_export.cli.options import (
     RecipeOption,
     SeedOption,
     SetOption,
+    ThreadsOption,
+    compute_with,
     console,
     read_recipe,
 )
@@ -43,9 +45,11 @@ def demo(
     ] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Take a packaged network (Fashion-MNIST) through all three stages, on the CPU."""
+    compute_with(threads)
     from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
     from ospq_export.run import Run
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import QuietOption, RunArgument, console
+from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, compute_with, console
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,9 +88,11 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export wrote, the engine included.")
     ] = False,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
+    compute_with(threads)
     from ospq_export.export.stage import Extras
 
     uint8 = activation_layout is ActivationLayout.UINT8

@@ -21,7 +21,9 @@ from ospq_export.cli.options import (
     RandomWeightsOption,
     SeedOption,
     StdOption,
+    ThreadsOption,
     WorkersOption,
+    compute_with,
     console,
     data_settings,
     model_spec,
@@ -51,6 +53,7 @@ def inspect(
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
@@ -58,6 +61,7 @@ def inspect(
         raise InputError(
             "the profile is written as JSON or PNG", where=out, mend="end --out in .json or .png"
         )
+    compute_with(threads)
     import torch
 
     from ospq_export.artifact import write_json

@@ -21,6 +21,12 @@ SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads that compute. Default: OMP_NUM_THREADS, else the cores that affinity and CPU quota allow."
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 ModelArgument = Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")]
 ModelKwargsOption = Annotated[
@@ -101,6 +107,13 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
         raise InputError(
             f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"
         ) from error
+
+
+def compute_with(threads: int | None) -> None:
+    """Set the number of threads; see `ospq_export.threads.use_threads`."""
+    from ospq_export.threads import use_threads
+
+    use_threads(threads)
 
 
 def console() -> Console:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+from ospq_export.cli.options import (
+    DataOption,
+    DeviceOption,
+    QuietOption,
+    RunArgument,
+    ThreadsOption,
+    WorkersOption,
+    compute_with,
+    console,
+)
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,9 +82,11 @@ def validate(
     ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
+    compute_with(threads)
     from ospq_export.data import ImageSet
     from ospq_export.run import Run
 

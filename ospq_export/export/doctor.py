@@ -38,7 +38,7 @@ def examine() -> list[Diagnosis]:
     from ospq_export.artifact import installed_versions
 
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
-    results = [Diagnosis(name="packages", works=True, detail=versions)]
+    results = [Diagnosis(name="packages", works=True, detail=versions), _processor()]
     results.append(_tried("torch on CUDA", _torch_cuda, "a GPU with its driver, and torch built for CUDA"))
     for provider, mend in _PROVIDERS.items():
         results.append(_tried(f"onnxruntime {provider}", partial(_onnx_runtime, provider), mend))
@@ -49,6 +49,21 @@ def examine() -> list[Diagnosis]:
             _tried(f"{product} runs", partial(_runs, product), f"{mend}, and a GPU with its driver")
         )
     return results
+
+
+def _processor() -> Diagnosis:
+    """Instructions for 8-bit integers, and what ONNX Runtime makes of them: a product of the largest codes is computed."""
+    from ospq_export.processor import PRECISE_KERNELS, examine_processor
+
+    found = examine_processor()
+    return Diagnosis(
+        name="8-bit integer products on the CPU",
+        works=found.saturates is False,
+        detail=f"{found}; {found.consequence()}",
+        mend=f"ONNX Runtime's session option {PRECISE_KERNELS}=1, a processor with VNNI, or weight_bits=7"
+        if found.saturates
+        else "",
+    )
 
 
 _WARNING, _FATAL = 2, 4

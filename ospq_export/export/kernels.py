@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ospq_export.errors import InputError
 from ospq_export.export.onnx_graph import DEQUANTIZE, PRODUCTS, OnnxGraph
+from ospq_export.export.saturation import saturable
+from ospq_export.processor import PRECISE_KERNELS, Processor
 
 # Kernels on integers that stand for a product, with float or integer results.
 INTEGER_KERNELS = frozenset(
@@ -37,6 +39,8 @@ class Kernels(BaseModel):
         integer_products: how many run on integers.
         operators: every operator of the optimised graph with its count.
         in_float: the other products by node name, with the reason.
+        saturable: products of uint8 by int8 that can saturate on a processor which adds pairs in 16 bits, by node name, with the
+            number of pairs of codes that do it; see `export.saturation`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +50,17 @@ class Kernels(BaseModel):
     integer_products: int
     operators: dict[str, int]
     in_float: dict[str, str]
+    saturable: dict[str, int] = {}
+
+    def warning(self, file: str, processor: Processor) -> str:
+        """What is to be said of a file whose products can saturate on a processor; empty where none can."""
+        if not processor.saturates or not self.saturable:
+            return ""
+        return (
+            f"{file}: {len(self.saturable)} of {self.products} products can saturate on this processor ({processor}): "
+            f"ONNX Runtime adds pairs of their uint8 x int8 products in 16 bits; set its session option "
+            f"{PRECISE_KERNELS}=1, use a processor with VNNI, or calibrate with weight_bits=7 or fewer"
+        )
 
 
 def integer_kernels(path: Path) -> Kernels:
@@ -70,12 +85,13 @@ def integer_kernels(path: Path) -> Kernels:
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             model = onnx.load(str(optimised), load_external_data=False)
+            pairs = saturable(model, Path(folder))
         except Exception as error:
             # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"ONNX Runtime cannot load the file: {reason}", where=path) from error
     original = onnx.load(str(path), load_external_data=False)
-    return _compare(original, model, onnxruntime.__version__)
+    return _compare(original, model, onnxruntime.__version__).model_copy(update={"saturable": pairs})
 
 
 def _compare(original: Any, model: Any, version: str) -> Kernels:

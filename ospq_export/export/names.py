@@ -3,7 +3,7 @@
 blocks.0.mlp.fc1/MatMul             a node: module path and operator, numbered where a module has several
 blocks.0.mlp.fc1/MatMul.out         its output, unless it is a probe, the input or the logits
 blocks.0.mlp.fc1.input.codes        what a quantizer gives; its constants are blocks.0.mlp.fc1.input.scale and .zero_point
-blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale
+blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale and .zero_point
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def name_everything(model: Any, keep: Collection[str]) -> None:
     """
     _name_nodes(model.graph)
     _name_quantizer_constants(model.graph)
+    _separate_zero_points(model.graph)
     _name_constants(model.graph)
     for node in model.graph:
         for index, value in enumerate(node.outputs):
@@ -53,6 +54,27 @@ def _name_quantizer_constants(graph: Any) -> None:
             owner = codes.name.removesuffix(_CODES)
             _rename(graph, node.inputs[1], f"{owner}.scale")
             _rename(graph, node.inputs[2], f"{owner}.zero_point")
+
+
+def _separate_zero_points(graph: Any) -> None:
+    """A zero point of its own for every weight: what ONNX Runtime makes of each has one name (s8_to_u8.cc).
+
+    With `session.x64quantprecision`, the option for processors that saturate, it converts weights with their zero points to
+    uint8, and refuses a file in which two weights share one.
+    """
+    import onnx_ir as ir
+
+    for node in graph:
+        codes, zero = (node.inputs[0], node.inputs[2]) if node.op_type == "DequantizeLinear" else (None, None)
+        if codes is None or zero is None or not codes.is_initializer() or len(zero.uses()) == 1:
+            continue
+        name = f"{codes.name.removesuffix(_CODES)}.zero_point"
+        if name in graph.initializers:
+            continue
+        tensor = ir.tensor(zero.const_value.numpy(), name=name)
+        own = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=zero.shape)
+        graph.register_initializer(own)
+        node.replace_input_with(2, own)
 
 
 def _name_constants(graph: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from ospq_export import artifact
 from ospq_export.artifact import Manifest
 from ospq_export.errors import InputError
 from ospq_export.export.half import to_half
-from ospq_export.export.kernels import integer_kernels
+from ospq_export.export.kernels import Kernels, integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.scales import describe_scales
@@ -25,9 +26,11 @@ from ospq_export.export.staging import staging, take
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.preflight import CERTAIN, check_disk, check_folder
+from ospq_export.processor import examine_processor
 from ospq_export.progress import stepper
 from ospq_export.run import Run
 
+log = logging.getLogger(__name__)
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
 DEPLOY_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
@@ -119,8 +122,18 @@ def _write(run: Run, jobs: Sequence[_Job], folder: Path, advance: Callable[[], N
     # ONNX Runtime loads the weights a few times over: the networks make room first.
     del writer
     gc.collect()
-    described["onnxruntime"] = integer_kernels(folder / QUANTIZED_ONNX).model_dump(mode="json")
+    kernels = integer_kernels(folder / QUANTIZED_ONNX)
+    described["onnxruntime"] = kernels.model_dump(mode="json")
+    _warn_of_saturation(kernels, [job.file for job in jobs])
     artifact.write_json(folder / SCALES, described)
+
+
+def _warn_of_saturation(kernels: Kernels, files: Sequence[str]) -> None:
+    """Say which files' products can saturate on this processor: all of these have the codes of model.onnx."""
+    processor = examine_processor()
+    for file in (QUANTIZED_ONNX, UINT8_ACTIVATIONS_ONNX):
+        if file in files and (said := kernels.warning(file, processor)):
+            log.warning("%s", said)
 
 
 def _data_files(files: Sequence[str]) -> list[str]:

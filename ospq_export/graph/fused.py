@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-BLOCK = 1 << 16
-"""Elements per block: half a dozen float32 blocks fit a core's second-level cache, and one still feeds several threads."""
+BLOCK = 1 << 18
+"""Elements per block: a few float32 blocks fit a processor's last cache, and one is worth waking other threads for.
+
+torch splits an operation among threads from 32,768 elements on, so that every pass over a block is a parallel region, which ends
+only when its last thread has run: smaller blocks are more regions.
+"""
 _KINDS = 64
 
 

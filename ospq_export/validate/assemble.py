@@ -8,12 +8,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from ospq_export.processor import examine_processor, machine_name
 from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
 from ospq_export.validate.backends import Backend
 from ospq_export.validate.baseline import PREFIX
 from ospq_export.validate.executions import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT, not_executed
 from ospq_export.validate.faithful import faithful_criteria
+from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import (
@@ -26,7 +29,7 @@ from ospq_export.validate.parity import (
     predictions,
     topk_accuracy,
 )
-from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report, machine_name
+from ospq_export.validate.report import BackendResult, BaselineResult, Provenance, Report
 from ospq_export.validate.statistics import FloatArray, IntArray, expected_calibration_error, wilson
 from ospq_export.validate.verdict import Thresholds, Verdict, conclude
 from ospq_export.validate.weights import weight_comparisons
@@ -112,6 +115,7 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         class_names=_class_names(run),
         skipped=evidence.unreadable,
         executions_skipped=evidence.skipped,
+        findings=processor_findings(run, names),
         backends=[_result(b, evidence) for b in evidence.backends],
         floor=floor,
         locations=evidence.locations,
@@ -255,4 +259,6 @@ def _provenance(run: Run) -> Provenance:
         file_bytes={name: (run.path / name).stat().st_size for name in run.manifest.files},
         versions={name: metadata.version(name) for name in names},
         machine=machine_name(),
+        processor=examine_processor(),
+        threads=torch.get_num_threads(),
     )

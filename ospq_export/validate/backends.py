@@ -75,7 +75,7 @@ class OnnxRuntimeBackend:
             path: the ONNX file: one input (B, C, H, W) float32, one output (B, K).
             optimize: all of ONNX Runtime's graph optimisations, or none.
             provider: "cpu", "cuda" or "tensorrt".
-            threads: intra-op threads; None leaves the choice to ONNX Runtime.
+            threads: intra-op threads; None takes as many as torch has.
 
         Raises:
             InputError: the file cannot be loaded, or the provider is not there or fell back.
@@ -159,7 +159,7 @@ def open_session(
         where: what errors name.
         optimize: all of ONNX Runtime's graph optimisations, or none.
         provider: "cpu", "cuda" or "tensorrt".
-        threads: intra-op threads; None leaves the choice to ONNX Runtime.
+        threads: intra-op threads; None takes as many as torch has.
 
     Raises:
         InputError: the file cannot be loaded, or the provider is not there or fell back.
@@ -171,8 +171,8 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if isinstance(model, bytes):
         options.add_session_config_entry(_DATA_FOLDER, str(where.parent.resolve()))
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    # Left to itself, ONNX Runtime takes every core and ties its threads to them, whatever share of the processor there is.
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),

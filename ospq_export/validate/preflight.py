@@ -33,8 +33,8 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
         baseline: another run, or None.
 
     Raises:
-        InputError: an unknown or unavailable execution, none that is deployed, a device that does not work, a run that is not exported, or a folder
-            that does not take the report.
+        InputError: an unknown or unavailable execution, none that is deployed, a device that does not work, a run that is not
+            exported, or a folder that does not take the report.
     """
     check_folder(run.path, "RUN")
     torch_device(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.processor import Processor
+from ospq_export.processor import machine_name as machine_name
 from ospq_export.validate.accuracy import AccuracyChange
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
@@ -51,6 +51,8 @@ class Provenance(_RunIdentity):
     file_bytes: dict[str, int]
     versions: dict[str, str]
     machine: str
+    processor: Processor | None = None
+    threads: int | None = None
 
 
 class BaselineResult(_RunIdentity):
@@ -83,6 +85,7 @@ class Report(_Record):
     class_names: list[str] = []
     skipped: list[str]
     executions_skipped: dict[str, str] = {}
+    findings: list[str] = []
     backends: list[BackendResult]
     comparisons: list[Comparison]
     quantization: Comparison | None
@@ -92,19 +95,3 @@ class Report(_Record):
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None
     provenance: Provenance
-
-
-def machine_name() -> str:
-    """Processor and core count in words."""
-    import os
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"

@@ -1,0 +1,37 @@
+"""What a reader has to know about the processor before reading the figures of ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ospq_export.processor import examine_processor
+from ospq_export.validate.executions import OPTIMIZED, QDQ_FP16, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+
+if TYPE_CHECKING:
+    from ospq_export.run import Run
+
+# Executions on the CPU with ONNX Runtime's integer kernels, and their files.
+_INTEGER_EXECUTIONS = {OPTIMIZED: QUANTIZED_ONNX, QDQ_FP16: QUANTIZED_HALF_ONNX}
+UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
+
+
+def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
+    """One line for each file whose integer products can saturate on this processor.
+
+    Args:
+        run: exported.
+        names: of the executions.
+
+    Returns:
+        Nothing where the processor's kernels are exact: then no file is looked at.
+    """
+    processor = examine_processor()
+    if not processor.saturates:
+        return []
+    from ospq_export.export.kernels import integer_kernels
+
+    files = [file for name, file in _INTEGER_EXECUTIONS.items() if name in names]
+    files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []
+    said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
+    return [line for line in said if line]
