@@ -204,35 +204,38 @@ def test_a_matrix_on_the_left_is_a_weight_too(shape):
 
 def small_mvit():
     torch.manual_seed(0)
-    config = MultiScaleVitCfg(depths=(1, 1), embed_dim=(16, 32), num_heads=(1, 2), stride_q=((1, 1), (2, 2)))
-    return MultiScaleVit(config, img_size=(32, 32), num_classes=5).eval()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, 4])
-def test_mvit_is_quantized_exported_and_computed_by_onnx_runtime(tmp_path, bits):
-    model = small_mvit()
+    config = MultiScaleVitCfg(depths=(1,), embed_dim=(16,), num_heads=(2,), stride_q=((1, 1),))
+    model = MultiScaleVit(config, img_size=(32, 32), num_classes=5).eval()
     for name, table in model.named_parameters():
         # The position tables start near zero; here they are to matter.
         if "rel_pos" in name:
             table.data.normal_()
+    return model
+
+
+@pytest.mark.slow
+def test_mvit_is_quantized_exported_and_computed_by_onnx_runtime(tmp_path):
+    model = small_mvit()
     graph = capture(model, (3, 32, 32))
-    images = torch.randn(8, 3, 32, 32)
+    images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(graph(images[:3]), model(images[:3]), rtol=1e-4, atol=1e-5)
-    network = insert_quantizers(graph, Bits(bits, bits))
-    observe(network, images, batch_size=8, seed=0)
-    network.set_mode(Mode.QUANTIZE)
-    tables = [n for n in network.module.graph.nodes if n.op == "call_module" and n.args[0].op == "get_attr"]
-    tables = [n for n in tables if "rhs" in n.name]
-    assert len(tables) == 4, "height and width, in two blocks"
-    file = tmp_path / "model.onnx"
-    write_onnx(lower(network), file, input_size=(3, 32, 32), batch_size=None, metadata={})
-    runtime = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    assert runtime.get_inputs()[0].shape[0] == "batch"
-    for batch in (1, 5):
-        with torch.no_grad():
-            expected = network.module(images[:batch]).numpy()
-            error = np.square(graph(images[:batch]).numpy() - expected).mean()
-        got = runtime.run(None, {"images": images[:batch].numpy()})[0]
-        assert np.square(got - expected).mean() < 0.1 * error
+    options = onnxruntime.SessionOptions()
+    # As the file says it: the fused integer kernels of processors without VNNI saturate.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for bits in (8, 4):
+        network = insert_quantizers(graph, Bits(bits, bits))
+        observe(network, images, batch_size=8, seed=0)
+        network.set_mode(Mode.QUANTIZE)
+        nodes = [n for n in network.module.graph.nodes if n.op == "call_module" and n.name.endswith("rhs")]
+        assert sum(n.args[0].op == "get_attr" for n in nodes) == 2, "the tables of height and width"
+        file = tmp_path / f"w{bits}.onnx"
+        write_onnx(lower(network), file, input_size=(3, 32, 32), batch_size=None, metadata={})
+        runtime = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        assert runtime.get_inputs()[0].shape[0] == "batch"
+        for batch in (1, 5):
+            with torch.no_grad():
+                expected = network.module(images[:batch]).numpy()
+                error = np.square(graph(images[:batch]).numpy() - expected).mean()
+            got = runtime.run(None, {"images": images[:batch].numpy()})[0]
+            assert np.square(got - expected).mean() < 0.1 * error
