@@ -20,6 +20,7 @@ from ospq_export.data.config import DataConfig
 from ospq_export.errors import InputError
 from ospq_export.models import ModelSpec
 from ospq_export.recipes import Recipe
+from ospq_export.weights import CheckpointRecord
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -148,6 +149,7 @@ class Manifest(_Record):
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
+    checkpoint: CheckpointRecord | None = None
     slicing: SlicingRecord | None = None
     equalized: list[EqualizedSite] = []
     profile: list[OutlierRecord] = []
@@ -161,7 +163,9 @@ class Manifest(_Record):
         dumped = self.model_dump(mode="json")
         keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
         result = {key: dumped[key] for key in keys}
-        result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
+        result["model"] = {
+            k: v for k, v in dumped["model"].items() if k not in ("checkpoint", "checkpoint_key")
+        }
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result
 

@@ -30,6 +30,7 @@ from ospq_export.models import ModelSpec, torch_device
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
 from ospq_export.run import Run
+from ospq_export.weights import checkpoint_record
 from ospq_export.world import World, joined
 
 _OBSERVATION_BATCH = 64
@@ -138,6 +139,7 @@ def _calibrate(
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
+        checkpoint=checkpoint_record(model),
         equalized=equalized,
         profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
         versions=artifact.installed_versions(),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli.options import (
+    CheckpointKeyOption,
     CheckpointOption,
     CropPctOption,
     DataOption,
@@ -45,6 +46,7 @@ def calibrate(
     overrides: SetOption = None,
     model_kwargs: ModelKwargsOption = "",
     checkpoint: CheckpointOption = None,
+    checkpoint_key: CheckpointKeyOption = None,
     random_weights: RandomWeightsOption = False,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,
@@ -67,7 +69,7 @@ def calibrate(
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
     chosen = read_recipe(recipe, overrides)
-    spec = model_spec(model, model_kwargs, checkpoint, random_weights)
+    spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation)
 
     def images(config: DataConfig) -> ImageSet:
