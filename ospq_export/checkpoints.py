@@ -91,7 +91,9 @@ def _read_torch(path: Path) -> Any:
     ]
     with torch.serialization.safe_globals(harmless):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Given the name, torch goes by its ending.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, AttributeError, ImportError) as error:
             raise _not_tensors(path, error) from error
         except Exception as error:
@@ -102,8 +104,8 @@ def _read_torch(path: Path) -> Any:
 def _not_tensors(path: Path, error: Exception) -> InputError:
     """What the file holds beside tensors, in place of torch's advice to run it."""
     names: list[str] = []
-    with contextlib.suppress(Exception):
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     names = names or re.findall(r"(?:GLOBAL|global|class) '?([\w.]+\.[\w.]+)", str(error))
     if any("distributed" in name for name in names):
         mend = (

@@ -96,8 +96,11 @@ def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> Che
     """
     network = Network.of(model)
     sets = [unwrapped(found) for found in read_checkpoint(path)]
-    pairs = _pairs(sets, network, key, path)
-    fits = _exact(pairs, network) or [f for pair in pairs if (f := adapted(*pair, network)) is not None]
+    everything = [(found, prefix) for found in sets for prefix in prefixes(found.tensors, network)]
+    pairs = everything if key is None else _named(key, sets, everything, network, path)
+    meant = {(found.entry, prefix) for found, prefix in pairs}
+    fits = [f for f in _exact([*everything, *pairs], network) if (f.entry, f.prefix) in meant]
+    fits = fits or [f for pair in pairs if (f := adapted(*pair, network)) is not None]
     if not fits:
         raise _refusal(min((fit(*pair, network) for pair in pairs), key=_distance), network, path)
     chosen, *rest = sorted(fits, key=lambda f: _rank(f.label))
@@ -130,22 +133,23 @@ def checkpoint_record(model: nn.Module) -> CheckpointRecord | None:
     return getattr(model, _RECORD, None)
 
 
-def _pairs(
-    sets: list[WeightSet], network: Network, key: str | None, path: Path
-) -> list[tuple[WeightSet, str]]:
-    """The sets, and prefixes within them, that may be meant.
+_Pair = tuple[WeightSet, str]
+
+
+def _named(
+    key: str, sets: list[WeightSet], everything: list[_Pair], network: Network, path: Path
+) -> list[_Pair]:
+    """The sets, with prefixes, that `key` may mean: itself, and those inside it.
 
     Raises:
-        InputError: there is none of the name `key`.
+        InputError: there is none of that name.
     """
-    everything = [(found, prefix) for found in sets for prefix in prefixes(found.tensors, network)]
-    if key is None:
-        return everything
-    key = key.rstrip(".") or "."
-    if key == ".":
-        return [pair for pair in everything if pair[0].entry == "" and pair[1] == ""] or everything[:1]
-    named = [pair for pair in everything if f"{_path(*pair)}.".startswith(f"{key}.")]
-    for found in sets:
+    key = key.rstrip(".")
+    if not key:
+        named = [(found, prefix) for found, prefix in everything if found.entry == prefix == ""]
+    else:
+        named = [pair for pair in everything if f"{_path(*pair)}.".startswith(f"{key}.")]
+    for found in sets if key else []:
         # A prefix that too few names have to be thought of unasked.
         start = f"{found.entry}." if found.entry else ""
         rest = f"{key}.".removeprefix(start)
@@ -154,7 +158,7 @@ def _pairs(
     if not named:
         there = [f.label for f in _exact(everything, network)] or [_path(*pair) or "." for pair in everything]
         raise InputError(
-            f"the checkpoint has no entry {key!r}; it has {listed(list(dict.fromkeys(there)), 8)}",
+            f"the checkpoint has no entry {key or '.'!r}; it has {listed(list(dict.fromkeys(there)), 8)}",
             where=path,
             mend="choose one of them with --checkpoint-key, or leave it out",
         )

@@ -198,7 +198,9 @@ def _check_processes(recipe: Recipe) -> None:
 def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
     """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    return class_to_idx if len(class_to_idx) == output.meta["val"].shape[-1] else {}
+    outputs = output.meta["val"].shape[-1]
+    # One logit tells two classes apart, by its sign.
+    return class_to_idx if len(class_to_idx) == (2 if outputs == 1 else outputs) else {}
 
 
 def _equalize(
