@@ -66,6 +66,8 @@ FAMILIES: dict[str, Family] = {
     "TNT": Family("tnt_s_patch16_224", 64, {"depth": 2, "img_size": 64}),
     "CrossViT": Family("crossvit_9_240", 240, {"depth": ((1, 1, 0), (1, 1, 0))}),
     "MLP-Mixer": Family("mixer_s32_224", 64, {"img_size": 64}),
+    "MViT v2": Family("mvitv2_tiny", 64, {"img_size": (64, 64)}),
+    "SAM": _vit("samvit_base_patch16", embed_dim=96, num_heads=3, global_attn_indexes=(1,), window_size=3),
     "ConvNeXt": Family("convnext_atto", 64, {"depths": (1, 1, 1, 1)}),
     "ConvNeXt v2": Family("convnextv2_atto", 64, {"depths": (1, 1, 1, 1)}),
 }

@@ -22,6 +22,7 @@ from ospq_export.data.config import DataConfig
 from ospq_export.errors import InputError
 from ospq_export.models import ModelSpec
 from ospq_export.recipes import Recipe
+from ospq_export.weights import CheckpointRecord
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -156,6 +157,7 @@ class Manifest(_Record):
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
+    checkpoint: CheckpointRecord | None = None
     slicing: SlicingRecord | None = None
     equalized: list[EqualizedSite] = []
     profile: list[OutlierRecord] = []
@@ -170,7 +172,9 @@ class Manifest(_Record):
         keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
         result = {key: dumped[key] for key in keys}
         result["calibration"] = {k: v for k, v in dumped["calibration"].items() if k != "threads"}
-        result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
+        result["model"] = {
+            k: v for k, v in dumped["model"].items() if k not in ("checkpoint", "checkpoint_key")
+        }
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result
 

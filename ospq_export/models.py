@@ -46,6 +46,7 @@ class ModelSpec(BaseModel):
         kwargs: Keyword arguments of `timm.create_model`; lists become tuples, so that a specification
             read back from JSON equals the one written.
         checkpoint: Path of a weight file, or None.
+        checkpoint_key: Which entry or prefix of the file holds the weights; None takes the one that fits.
         pretrained: Whether timm's pretrained weights are used where there is no checkpoint.
     """
 
@@ -54,6 +55,7 @@ class ModelSpec(BaseModel):
     name: str
     kwargs: dict[str, Any] = {}
     checkpoint: str | None = None
+    checkpoint_key: str | None = None
     pretrained: bool = False
 
     @field_validator("kwargs")
@@ -138,6 +140,12 @@ def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
             cannot be had.
     """
     _check_name(spec.name)
+    if spec.checkpoint_key is not None and spec.checkpoint is None:
+        raise InputError(
+            "there is no checkpoint to take it from",
+            where=f"--checkpoint-key {spec.checkpoint_key}",
+            mend="give the file with --checkpoint",
+        )
     pretrained = load_weights and spec.pretrained and spec.checkpoint is None
     model = _build_pretrained(spec) if pretrained else _build(spec)
     module: Any
@@ -145,7 +153,7 @@ def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     if load_weights and spec.checkpoint is not None:
-        load_checkpoint(model, Path(spec.checkpoint))
+        load_checkpoint(model, Path(spec.checkpoint), spec.checkpoint_key)
     if load_weights:
         check_finite(model, spec.checkpoint or spec.name)
     return model.float().eval()

@@ -181,16 +181,6 @@ def test_nothing_to_quantize_is_refused():
         capture(Scale().eval(), (3, 2, 2))
 
 
-def test_unsupported_einsum_names_operator_and_module():
-    class Odd(nn.Module):
-        def forward(self, x):
-            return torch.einsum("bchw,bcxy->bhx", x, x)
-
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(), nn.Flatten(), nn.Linear(4, 2)).eval()
-    with pytest.raises(InputError, match=r"einsum.*module 1"):
-        capture(net, (3, 2, 2))
-
-
 def test_nodes_know_their_modules():
     graph = capture(vit(), (3, 32, 32)).graph
     paths = {n.meta["module_path"] for n in graph.nodes if n.target in QUANTIZABLE}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ospq_export import artifact, cli
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
 
 KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
 MODEL = "vit_tiny_patch16_224"
@@ -269,3 +269,31 @@ def test_labels_may_be_missing_but_must_fit(capsys, images, copy, tmp_path):
         (stranger / name).mkdir(parents=True)
         Image.new("L", (32, 32)).save(stranger / name / "x.png")
     assert_refused(run(capsys, "validate", copy, "--data", stranger, "--workers", 0), "class")
+
+
+@pytest.mark.slow
+def test_the_checkpoints_entry_is_chosen_said_and_recorded(images, tmp_path, capsys):
+    kwargs = parse_model_kwargs(KWARGS)
+    model = create_model(ModelSpec(name=MODEL, kwargs=kwargs))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": other}, tmp_path / "w.pth")
+    fixed = ["--data", images, "--model-kwargs", KWARGS, "--checkpoint", tmp_path / "w.pth"]
+    chosen = ["--checkpoint-key", "state_dict"]
+    status, _, said = run(capsys, "calibrate", MODEL, *fixed, "--out", tmp_path / "run", *SHORT, *chosen)
+    assert status == 0, said
+    assert "weights taken from 'state_dict'" in " ".join(said.split())
+    record = artifact.read_manifest(tmp_path / "run").checkpoint
+    assert (record.entry, record.prefix, record.chosen) == ("state_dict", "module.", "option")
+    written, _ = artifact.read_tensors(tmp_path / "run" / artifact.FLOAT_TENSORS)
+    assert torch.equal(written["cls_token"], state["module.cls_token"])
+    path = tmp_path / "run" / artifact.MANIFEST
+    values = json.loads(path.read_text())
+    del values["checkpoint"], values["model"]["checkpoint_key"]
+    path.write_text(json.dumps(values))
+    assert artifact.read_manifest(tmp_path / "run").checkpoint is None, "older manifests have none"
+    missing = [*fixed, "--checkpoint-key", "ema"]
+    for command in (["calibrate", "--out", tmp_path / "none"], ["inspect"]):
+        status, _, said = run(capsys, command[0], MODEL, *missing, *command[1:], "--workers", 0)
+        assert status == 2 and "state_dict_ema" in " ".join(said.split()) and len(said.splitlines()) == 1
+    assert not (tmp_path / "none").exists()

@@ -8,7 +8,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # The largest graphs take as long as all others; benchmarks/models.py has them.
-LEFT_OUT = {"MaxViT", "CoAtNet", "MobileViT", "MobileViT v2", "GC ViT", "CrossViT"}
+LEFT_OUT = {"MaxViT", "CoAtNet", "MobileViT", "MobileViT v2", "GC ViT", "CrossViT", "MViT v2"}
 pytestmark = pytest.mark.slow
 
 

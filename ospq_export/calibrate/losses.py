@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,19 +30,34 @@ def literal_loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(1).mean()
 
 
+def class_logits(output: Tensor) -> Tensor:
+    """Logits whose softmax gives every class's probability: of one output x, whose probability is its sigmoid, (x, 0).
+
+    Args:
+        output: (..., K) float.
+
+    Returns:
+        (..., K), or (..., 2) where K is 1: the softmax over one number is 1, whatever the number.
+    """
+    return torch.cat([output, torch.zeros_like(output)], -1) if output.shape[-1] == 1 else output
+
+
 def kl_divergence(output: Tensor, target: Tensor) -> Tensor:
-    """KL(softmax(target) || softmax(output)) in nats, averaged over all but the last dimension (logits)."""
-    log_p, log_q = F.log_softmax(target, -1), F.log_softmax(output, -1)
+    """KL(target || output) of the class probabilities in nats, averaged over all but the last dimension (logits)."""
+    log_p, log_q = F.log_softmax(class_logits(target), -1), F.log_softmax(class_logits(output), -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def total_variation(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """Half of the sum of |softmax(output / T) - softmax(target / T)|: in [0, 1], averaged over all but the last dimension.
 
+    Of one output, |sigmoid(output / T) - sigmoid(target / T)|.
+
     Its spread over images, relative to its mean, is about half of the KL divergence's, so that few images say more; a
     temperature T above 1 lets classes speak that are not near the top, and lessens it further.
     """
-    return ((output / temperature).softmax(-1) - (target / temperature).softmax(-1)).abs().sum(-1).mean() / 2
+    found, wanted = (class_logits(logits / temperature).softmax(-1) for logits in (output, target))
+    return (found - wanted).abs().sum(-1).mean() / 2
 
 
 def channel_weight(target: Tensor, axis: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ospq_export.calibrate.cost import kept_bytes_per_image
-from ospq_export.calibrate.losses import Objective, channel_weight
+from ospq_export.calibrate.losses import Objective, channel_weight, class_logits
 from ospq_export.calibrate.reconstruct import weight_quantizers
 from ospq_export.calibrate.walk import MakeObjective
 from ospq_export.graph.capture import QUANTIZABLE
@@ -96,7 +96,8 @@ def fisher_weights(
     BRECQ (Li et al. 2021, eq. 10) weighs each image's error by its own squared gradient; ours is the mean over the calibration
     images, so that one pass over the network serves all slices and no gradient is stored per image. Held above a twentieth of
     its mean. Of a network that is sure of most images, the few others make up nearly all of that mean, which then is chance;
-    softened logits let more images speak (ours; docs/settings.md has the figures).
+    softened logits let more images speak (ours; docs/settings.md has the figures). The labels of a network with one output are
+    Bernoulli, of its sigmoid.
 
     Args:
         network: any mode; left in Mode.FLOAT.
@@ -115,7 +116,7 @@ def fisher_weights(
     most = _FISHER_BYTES // max(1, kept_bytes_per_image(network.module.graph))
     for batch in images.split(max(1, min(_FISHER_BATCH, most))):
         keeper = _Keeper(network.module, sums)
-        logits = keeper.run(batch.to(device).requires_grad_(True)) / temperature
+        logits = class_logits(keeper.run(batch.to(device).requires_grad_(True)) / temperature)
         labels = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)
         F.cross_entropy(logits, labels.squeeze(1).to(device), reduction="sum").backward()
         for name, tensor in keeper.kept.items():

@@ -34,6 +34,7 @@ from ospq_export.preflight import check_disk
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
 from ospq_export.run import Run
+from ospq_export.weights import checkpoint_record
 from ospq_export.world import World, joined
 
 _OBSERVATION_BATCH = 64
@@ -144,6 +145,7 @@ def _calibrate(
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
+        checkpoint=checkpoint_record(model),
         equalized=equalized,
         profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
         versions=artifact.installed_versions(),
@@ -240,7 +242,9 @@ def check_cost(
 def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
     """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    return class_to_idx if len(class_to_idx) == output.meta["val"].shape[-1] else {}
+    outputs = output.meta["val"].shape[-1]
+    # One logit tells two classes apart, by its sign.
+    return class_to_idx if len(class_to_idx) == (2 if outputs == 1 else outputs) else {}
 
 
 def _equalize(

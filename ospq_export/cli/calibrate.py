@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli.options import (
+    CheckpointKeyOption,
     CheckpointOption,
     CropPctOption,
     DataOption,
@@ -50,6 +51,7 @@ def calibrate(
     overrides: SetOption = None,
     model_kwargs: ModelKwargsOption = "",
     checkpoint: CheckpointOption = None,
+    checkpoint_key: CheckpointKeyOption = None,
     random_weights: RandomWeightsOption = False,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,
@@ -75,7 +77,7 @@ def calibrate(
     compute_with(threads)
     chosen = read_recipe(recipe, overrides)
     check_apart(out, data)
-    spec = model_spec(model, model_kwargs, checkpoint, random_weights)
+    spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation)
 
     def images(config: DataConfig) -> ImageSet:

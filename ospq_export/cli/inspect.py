@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ospq_export.cli.options import (
+    CheckpointKeyOption,
     CheckpointOption,
     CropPctOption,
     DataOption,
@@ -43,6 +44,7 @@ def inspect(
     ] = None,
     model_kwargs: ModelKwargsOption = "",
     checkpoint: CheckpointOption = None,
+    checkpoint_key: CheckpointKeyOption = None,
     random_weights: RandomWeightsOption = False,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,
@@ -72,7 +74,7 @@ def inspect(
     from ospq_export.progress import stage_progress, stepper
 
     target = torch_device(device)
-    spec = model_spec(model, model_kwargs, checkpoint, random_weights)
+    spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     torch.manual_seed(seed)
     network = create_model(spec)
     settings = data_settings(input_size, mean, std, crop_pct, interpolation)

@@ -35,6 +35,12 @@ ModelKwargsOption = Annotated[
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones.")
 ]
+CheckpointKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Entry or prefix of the weights in --checkpoint, e.g. state_dict_ema. Default: what fits; of several, EMA."
+    ),
+]
 RandomWeightsOption = Annotated[bool, typer.Option(help="Use seeded random weights, to try the tools out.")]
 InputSizeOption = Annotated[str | None, typer.Option(help="Channels, height, width: '3,224,224'.")]
 MeanOption = Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0.456,0.406'.")]
@@ -60,7 +66,13 @@ def read_recipe(name: str, overrides: list[str] | None) -> Recipe:
     return load_recipe(name, overrides or [])
 
 
-def model_spec(name: str, kwargs: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+def model_spec(
+    name: str,
+    kwargs: str,
+    checkpoint: Path | None,
+    random_weights: bool,
+    checkpoint_key: str | None = None,
+) -> ModelSpec:
     """The model that the command line names.
 
     Raises:
@@ -72,6 +84,7 @@ def model_spec(name: str, kwargs: str, checkpoint: Path | None, random_weights: 
         name=name,
         kwargs=parse_model_kwargs(kwargs),
         checkpoint=None if checkpoint is None else str(checkpoint),
+        checkpoint_key=checkpoint_key,
         pretrained=checkpoint is None and not random_weights,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from ospq_export.errors import InputError
 from ospq_export.graph.batch_norm import fold_batch_norm
+from ospq_export.graph.einsum import expand_einsums
 from ospq_export.graph.rewrite import (
     VIEWS,
     add_constant,
@@ -112,12 +113,8 @@ def infer_view_sizes(module: fx.GraphModule) -> None:
             node.args = (node.args[0], sizes)
 
 
-def _transposed_weight(module: fx.GraphModule, node: fx.Node, weight: fx.Node) -> fx.Node:
-    return add_constant(module, f"{node.name}_weight", constant_of(module, weight).t(), node)
-
-
 def to_linear_and_matmul(module: fx.GraphModule) -> None:
-    """Rewrite mm, bmm, addmm, baddbmm, einsum and products with a constant matrix as linear and matmul."""
+    """Rewrite mm, bmm, addmm, baddbmm and products with a constant matrix as linear and matmul."""
     for node in call_functions(module.graph):
         args = node.args
         if node.target in (aten.mm.default, aten.bmm.default):
@@ -128,51 +125,35 @@ def to_linear_and_matmul(module: fx.GraphModule) -> None:
             product = insert_call(node, aten.matmul.default, (args[1], args[2]), node)
             replace_node(node, insert_call(node, aten.add.Tensor, (product, args[0]), node))
             node = product
-        elif node.target is aten.einsum.default:
-            _replace_einsum(node)
-            continue
         if node.target is aten.matmul.default:
             _matmul_with_constant(module, node)
 
 
 def _matmul_with_constant(module: fx.GraphModule, node: fx.Node) -> None:
+    """A product with a constant matrix as a linear layer, whose weight is quantized per output channel."""
     left, right = node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    if right.op == "get_attr" and right.meta["val"].dim() == 2 and left.op != "get_attr":
-        weight = _transposed_weight(module, node, right)
+    if left.op == right.op == "get_attr":
+        return
+    if _is_matrix(right, left):
+        matrix = constant_of(module, right).flatten(0, -2)
+        weight = add_constant(module, f"{node.name}_weight", matrix.t(), node)
         replace_node(node, insert_call(node, aten.linear.default, (left, weight), node))
+    elif _is_matrix(left, right):
+        # W x = (x^T W^T)^T
+        matrix = constant_of(module, left).flatten(0, -2)
+        weight = add_constant(module, f"{node.name}_weight", matrix, node)
+        columns = insert_call(node, aten.transpose.int, (right, -2, -1), node)
+        product = insert_call(node, aten.linear.default, (columns, weight), node)
+        replace_node(node, insert_call(node, aten.transpose.int, (product, -2, -1), node))
 
 
-def _replace_einsum(node: fx.Node) -> None:
-    """Two-operand einsum with one contracted and at most one free index per operand, as permute, matmul, permute."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if (
-        not isinstance(operands, list | tuple)
-        or len(operands) != 2
-        or "." in equation
-        or "->" not in equation
-    ):
-        raise _unsupported(node, f"equation {equation}")
-    inputs, out = equation.split("->")
-    left, right = inputs.split(",")
-    summed = [c for c in left if c in right and c not in out]
-    batch = [c for c in out if c in left and c in right]
-    free_left = [c for c in out if c in left and c not in right]
-    free_right = [c for c in out if c in right and c not in left]
-    if (
-        not len(summed) == len(free_left) == len(free_right) == 1
-        or len(left) + len(right) != 2 * len(batch) + 4
-    ):
-        raise _unsupported(node, f"equation {equation}")
-
-    def permuted(operand: object, have: str, want: list[str]) -> fx.Node:
-        return insert_call(node, aten.permute.default, (operand, [have.index(c) for c in want]), node)
-
-    lhs = permuted(operands[0], left, batch + free_left + summed)
-    rhs = permuted(operands[1], right, batch + summed + free_right)
-    product = insert_call(node, aten.matmul.default, (lhs, rhs), node)
-    have = "".join(batch + free_left + free_right)
-    replace_node(node, permuted(product, have, list(out)))
+def _is_matrix(constant: fx.Node, other: fx.Node) -> bool:
+    """Whether a product's operand is one constant matrix, perhaps behind dimensions of size 1 that the other operand has too."""
+    if constant.op != "get_attr":
+        return False
+    shape, dims = constant.meta["val"].shape, other.meta["val"].dim()
+    return 2 <= len(shape) <= dims and all(size == 1 for size in shape[:-2])
 
 
 def _unsupported(node: fx.Node, detail: str) -> InputError:
@@ -215,6 +196,7 @@ def canonicalize(module: fx.GraphModule, *, share: bool = False) -> fx.GraphModu
     """
     for run in (
         drop_identities,
+        expand_einsums,
         unify_batch_size,
         fold_constants,
         infer_view_sizes,

@@ -84,8 +84,6 @@ def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
         )
         for label, operand in operands:
             assert isinstance(operand, fx.Node)
-            if operand.op == "get_attr":
-                continue
             tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
             wanted = bits.first_last if node in ends else bits.activation
             site = sites.setdefault(
@@ -99,6 +97,9 @@ def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
 
 def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
     """Put a quantizer on every image-dependent operand and every constant weight of the quantizable operators.
+
+    A constant operand of a matmul (one matrix per head or position) has no output channels of its own: it is quantized per
+    tensor, as an activation is.
 
     Args:
         module: what `capture` returned; it is not changed, its constants are shared.
