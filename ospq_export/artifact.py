@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from ospq_export.data.config import DataConfig
+from ospq_export.data.record import ClassLevel
 from ospq_export.errors import InputError
 from ospq_export.models import ModelSpec
 from ospq_export.recipes import Recipe
@@ -127,7 +128,7 @@ class OutlierRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What the run was calibrated on."""
+    """What the run was calibrated on; passed_over and notes as in `data.record.ImagesRecord`."""
 
     images: int
     images_sha256: str
@@ -135,16 +136,25 @@ class CalibrationRecord(_Record):
     seed: int
     device: str
     processes: int = 1
+    passed_over: dict[str, int] = {}
+    notes: dict[str, int] = {}
 
 
 class Manifest(_Record):
-    """Everything about a run that is not a tensor."""
+    """Everything about a run that is not a tensor.
+
+    `outputs` is the number of the network's outputs; `classes_source` and `class_from` as in `data.record.ImagesRecord`.
+    Older runs have none of the three.
+    """
 
     schema_version: int = SCHEMA_VERSION
     status: Literal["calibrating", "calibrated"]
     model: ModelSpec
     data: DataConfig
     class_to_idx: dict[str, int]
+    classes_source: str | None = None
+    class_from: ClassLevel | None = None
+    outputs: int | None = None
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
@@ -159,8 +169,12 @@ class Manifest(_Record):
     def identity(self) -> dict[str, object]:
         """What must not change between an interrupted run and its continuation."""
         dumped = self.model_dump(mode="json")
-        keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
+        keys = ("model", "data", "class_to_idx", "recipe", "graph_fingerprint", "calibration", "versions")
         result = {key: dumped[key] for key in keys}
+        # A file that is no image changes nothing of the run.
+        result["calibration"] = {
+            k: v for k, v in dumped["calibration"].items() if k not in ("passed_over", "notes")
+        }
         result["model"] = {k: v for k, v in dumped["model"].items() if k != "checkpoint"}
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, fx, nn
 
@@ -71,6 +72,16 @@ class Run:
                 f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
             )
         return self.path / name
+
+    @property
+    def outputs(self) -> int | None:
+        """How many logits the network has; None where neither the manifest nor timm's configuration of the model tells."""
+        spec = self.manifest.model
+        given = self.manifest.outputs or spec.kwargs.get("num_classes")
+        if given is None:
+            config = timm.get_pretrained_cfg(spec.name)
+            given = None if config is None else config.num_classes
+        return given if isinstance(given, int) else None
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""

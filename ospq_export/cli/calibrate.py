@@ -10,9 +10,13 @@ import typer
 
 from ospq_export.cli.options import (
     CheckpointOption,
+    ClassFromOption,
+    ClassMapOption,
+    ClassOrderOption,
     CropPctOption,
     DataOption,
     DeviceOption,
+    ExifOption,
     InputSizeOption,
     InterpolationOption,
     MeanOption,
@@ -25,6 +29,7 @@ from ospq_export.cli.options import (
     SetOption,
     StdOption,
     WorkersOption,
+    class_choice,
     console,
     data_settings,
     model_spec,
@@ -51,6 +56,10 @@ def calibrate(
     std: StdOption = None,
     crop_pct: CropPctOption = None,
     interpolation: InterpolationOption = None,
+    exif: ExifOption = False,
+    class_map: ClassMapOption = None,
+    class_order: ClassOrderOption = None,
+    class_from: ClassFromOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
@@ -68,12 +77,15 @@ def calibrate(
     """Quantize a timm model on calibration images and write a run directory."""
     chosen = read_recipe(recipe, overrides)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights)
-    given = data_settings(input_size, mean, std, crop_pct, interpolation)
+    given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
+    choice = class_choice(class_map, class_order, class_from)
+    from ospq_export.data import ImageSet, number_classes, scan_folder
 
-    def images(config: DataConfig) -> ImageSet:
-        from ospq_export.data import ImageSet
+    # Before the network is made: a folder that cannot be used is said at once.
+    scan = scan_folder(data, choice.level)
 
-        return ImageSet.from_folder(data, config)
+    def images(config: DataConfig, outputs: int) -> ImageSet:
+        return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
 
     run_calibrate(
         spec,
@@ -117,7 +129,7 @@ def run_calibrate(
     from ospq_export.data import resolve_data_config
 
     config = resolve_data_config(network, spec, settings)
-    image_set: ImageSet = images(config)
+    image_set: ImageSet = images(config, network.num_classes)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
     with stage_progress(disable=quiet or not first) as progress:
@@ -130,6 +142,7 @@ def run_calibrate(
             out,
             class_to_idx=image_set.class_to_idx,
             skipped=image_set.skipped,
+            origin=image_set.record,
             device=device,
             seed=seed,
             progress=progress,

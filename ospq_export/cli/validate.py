@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+from ospq_export.cli.options import (
+    ClassFromOption,
+    ClassMapOption,
+    ClassOrderOption,
+    DataOption,
+    DeviceOption,
+    ExifOption,
+    QuietOption,
+    RunArgument,
+    WorkersOption,
+    class_choice,
+    console,
+)
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
-    from ospq_export.data import ImageSet
+    from ospq_export.data import ClassChoice, ImageSet
     from ospq_export.validate import Thresholds
     from ospq_export.validate.report import Report
+
+log = logging.getLogger(__name__)
 
 
 def validate(
@@ -27,7 +42,9 @@ def validate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use N images only: a seeded sample with each class's share.")
+    ] = None,
     max_top1_difference: Annotated[float, typer.Option(min=0, help="Parity: points of Top-1.")] = 0.1,
     min_agreement: Annotated[
         float | None,
@@ -59,16 +76,19 @@ def validate(
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
     ] = False,
+    exif: ExifOption = False,
+    class_map: ClassMapOption = None,
+    class_order: ClassOrderOption = None,
+    class_from: ClassFromOption = None,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
     quiet: QuietOption = False,
 ) -> None:
     """Compare the deployed files' predictions with the fake-quantized network's; exit 1 without parity."""
-    from ospq_export.data import ImageSet
     from ospq_export.run import Run
 
     opened = Run.open(run)
-    images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
+    images = _images(opened, data, class_choice(class_map, class_order, class_from), exif)
     report = run_validate(
         opened,
         images,
@@ -90,6 +110,27 @@ def validate(
         workers=workers,
     )
     raise typer.Exit(0 if report.verdict else 1)
+
+
+def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
+    """The validation images, prepared as the run says, with the run's classes where it knows them."""
+    import dataclasses
+
+    from ospq_export.data import Classes, ImageSet, known_classes, number_classes, scan_folder
+
+    manifest = run.manifest
+    choice = dataclasses.replace(choice, level=choice.level or manifest.class_from)
+    scan = scan_folder(data, choice.level)
+    if manifest.class_to_idx:
+        known = Classes(manifest.class_to_idx, manifest.classes_source)
+        classes = known_classes(scan, choice, known)
+    else:
+        classes = number_classes(scan, choice, run.outputs)
+    config = manifest.data
+    if exif and not config.exif:
+        log.warning("images are turned as EXIF says, those of the calibration were not")
+        config = config.model_copy(update={"exif": True})
+    return ImageSet.from_scan(scan, config, classes)
 
 
 def run_validate(

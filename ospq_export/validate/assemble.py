@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ospq_export.data import ImagesRecord
 from ospq_export.validate.backends import Backend
 from ospq_export.validate.baseline import PREFIX
 from ospq_export.validate.executions import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
@@ -38,6 +40,8 @@ class Evidence:
         references: deployed execution -> what it is compared with.
         uncompared: deployed executions that nothing here can be compared with.
         floor: the noise floor; None where it was not measured.
+        images: where the images came from, and what was noted on them.
+        class_to_idx: classes of the images.
         locations: comparisons of codes.
     """
 
@@ -49,6 +53,8 @@ class Evidence:
     references: dict[str, str]
     uncompared: list[str]
     floor: NoiseFloor | None
+    images: ImagesRecord = field(default_factory=ImagesRecord)
+    class_to_idx: Mapping[str, int] = field(default_factory=dict)
     locations: list[Location] = field(default_factory=list)
 
     def names(self, *, baseline: bool) -> list[str]:
@@ -77,7 +83,8 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
     images = len(evidence.collector.labels())
-    _warn_about_classes(run, logits(names[0]).shape[1])
+    class_names = _class_names(run, evidence)
+    _warn_about_classes(class_names, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
     floor = _whole_floor(evidence)
     not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
@@ -85,8 +92,11 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         verdict=_verdict(comparisons, not_finite, thresholds, evidence, floor, images),
         thresholds=thresholds,
         images=images,
-        class_names=_class_names(run),
+        class_names=class_names,
+        classes_source=evidence.images.classes_source,
         skipped=evidence.unreadable,
+        passed_over=evidence.images.passed_over,
+        image_notes=evidence.images.notes,
         executions_skipped=evidence.skipped,
         backends=[_result(b, evidence) for b in evidence.backends],
         floor=floor,
@@ -133,16 +143,17 @@ def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
     return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
 
-def _class_names(run: Run) -> list[str]:
-    known = run.manifest.class_to_idx
+def _class_names(run: Run, evidence: Evidence) -> list[str]:
+    known = evidence.class_to_idx or run.manifest.class_to_idx
     return sorted(known, key=known.__getitem__)
 
 
-def _warn_about_classes(run: Run, classes: int) -> None:
-    if len(run.manifest.class_to_idx) != classes:
+def _warn_about_classes(names: list[str], classes: int) -> None:
+    # One output tells two classes apart.
+    if len(names) != max(classes, 2):
         log.warning(
-            "the run knows %d classes and the network has %d: Top-1 means something only if folder i is class i",
-            len(run.manifest.class_to_idx),
+            "%d classes are known and the network has %d: Top-1 means something only if label i is class i",
+            len(names),
             classes,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.artifact import replacing
+from ospq_export.validate.report import image_lines
 from ospq_export.validate.thumbnails import thumbnails
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     rows = _class_rows(report)
     return {
         "report": report,
+        "image_lines": image_lines(report),
         "manifest": manifest,
         "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
         "compared": {c.deployed: c for c in report.comparisons},

@@ -70,7 +70,10 @@ class Report(_Record):
     thresholds: Thresholds
     images: int
     class_names: list[str] = []
+    classes_source: str | None = None
     skipped: list[str]
+    passed_over: dict[str, int] = {}
+    image_notes: dict[str, int] = {}
     executions_skipped: dict[str, str] = {}
     backends: list[BackendResult]
     comparisons: list[Comparison]
@@ -161,15 +164,21 @@ def _flip_lines(report: Report) -> list[Text]:
     return lines
 
 
+def image_lines(report: Report) -> list[str]:
+    """What is to be known of the images: where their classes' numbers are from, what was passed over, ignored, assumed."""
+    lines = [f"classes: {report.classes_source}"] if report.classes_source else []
+    if report.passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.passed_over.items())
+        lines.append(f"passed over, no images: {kinds}")
+    return lines + [f"{count} images {note}" for note, count in report.image_notes.items()]
+
+
 def _skipped_lines(report: Report) -> list[Text]:
-    if not report.skipped:
-        return []
-    return [
-        Text(
-            f"  {len(report.skipped)} images could not be read: {', '.join(report.skipped[:_SHOWN_FLIPS])}",
-            style="yellow",
-        )
-    ]
+    lines = [Text(f"  {line}", style="yellow") for line in image_lines(report)]
+    if report.skipped:
+        shown = ", ".join(report.skipped[:_SHOWN_FLIPS])
+        lines.append(Text(f"  {len(report.skipped)} images could not be read: {shown}", style="yellow"))
+    return lines
 
 
 def _criterion_lines(report: Report) -> list[Text]:

@@ -69,7 +69,7 @@ def validate(
         backends: names out of `ALL_BACKENDS`; None takes every default one that this machine has. A reference ("fake_quant") and
             a deployed one are needed for a verdict.
         batch_size: images per forward pass.
-        limit: use the first `limit` images only.
+        limit: use that many images only, a seeded sample of all with each class's share.
         device: torch device of the torch executions; a CUDA device makes ONNX Runtime use its CUDA provider.
         workers: processes that decode.
         thresholds: what counts as parity; None takes the defaults for the recipe's bits.
@@ -93,13 +93,16 @@ def validate(
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     references = executions.references(float_type)
-    count = len(images) if limit is None else min(limit, len(images))
-    share = share_of(world, count, batch_size)
+    chosen = range(len(images)) if limit is None else images.choose(limit)
+    count = len(chosen)
+    here = share_of(world, count, batch_size)
+    share = chosen[here.start : here.stop]
     sampled = [part_of(n, len(share), count) for n in (floor_images, code_images)]
     samples = Samples(executions, device, len(share), batch_size, *sampled)
     everything = [*executions.backends, *others]
     collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples)
-    collector, seconds, unreadable = pool(world, collector, seconds, images.skipped, samples)
+    found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
+    collector, seconds, unreadable, notes = found
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
@@ -108,6 +111,8 @@ def validate(
         backends=everything,
         skipped=executions.skipped,
         unreadable=unreadable,
+        images=images.record.model_copy(update={"notes": notes}),
+        class_to_idx=images.class_to_idx,
         references=references,
         uncompared=executions.uncompared(float_type),
         floor=None if samples.meter is None else samples.meter.result(),
@@ -138,7 +143,7 @@ def _collect(
     executions: Sequence[Backend],
     images: ImageSet,
     batch_size: int,
-    share: range,
+    share: Sequence[int],
     workers: int,
     progress: Progress | None,
     samples: Samples,
