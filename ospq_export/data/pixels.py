@@ -43,7 +43,8 @@ def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Im
         ValueError: Its pixels have a range that cannot be known.
         Exception: Whatever Pillow's decoders raise on a damaged file.
     """
-    with Image.open(path, formats=picture_formats()) as image:
+    # By its path, Pillow maps an uncompressed file into memory, and then misreads a TIFF that is stored on its side.
+    with path.open("rb") as file, Image.open(file, formats=picture_formats()) as image:
         notes = [HIGH_BYTE] if ";16" in str(image.tile) and not _is_deep(image) else []
         several = image.format != "MPO" and getattr(image, "is_animated", False)
         if several:
