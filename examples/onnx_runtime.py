@@ -10,13 +10,16 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def preprocess(path: str, config: dict) -> np.ndarray:
     """An image file as the network's input, float32 (1, C, H, W): resize the short side, crop the centre, normalise."""
     channels, height, width = config["input_size"]
-    image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    image = Image.open(path)
+    if config.get("exif"):
+        image = ImageOps.exif_transpose(image)
+    image = image.convert("L" if channels == 1 else "RGB")
     filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     resample = Image.Resampling(filters[config["interpolation"]])
     if config["crop_mode"] == "squash":

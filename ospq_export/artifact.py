@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from ospq_export.data.config import DataConfig
+from ospq_export.data.record import ClassLevel
 from ospq_export.errors import InputError
 from ospq_export.models import ModelSpec
 from ospq_export.recipes import Recipe
@@ -131,7 +132,7 @@ class OutlierRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What the run was calibrated on.
+    """What the run was calibrated on; passed_over and notes as in `data.record.ImagesRecord`.
 
     Attributes:
         threads: that computed; sums are split among them, so that another number gives other last digits. None in older runs.
@@ -144,16 +145,25 @@ class CalibrationRecord(_Record):
     device: str
     processes: int = 1
     threads: int | None = None
+    passed_over: dict[str, int] = {}
+    notes: dict[str, int] = {}
 
 
 class Manifest(_Record):
-    """Everything about a run that is not a tensor."""
+    """Everything about a run that is not a tensor.
+
+    `outputs` is the number of the network's outputs; `classes_source` and `class_from` as in `data.record.ImagesRecord`.
+    Older runs have none of the three.
+    """
 
     schema_version: int = SCHEMA_VERSION
     status: Literal["calibrating", "calibrated"]
     model: ModelSpec
     data: DataConfig
     class_to_idx: dict[str, int]
+    classes_source: str | None = None
+    class_from: ClassLevel | None = None
+    outputs: int | None = None
     recipe: Recipe
     graph_fingerprint: str
     calibration: CalibrationRecord
@@ -169,9 +179,12 @@ class Manifest(_Record):
     def identity(self) -> dict[str, object]:
         """What must not change between an interrupted run and its continuation."""
         dumped = self.model_dump(mode="json")
-        keys = ("model", "data", "recipe", "graph_fingerprint", "calibration", "versions")
+        keys = ("model", "data", "class_to_idx", "recipe", "graph_fingerprint", "calibration", "versions")
         result = {key: dumped[key] for key in keys}
-        result["calibration"] = {k: v for k, v in dumped["calibration"].items() if k != "threads"}
+        # Neither the threads nor a file that is no image tell one run from another.
+        result["calibration"] = {
+            k: v for k, v in dumped["calibration"].items() if k not in ("threads", "passed_over", "notes")
+        }
         result["model"] = {
             k: v for k, v in dumped["model"].items() if k not in ("checkpoint", "checkpoint_key")
         }

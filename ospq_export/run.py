@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, fx, nn
 
@@ -86,6 +87,16 @@ class Run:
             return frozenset(map(str, json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
             raise InputError(f"cannot be read: {error}", where=path, mend=_MEND) from error
+
+    @property
+    def outputs(self) -> int | None:
+        """How many logits the network has; None where neither the manifest nor timm's configuration of the model tells."""
+        spec = self.manifest.model
+        given = self.manifest.outputs or spec.kwargs.get("num_classes")
+        if given is None:
+            config = timm.get_pretrained_cfg(spec.name)
+            given = None if config is None else config.num_classes
+        return given if isinstance(given, int) else None
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ospq_export.data import DataConfig, ImageSet
+from ospq_export.data import ClassChoice, DataConfig, ImageSet
 from ospq_export.errors import InputError
 
 CONFIG = DataConfig(
@@ -144,10 +144,27 @@ def test_classes_of_an_earlier_run(tmp_path: Path) -> None:
         ImageSet.from_folder(tmp_path, CONFIG, {"dog": 0})
 
 
-def test_classes_are_ordered_naturally_and_without_ties(tmp_path: Path) -> None:
-    write_tree(tmp_path, [f"{name}/x.png" for name in ("10", "9", "01", "1", "b", "B")])
+@pytest.mark.parametrize(
+    ("order", "expected"), [("natural", ["1", "9", "10", "b"]), ("plain", ["1", "10", "9", "b"])]
+)
+def test_classes_are_ordered_as_asked(tmp_path: Path, order: Any, expected: list[str]) -> None:
+    write_tree(tmp_path, [f"{name}/x.png" for name in ("10", "9", "1", "b")])
+    images = ImageSet.from_folder(tmp_path, CONFIG, choice=ClassChoice(order=order))
+    assert list(images.class_to_idx) == expected
+    _, labels, ids = everything(images)
+    assert [expected[label] for label in labels] == [name.split("/")[0] for name in ids]
+    assert images.record.classes_source == f"--class-order {order}"
+    with pytest.raises(InputError, match="--class-order"):
+        ImageSet.from_folder(tmp_path, CONFIG)
+
+
+def test_a_class_without_a_readable_format_keeps_its_number(tmp_path: Path) -> None:
+    write_tree(tmp_path, ["a/1.png", "b/2.webp", "d/3.png"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.heic").touch()
     images = ImageSet.from_folder(tmp_path, CONFIG)
-    assert list(images.class_to_idx) == ["01", "1", "9", "10", "B", "b"]
+    assert everything(images)[1] == [0, 1, 3]
+    assert images.record.passed_over == {".heic": 1}
 
 
 def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
@@ -323,6 +340,14 @@ def test_sample_replaces_what_it_cannot_read(tmp_path: Path, caplog: pytest.LogC
     assert images.skipped == [whole[1]]
     assert sorted(images.sample(10, 3).ids) == sorted(set(names) - {whole[1]})
     assert "all 9 readable ones used" in caplog.text
+
+
+def test_a_chosen_part_has_every_class(numbers: ImageSet) -> None:
+    chosen = numbers.choose(30)
+    assert list(chosen) == sorted(chosen) and len(set(chosen)) == 30
+    assert np.bincount([place % 10 for place in chosen]).tolist() == [3] * 10
+    assert chosen == numbers.choose(30) != numbers.choose(30, seed=1)
+    assert list(numbers.choose(100)) == list(numbers.choose(1000)) == list(range(100))
 
 
 def test_sample_of_nothing(numbers: ImageSet) -> None:

@@ -68,6 +68,12 @@ def test_input_size_of_a_model_that_takes_any() -> None:
         ({"std": (0.1, 0.2)}, "std"),
         ({"std": (0.1, 0.2, 0.0)}, "positive"),
         ({"mean": (0.1, 0.2, float("nan"))}, "finite"),
+        ({"std": (0.1, 0.2, -0.3)}, "positive"),
+        ({"mean": (123.675, 116.28, 103.53)}, "in units of 0..255; over 255 it is --mean 0.485,0.456,0.406"),
+        ({"mean": (72.93,) * 3, "std": (90.02,) * 3}, "--mean 0.286,0.286,0.286 --std 0.353,0.353,0.353"),
+        ({"std": (58.395, 57.12, 57.375)}, "over 255 it is --std 0.229,0.224,0.225"),
+        ({"mean": (-123.0,) * 3}, "in units of 0..255"),
+        ({"mean": (400.0,) * 3}, "neither in 0..1 nor in 0..255"),
         ({"mean": ("a", "b", "c")}, "mean"),
         ({"interpolation": "cubic"}, "interpolation"),
         ({"crop_pct": 1.5}, "crop_pct"),
@@ -95,3 +101,19 @@ def test_input_size_of_a_model_that_takes_one() -> None:
 def test_more_channels_than_images_have() -> None:
     with pytest.raises(InputError, match="1 or 3 channels"):
         resolve_data_config(*vit(img_size=32, in_chans=4), {})
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.48145466, 0.26862954), (0.5, 0.5), (-1.0, 1.0)])
+def test_usual_means_and_deviations_are_taken(values: tuple[float, float]) -> None:
+    config = resolve_data_config(*vit(img_size=32), {"mean": (values[0],), "std": (values[1],)})
+    assert (config.mean, config.std) == ((values[0],) * 3, (values[1],) * 3)
+
+
+def test_orientation_is_kept_and_left_out_where_it_is_timms() -> None:
+    turned = resolve_data_config(*vit(img_size=32), {"exif": True})
+    plain = resolve_data_config(*vit(img_size=32), {})
+    assert turned.exif and not plain.exif
+    assert "exif" not in plain.model_dump()
+    for config in (turned, plain):
+        assert DataConfig.model_validate_json(config.model_dump_json()) == config
+    turned.transform()

@@ -22,7 +22,7 @@ from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.calibrate.store import Store
-from ospq_export.data import Batch, DataConfig
+from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
@@ -52,6 +52,7 @@ def calibrate(
     *,
     class_to_idx: dict[str, int] | None = None,
     skipped: list[str] | None = None,
+    origin: ImagesRecord | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
@@ -71,6 +72,7 @@ def calibrate(
         out: the run directory; new, empty, or left by an interruption of the same call.
         class_to_idx: classes of the calibration folder, by name.
         skipped: images that could not be read.
+        origin: where the images and their classes came from; kept in the manifest.
         device: torch device the slices run on.
         seed: of every random choice.
         progress: where to show progress bars.
@@ -98,6 +100,7 @@ def calibrate(
             out,
             class_to_idx or {},
             skipped or [],
+            origin or ImagesRecord(),
             target,
             seed,
             progress,
@@ -114,6 +117,7 @@ def _calibrate(
     out: Path,
     class_to_idx: dict[str, int],
     skipped: list[str],
+    origin: ImagesRecord,
     target: torch.device,
     seed: int,
     progress: Progress | None,
@@ -136,12 +140,18 @@ def _calibrate(
         device=target.type,
         processes=options.world.size,
         threads=torch.get_num_threads(),
+        passed_over=origin.passed_over,
+        notes=origin.notes,
     )
+    known = _complete(class_to_idx, captured)
     manifest = Manifest(
         status="calibrating",
         model=spec,
         data=data,
-        class_to_idx=_complete(class_to_idx, captured),
+        class_to_idx=known,
+        classes_source=origin.classes_source if known else None,
+        class_from=origin.class_from,
+        outputs=_outputs(captured),
         recipe=recipe,
         graph_fingerprint=fingerprint(captured),
         calibration=record,
@@ -239,12 +249,15 @@ def check_cost(
         )
 
 
-def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
-    """The class map where it covers the whole classifier: folders of a part of the classes are numbered by chance."""
+def _outputs(captured: fx.GraphModule) -> int:
+    """How many logits an image has."""
     output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    outputs = output.meta["val"].shape[-1]
-    # One logit tells two classes apart, by its sign.
-    return class_to_idx if len(class_to_idx) == (2 if outputs == 1 else outputs) else {}
+    return int(output.meta["val"].shape[-1])
+
+
+def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
+    """The class map where it covers the whole classifier, whose one output would tell two classes apart."""
+    return class_to_idx if len(class_to_idx) == max(_outputs(captured), 2) else {}
 
 
 def _equalize(

@@ -11,9 +11,13 @@ import typer
 from ospq_export.cli.options import (
     CheckpointKeyOption,
     CheckpointOption,
+    ClassFromOption,
+    ClassMapOption,
+    ClassOrderOption,
     CropPctOption,
     DataOption,
     DeviceOption,
+    ExifOption,
     InputSizeOption,
     InterpolationOption,
     MeanOption,
@@ -27,6 +31,7 @@ from ospq_export.cli.options import (
     StdOption,
     ThreadsOption,
     WorkersOption,
+    class_choice,
     compute_with,
     console,
     data_settings,
@@ -58,6 +63,10 @@ def calibrate(
     std: StdOption = None,
     crop_pct: CropPctOption = None,
     interpolation: InterpolationOption = None,
+    exif: ExifOption = False,
+    class_map: ClassMapOption = None,
+    class_order: ClassOrderOption = None,
+    class_from: ClassFromOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
@@ -78,12 +87,15 @@ def calibrate(
     chosen = read_recipe(recipe, overrides)
     check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
-    given = data_settings(input_size, mean, std, crop_pct, interpolation)
+    given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
+    choice = class_choice(class_map, class_order, class_from)
+    from ospq_export.data import ImageSet, number_classes, scan_folder
 
-    def images(config: DataConfig) -> ImageSet:
-        from ospq_export.data import ImageSet
+    # Before the network is made: a folder that cannot be used is said at once.
+    scan = scan_folder(data, choice.level)
 
-        return ImageSet.from_folder(data, config)
+    def images(config: DataConfig, outputs: int) -> ImageSet:
+        return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
 
     run_calibrate(
         spec,
@@ -128,7 +140,7 @@ def run_calibrate(
     from ospq_export.data import resolve_data_config
 
     config = resolve_data_config(network, spec, settings)
-    image_set: ImageSet = images(config)
+    image_set: ImageSet = images(config, network.num_classes)
     _check_images(len(image_set), config, recipe, budget, network)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
@@ -142,6 +154,7 @@ def run_calibrate(
             out,
             class_to_idx=image_set.class_to_idx,
             skipped=image_set.skipped,
+            origin=image_set.record,
             device=device,
             seed=seed,
             progress=progress,

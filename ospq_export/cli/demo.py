@@ -41,7 +41,10 @@ def demo(
     overrides: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/demo-MODEL-RECIPE.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Validate on the first N of the 10,000 test images.")
+        int | None,
+        typer.Option(
+            min=1, help="Validate on a sample of N of the 10,000 test images, with each class's share."
+        ),
     ] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
@@ -60,7 +63,7 @@ def demo(
         run_calibrate(
             spec,
             demo_data_overrides(),
-            lambda config: demo_images("calibration", config),
+            lambda config, _: demo_images("calibration", config),
             chosen,
             folder,
             device=device,

@@ -10,9 +10,11 @@ import typer
 from ospq_export.cli.options import (
     CheckpointKeyOption,
     CheckpointOption,
+    ClassFromOption,
     CropPctOption,
     DataOption,
     DeviceOption,
+    ExifOption,
     InputSizeOption,
     InterpolationOption,
     MeanOption,
@@ -51,6 +53,8 @@ def inspect(
     std: StdOption = None,
     crop_pct: CropPctOption = None,
     interpolation: InterpolationOption = None,
+    exif: ExifOption = False,
+    class_from: ClassFromOption = None,
     images: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 64,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
@@ -68,18 +72,19 @@ def inspect(
 
     from ospq_export.artifact import write_json
     from ospq_export.calibrate.profile import outlier_profile
-    from ospq_export.data import ImageSet, resolve_data_config
+    from ospq_export.data import Classes, ImageSet, resolve_data_config, scan_folder
     from ospq_export.graph.capture import capture
     from ospq_export.models import create_model, torch_device
     from ospq_export.progress import stage_progress, stepper
 
     target = torch_device(device)
+    scan = scan_folder(data, class_from)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     torch.manual_seed(seed)
     network = create_model(spec)
-    settings = data_settings(input_size, mean, std, crop_pct, interpolation)
+    settings = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     config = resolve_data_config(network, spec, settings)
-    sample = ImageSet.from_folder(data, config).sample(images, seed, workers).images
+    sample = ImageSet.from_scan(scan, config, Classes()).sample(images, seed, workers).images
     with stage_progress(disable=quiet) as progress:
         advance = stepper(progress, "profile", -(-len(sample) // 32))
         records = outlier_profile(capture(network, config.input_size).to(target), sample, advance=advance)

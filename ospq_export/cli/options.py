@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from ospq_export.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ospq_export.data import ClassChoice
     from ospq_export.models import ModelSpec
     from ospq_export.recipes import Recipe
 
@@ -47,6 +48,25 @@ MeanOption = Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0
 StdOption = Annotated[str | None, typer.Option(help="Standard deviation per channel.")]
 CropPctOption = Annotated[float | None, typer.Option(help="Share of the resized image that the crop keeps.")]
 InterpolationOption = Annotated[str | None, typer.Option(help="Resampling: bicubic, bilinear, nearest, ...")]
+ExifOption = Annotated[
+    bool, typer.Option("--exif", help="Turn images as their EXIF orientation says; timm does not.")
+]
+ClassMapOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The classes in the order of the network's outputs: JSON, or text with one name a line."
+    ),
+]
+ClassOrderOption = Annotated[
+    Literal["plain", "natural"] | None,
+    typer.Option(help="Order that class folders are numbered in: plain is torchvision's, natural is timm's."),
+]
+ClassFromOption = Annotated[
+    Literal["first", "path"] | None,
+    typer.Option(
+        help="Class of an image in nested folders: the first level below --data, or the whole path."
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate` wrote.")]
 RecipeOption = Annotated[
     str, typer.Option(help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, paper-w4a4) or a TOML file.")
@@ -95,6 +115,7 @@ def data_settings(
     std: str | None,
     crop_pct: float | None,
     interpolation: str | None,
+    exif: bool = False,
 ) -> dict[str, Any]:
     """What the command line says of the preprocessing; what it leaves out is the model's own.
 
@@ -107,15 +128,34 @@ def data_settings(
         "std": _numbers(std, "--std", float),
         "crop_pct": crop_pct,
         "interpolation": interpolation,
+        "exif": exif or None,
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def class_choice(
+    class_map: Path | None,
+    class_order: Literal["plain", "natural"] | None,
+    class_from: Literal["first", "path"] | None,
+) -> ClassChoice:
+    """What the command line says of the classes.
+
+    Raises:
+        InputError: both a map and an order are given, or the map cannot be read.
+    """
+    from ospq_export.data import ClassChoice
+
+    return ClassChoice(class_map, class_order, class_from)
 
 
 def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(kind(part) for part in text.replace(",", " ").split())
+        numbers = tuple(kind(part) for part in text.replace(",", " ").split())
+        if not numbers:
+            raise ValueError
+        return numbers
     except ValueError as error:
         raise InputError(
             f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ospq_export.cli.options import (
+    ClassFromOption,
+    ClassMapOption,
+    ClassOrderOption,
     DataOption,
     DeviceOption,
+    ExifOption,
     QuietOption,
     RunArgument,
     ThreadsOption,
     WorkersOption,
+    class_choice,
     compute_with,
     console,
 )
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
-    from ospq_export.data import ImageSet
+    from ospq_export.data import ClassChoice, ImageSet
     from ospq_export.validate.report import Report
     from ospq_export.validate.verdict import Thresholds
+
+log = logging.getLogger(__name__)
 
 
 def validate(
@@ -35,7 +43,9 @@ def validate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use N images only: a seeded sample with each class's share.")
+    ] = None,
     max_drop: Annotated[
         float, typer.Option(min=0, max=100, help="Points of Top-1 that may be lost against float.")
     ] = 1.0,
@@ -80,6 +90,10 @@ def validate(
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
     ] = False,
+    exif: ExifOption = False,
+    class_map: ClassMapOption = None,
+    class_order: ClassOrderOption = None,
+    class_from: ClassFromOption = None,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 2,
     threads: ThreadsOption = None,
@@ -87,7 +101,6 @@ def validate(
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
     compute_with(threads)
-    from ospq_export.data import ImageSet
     from ospq_export.run import Run
 
     thresholds = _thresholds(
@@ -98,7 +111,7 @@ def validate(
         significance=significance,
     )
     opened = Run.open(run)
-    images = ImageSet.from_folder(data, opened.manifest.data, opened.manifest.class_to_idx or None)
+    images = _images(opened, data, class_choice(class_map, class_order, class_from), exif)
     report = run_validate(
         opened,
         images,
@@ -117,6 +130,27 @@ def validate(
         workers=workers,
     )
     raise typer.Exit(report.verdict.exit_status)
+
+
+def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
+    """The validation images, prepared as the run says, with the run's classes where it knows them."""
+    import dataclasses
+
+    from ospq_export.data import Classes, ImageSet, known_classes, number_classes, scan_folder
+
+    manifest = run.manifest
+    choice = dataclasses.replace(choice, level=choice.level or manifest.class_from)
+    scan = scan_folder(data, choice.level)
+    if manifest.class_to_idx:
+        known = Classes(manifest.class_to_idx, manifest.classes_source)
+        classes = known_classes(scan, choice, known)
+    else:
+        classes = number_classes(scan, choice, run.outputs)
+    config = manifest.data
+    if exif and not config.exif:
+        log.warning("images are turned as EXIF says, those of the calibration were not")
+        config = config.model_copy(update={"exif": True})
+    return ImageSet.from_scan(scan, config, classes)
 
 
 def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Report:

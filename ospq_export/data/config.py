@@ -1,11 +1,18 @@
 """The preprocessing a network expects: timm's answer, the user's overrides, and the transform they define."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor, nn
 
@@ -13,6 +20,7 @@ from ospq_export.errors import InputError
 from ospq_export.models import ModelSpec
 
 _OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_WHITE = 255
 
 
 class DataConfig(BaseModel):
@@ -25,6 +33,7 @@ class DataConfig(BaseModel):
         interpolation: The filter that resizes.
         crop_pct: Share of the resized image's side that the centre crop keeps.
         crop_mode: `center` keeps the aspect ratio and crops, `squash` does not keep it, `border` pads.
+        exif: Whether an image's EXIF orientation is applied; timm ignores it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +44,7 @@ class DataConfig(BaseModel):
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     crop_pct: float
     crop_mode: Literal["center", "squash", "border"]
+    exif: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,11 +54,18 @@ class DataConfig(BaseModel):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels or not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} {values}: {channels} finite values are needed, one per channel")
+        _check_units(mean=self.mean, std=self.std)
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std}: it divides, so it must be positive")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct {self.crop_pct}: a share above 0 and at most 1 is needed")
         return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without `exif` it is timm's own data configuration, and that of files written before there was such a field.
+        dumped: dict[str, Any] = dump(self)
+        return dumped if self.exif else {key: value for key, value in dumped.items() if key != "exif"}
 
     @property
     def image_mode(self) -> Literal["L", "RGB"]:
@@ -57,8 +74,26 @@ class DataConfig(BaseModel):
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
-        transform: Callable[[Image.Image], Tensor] = create_transform(is_training=False, **self.model_dump())
+        transform: Callable[[Image.Image], Tensor] = create_transform(
+            is_training=False, **self.model_dump(exclude={"exif"})
+        )
         return transform
+
+
+def _check_units(**settings: tuple[float, ...]) -> None:
+    """Raises ValueError where a setting is in units of 0..255 instead of [0, 1]."""
+    large = {name: values for name, values in settings.items() if max(map(abs, values)) > 1}
+    if not large:
+        return
+    given = " and ".join(f"{name} {_listed(values)}" for name, values in large.items())
+    if max(abs(value) for values in large.values() for value in values) > _WHITE:
+        raise ValueError(f"{given}: neither in 0..1 nor in 0..255")
+    scaled = " ".join(f"--{n} {_listed([v / _WHITE for v in values])}" for n, values in large.items())
+    raise ValueError(f"{given}: above 1, so in units of 0..255; over 255 it is {scaled}")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
 
 
 def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[str, Any]) -> DataConfig:
@@ -68,6 +103,7 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         model: The network, as built from `spec`.
         spec: Its `img_size` and `in_chans` win over timm's configuration of the pretrained weights.
         overrides: Any of DataConfig's fields; None means not given, and one mean or std serves all channels.
+            `exif` is False unless given.
 
     Returns:
         The configuration, with as many means and stds as channels: where timm's do not fit, their average.
@@ -76,6 +112,7 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         InputError: A value is impossible, or the network does not take inputs of this size.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
+    exif = given.pop("exif", False)
     unknown = sorted(given.keys() - set(_OVERRIDES))
     if unknown:
         raise InputError(
@@ -83,7 +120,7 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         )
     try:
         resolved = resolve_input_data_config(model, {**given, "model_kwargs": spec.kwargs})
-        return DataConfig.model_validate({key: resolved[key] for key in _OVERRIDES})
+        return DataConfig.model_validate({**{key: resolved[key] for key in _OVERRIDES}, "exif": exif})
     except ValidationError as error:
         where, what = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
         message = ": ".join([*map(str, where[:1]), what])

@@ -1,6 +1,7 @@
 """Batches of preprocessed images, streamed in a fixed order; one that cannot be read is named, not fatal."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from ospq_export.data.classes import ClassChoice, Classes, check_folders, number_classes
 from ospq_export.data.config import DataConfig
-from ospq_export.data.sources import ArraySource, Source, scan_folder
+from ospq_export.data.decode import Decoded, Decoder, gather
+from ospq_export.data.folders import Scan, scan_folder
+from ospq_export.data.notes import Notes
+from ospq_export.data.record import ImagesRecord
+from ospq_export.data.sampling import stratified
+from ospq_export.data.sources import NO_LABEL, ArraySource, FolderSource, Source
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -39,51 +46,6 @@ class Batch:
         return len(self.ids)
 
 
-_Decoded = tuple[int, Tensor | str]
-"""An image's place in its source, and its pixels (C, H, W) or the reason why there are none."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """What a worker hands over: the images it could read as one tensor, for each costs a file descriptor.
-
-    Attributes:
-        indices: Places of the readable images in the source.
-        images: float32, (len(indices), C, H, W).
-        unreadable: Places of the others, and why they could not be read.
-    """
-
-    indices: list[int]
-    images: Tensor
-    unreadable: list[tuple[int, str]]
-
-
-class _Decoder(Dataset[_Decoded]):
-    """What runs in a worker process: decoding and the transform, and never an exception for a bad file."""
-
-    def __init__(self, source: Source, config: DataConfig) -> None:
-        self._source = source
-        self._mode = config.image_mode
-        self._transform = config.transform()
-
-    def __getitem__(self, index: int) -> _Decoded:
-        try:
-            image = self._source.decode(index, self._mode)
-        except Exception as error:
-            # PIL's decoders raise all sorts of things on damaged files, SyntaxError and struct.error too.
-            return index, f"{type(error).__name__}: {error}"
-        return index, self._transform(image)
-
-
-def _gather(decoded: list[_Decoded]) -> _Chunk:
-    readable = [(index, pixels) for index, pixels in decoded if isinstance(pixels, Tensor)]
-    return _Chunk(
-        [index for index, _ in readable],
-        torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0),
-        [(index, reason) for index, reason in decoded if isinstance(reason, str)],
-    )
-
-
 class ImageSet:
     """An ordered set of images with one network's preprocessing.
 
@@ -94,30 +56,73 @@ class ImageSet:
     """
 
     def __init__(
-        self, source: Source, config: DataConfig, class_to_idx: Mapping[str, int], name: str
+        self,
+        source: Source,
+        config: DataConfig,
+        class_to_idx: Mapping[str, int],
+        name: str,
+        origin: ImagesRecord | None = None,
     ) -> None:
         self.config = config
         self.class_to_idx = dict(class_to_idx)
         self.skipped: list[str] = []
         self._source = source
         self._name = name
+        self._origin = origin or ImagesRecord()
+        self._notes = Notes()
 
     @classmethod
     def from_folder(
-        cls, root: Path, config: DataConfig, class_to_idx: Mapping[str, int] | None = None
+        cls,
+        root: Path,
+        config: DataConfig,
+        class_to_idx: Mapping[str, int] | None = None,
+        *,
+        choice: ClassChoice | None = None,
+        outputs: int | None = None,
     ) -> Self:
         """The images under `root`, one folder per class, or all directly in it and then without labels.
 
         Args:
             root: The folder.
             config: The preprocessing.
-            class_to_idx: The classes' indices; None numbers the folders in timm's order.
+            class_to_idx: The classes' indices; None finds them, see `number_classes`.
+            choice: What is said of the classes' order and folders.
+            outputs: Outputs of the network; None where they are not known.
 
         Raises:
-            InputError: The folder is missing, cannot be read, has no image or a class not in `class_to_idx`.
+            InputError: The folder is missing, cannot be read, has no image or a class not in `class_to_idx`, or nothing tells
+                which folder is which class.
         """
-        source, classes = scan_folder(root, class_to_idx)
-        return cls(source, config, classes, str(root))
+        said = choice or ClassChoice()
+        scan = scan_folder(root, said.level)
+        known = Classes(class_to_idx, "given by the caller") if class_to_idx else None
+        return cls.from_scan(scan, config, known or number_classes(scan, said, outputs))
+
+    @classmethod
+    def from_scan(cls, scan: Scan, config: DataConfig, classes: Classes) -> Self:
+        """The images that were found in a folder.
+
+        Args:
+            scan: What was found.
+            config: The preprocessing.
+            classes: The classes' indices; none at all leaves the images without labels.
+
+        Raises:
+            InputError: A folder is not among the classes.
+        """
+        indices = classes.indices if scan.names else {}
+        if indices:
+            check_folders(scan, classes)
+        labels = np.array([indices.get(name, NO_LABEL) for name in scan.class_of], np.int64)
+        ids = [os.fsencode(file).decode("utf-8", "replace") for file in scan.files]
+        source = FolderSource([scan.root / file for file in scan.files], labels, ids)
+        origin = ImagesRecord(
+            classes_source=classes.source if indices else None,
+            class_from=scan.class_from,
+            passed_over=scan.passed_over,
+        )
+        return cls(source, config, indices, str(scan.root), origin)
 
     @classmethod
     def from_arrays(
@@ -138,7 +143,9 @@ class ImageSet:
             class_names: The classes in the order of their indices.
         """
         source = ArraySource(images, labels, ids)
-        return cls(source, config, {name: index for index, name in enumerate(class_names)}, "arrays")
+        indices = {name: index for index, name in enumerate(class_names)}
+        origin = ImagesRecord(classes_source="given with the images")
+        return cls(source, config, indices, "arrays", origin)
 
     def __len__(self) -> int:
         """How many images there are, readable or not."""
@@ -148,6 +155,17 @@ class ImageSet:
     def ids(self) -> Sequence[str]:
         """Their names, readable or not, in order."""
         return self._source.ids
+
+    @property
+    def record(self) -> ImagesRecord:
+        """Where the images came from, with what was noted on those read so far."""
+        return self._origin.model_copy(update={"notes": self._notes.counts()})
+
+    def choose(self, count: int, seed: int = 0) -> Sequence[int]:
+        """Places of `count` images in their order, drawn at random with each class's share; all where there are not more."""
+        if count >= len(self):
+            return range(len(self))
+        return stratified(self._source.labels, count, seed).tolist()
 
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None, workers: int = 0
@@ -168,14 +186,18 @@ class ImageSet:
         order = range(len(self)) if indices is None else indices
         held: list[tuple[int, Tensor]] = []
         found = 0
-        for image in self._readable(order, batch_size, workers):
-            found += 1
-            held.append(image)
-            if len(held) == batch_size:
+        try:
+            for image in self._readable(order, batch_size, workers):
+                found += 1
+                held.append(image)
+                if len(held) == batch_size:
+                    yield self._collate(held)
+                    held = []
+            if held:
                 yield self._collate(held)
-                held = []
-        if held:
-            yield self._collate(held)
+        finally:
+            # Also where the caller has enough before the end.
+            self._notes.log(self._name)
         if len(order) and not found:
             raise InputError(
                 f"none of {len(order)} images can be read",
@@ -217,18 +239,20 @@ class ImageSet:
 
     def _readable(self, order: Sequence[int], batch_size: int, workers: int) -> Iterator[tuple[int, Tensor]]:
         """Places and pixels of the images in `order`, without those that cannot be read, which are noted."""
-        loader: DataLoader[_Decoded] = DataLoader(
-            _Decoder(self._source, self.config),
+        loader: DataLoader[Decoded] = DataLoader(
+            Decoder(self._source, self.config),
             batch_size=batch_size,
             sampler=order,
             num_workers=workers,
-            collate_fn=_gather,
+            collate_fn=gather,
             # A generator of its own, else every pass would draw a number from torch's global one.
             generator=torch.Generator(),
         )
         for chunk in loader:
             for index, reason in chunk.unreadable:
                 self._skip(index, reason)
+            for index, notes in zip(chunk.indices, chunk.notes, strict=True):
+                self._notes.add(index, notes)
             yield from zip(chunk.indices, chunk.images, strict=True)
 
     def _collate(self, images: list[tuple[int, Tensor]]) -> Batch:

@@ -291,4 +291,5 @@ def _common_metadata(run: Run) -> dict[str, str]:
         "graph_fingerprint": manifest.graph_fingerprint,
         "preprocessing": manifest.data.model_dump_json(),
         **({"classes": json.dumps(classes)} if classes else {}),
+        **({"classes_source": manifest.classes_source} if manifest.classes_source else {}),
     }

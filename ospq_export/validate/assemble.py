@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ospq_export.data import ImagesRecord
 from ospq_export.processor import examine_processor, machine_name
 from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
 from ospq_export.validate.backends import Backend
@@ -54,6 +56,8 @@ class Evidence:
         float_reference: the execution of the float network, or None.
         uncompared: deployed executions that nothing here can be compared with.
         floor: the noise floor; None where it was not measured.
+        images: where the images came from, and what was noted on them.
+        class_to_idx: classes of the images.
         locations: comparisons of codes.
         seen: how many of the images the run was calibrated on, by content.
         decision_threshold: of a network with a single logit; None for all others.
@@ -68,6 +72,8 @@ class Evidence:
     float_reference: str | None
     uncompared: list[str]
     floor: NoiseFloor | None
+    images: ImagesRecord = field(default_factory=ImagesRecord)
+    class_to_idx: Mapping[str, int] = field(default_factory=dict)
     locations: list[Location] = field(default_factory=list)
     seen: int = 0
     decision_threshold: float | None = None
@@ -98,8 +104,9 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
     labels = evidence.collector.labels()
+    class_names = _class_names(run, evidence)
     if has_labels(labels):
-        _warn_about_classes(run, logits(names[0]).shape[1])
+        _warn_about_classes(class_names, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
     left = not_executed(run, evidence.backends)
@@ -112,8 +119,11 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         calibration_images_seen=evidence.seen,
         not_executed=left,
         accuracy=changes,
-        class_names=_class_names(run),
+        class_names=class_names,
+        classes_source=evidence.images.classes_source,
         skipped=evidence.unreadable,
+        passed_over=evidence.images.passed_over,
+        image_notes=evidence.images.notes,
         executions_skipped=evidence.skipped,
         findings=processor_findings(run, names),
         backends=[_result(b, evidence) for b in evidence.backends],
@@ -194,16 +204,17 @@ def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
     return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
 
-def _class_names(run: Run) -> list[str]:
-    known = run.manifest.class_to_idx
+def _class_names(run: Run, evidence: Evidence) -> list[str]:
+    known = evidence.class_to_idx or run.manifest.class_to_idx
     return sorted(known, key=known.__getitem__)
 
 
-def _warn_about_classes(run: Run, classes: int) -> None:
-    if len(run.manifest.class_to_idx) != classes:
+def _warn_about_classes(names: list[str], classes: int) -> None:
+    # One output tells two classes apart.
+    if len(names) != max(classes, 2):
         log.warning(
-            "the run knows %d classes and the network has %d: Top-1 means something only if folder i is class i",
-            len(run.manifest.class_to_idx),
+            "%d classes are known and the network has %d: Top-1 means something only if label i is class i",
+            len(names),
             classes,
         )
 

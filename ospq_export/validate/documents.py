@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.artifact import replacing
+from ospq_export.validate.report import image_lines
 from ospq_export.validate.thumbnails import thumbnails
 from ospq_export.validate.verdict import worst_of
 
@@ -81,6 +82,7 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     rows = _class_rows(report)
     return {
         "report": report,
+        "image_lines": image_lines(report),
         "manifest": manifest,
         "marks": _MARKS,
         "worst": worst_of(report.verdict.faithful, report.verdict.accuracy),

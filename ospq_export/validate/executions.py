@@ -227,17 +227,19 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
     """The first setting in which two preprocessings differ, with both values; None where they are the same."""
-    a, b = ours.model_dump(), theirs.model_dump()
-    return next(((key, a[key], b[key]) for key in a if a[key] != b[key]), None)
+    pairs = ((key, getattr(ours, key), getattr(theirs, key)) for key in type(ours).model_fields)
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def check_preprocessing(run: Run, config: DataConfig) -> None:
-    """Hold the images to the run's preprocessing.
+    """Hold the images to the run's preprocessing; whether files are turned as EXIF says is up to those files.
 
     Raises:
         InputError: they are prepared differently.
     """
-    changed = changed_preprocessing(run.manifest.data, config)
+    changed = changed_preprocessing(
+        run.manifest.data, config.model_copy(update={"exif": run.manifest.data.exif})
+    )
     if changed is not None:
         key, ours, theirs = changed
         raise InputError(

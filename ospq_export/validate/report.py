@@ -83,7 +83,10 @@ class Report(_Record):
     not_executed: list[str] = []
     accuracy: list[AccuracyChange] = []
     class_names: list[str] = []
+    classes_source: str | None = None
     skipped: list[str]
+    passed_over: dict[str, int] = {}
+    image_notes: dict[str, int] = {}
     executions_skipped: dict[str, str] = {}
     findings: list[str] = []
     backends: list[BackendResult]
@@ -95,3 +98,12 @@ class Report(_Record):
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None
     provenance: Provenance
+
+
+def image_lines(report: Report) -> list[str]:
+    """What is to be known of the images: where their classes' numbers are from, what was passed over, ignored, assumed."""
+    lines = [f"classes: {report.classes_source}"] if report.classes_source else []
+    if report.passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.passed_over.items())
+        lines.append(f"passed over, no images: {kinds}")
+    return lines + [f"{count} images {note}" for note, count in report.image_notes.items()]

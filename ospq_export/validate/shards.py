@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,8 +39,13 @@ def part_of(total: int, share: int, count: int) -> int:
 
 
 def pool(
-    world: World, collector: Collector, seconds: dict[str, float], unreadable: Sequence[str], samples: Samples
-) -> tuple[Collector, dict[str, float], list[str]]:
+    world: World,
+    collector: Collector,
+    seconds: dict[str, float],
+    unreadable: Sequence[str],
+    samples: Samples,
+    notes: Mapping[str, int],
+) -> tuple[Collector, dict[str, float], list[str], dict[str, int]]:
     """Exchange what the processes found in their shares.
 
     Args:
@@ -48,18 +54,20 @@ def pool(
         seconds: spent in each execution.
         unreadable: images that could not be read.
         samples: afterwards those of all processes.
+        notes: on the images of this share, and for how many of them.
 
     Returns:
-        The collector of all images in order; seconds summed over the processes; all unreadable images.
+        The collector of all images in order; seconds summed over the processes; all unreadable images; notes, summed.
     """
     if world.size == 1:
-        return collector, seconds, list(unreadable)
+        return collector, seconds, list(unreadable), dict(notes)
     kept = np.concatenate(samples.kept) if samples.kept else np.empty((0, 0, 0, 0), np.float32)
     mine = {
         "labels": collector.labels().tolist(),
         "ids": collector.ids,
         "seconds": seconds,
         "unreadable": list(unreadable),
+        "notes": dict(notes),
         "kept": kept.shape,
         "seen": samples.seen,
         "floor": None if samples.meter is None else samples.meter.counts(),
@@ -80,4 +88,10 @@ def pool(
         if samples.meter is not None and place != world.rank:
             samples.meter.absorb(facts["floor"])
     total = {name: sum(facts["seconds"][name] for facts in told) for name in seconds}
-    return whole, total, list(dict.fromkeys(name for facts in told for name in facts["unreadable"]))
+    everywhere = sum((Counter(facts["notes"]) for facts in told), Counter())
+    return (
+        whole,
+        total,
+        list(dict.fromkeys(n for facts in told for n in facts["unreadable"])),
+        dict(everywhere),
+    )

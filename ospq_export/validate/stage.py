@@ -72,7 +72,7 @@ def validate(
         backends: names out of `ALL_BACKENDS`, a deployed one among them, whose references come along; None takes every
             default one that this machine has.
         batch_size: images per forward pass.
-        limit: use the first `limit` images only.
+        limit: use that many images only, a seeded sample of all with each class's share.
         device: torch device of the torch executions; a CUDA device makes ONNX Runtime use its CUDA provider.
         workers: processes that decode.
         thresholds: what is allowed; None takes the defaults.
@@ -101,8 +101,10 @@ def validate(
     check_batches(executions.backends, latency_batches)
     outputs = Outputs(decision_threshold)
     references = executions.references(float_type)
-    count = len(images) if limit is None else min(limit, len(images))
-    share = share_of(world, count, batch_size)
+    chosen = range(len(images)) if limit is None else images.choose(limit)
+    count = len(chosen)
+    here = share_of(world, count, batch_size)
+    share = chosen[here.start : here.stop]
     samples = Samples(
         executions,
         device,
@@ -115,7 +117,8 @@ def validate(
     )
     everything = [*executions.backends, *others]
     collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, outputs)
-    collector, seconds, unreadable = pool(world, collector, seconds, images.skipped, samples)
+    found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
+    collector, seconds, unreadable, notes = found
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
@@ -124,6 +127,8 @@ def validate(
         backends=everything,
         skipped=executions.skipped,
         unreadable=unreadable,
+        images=images.record.model_copy(update={"notes": notes}),
+        class_to_idx=images.class_to_idx,
         references=references,
         float_reference=executions.float_reference,
         uncompared=executions.uncompared(float_type),
@@ -155,7 +160,7 @@ def _collect(
     executions: Sequence[Backend],
     images: ImageSet,
     batch_size: int,
-    share: range,
+    share: Sequence[int],
     workers: int,
     progress: Progress | None,
     samples: Samples,

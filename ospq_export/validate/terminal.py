@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ospq_export.validate.report import BackendResult, Report
+from ospq_export.validate.report import BackendResult, Report, image_lines
 from ospq_export.validate.verdict import Outcome
 
 _SHOWN_FLIPS = 5
@@ -90,7 +90,8 @@ def _flip_lines(report: Report) -> list[Text]:
 
 
 def _left_out_lines(report: Report) -> list[Text]:
-    lines = [
+    lines = [Text(f"  {line}", style="yellow") for line in image_lines(report)]
+    lines += [
         Text(f"  {name} left out: {why}", style="dim") for name, why in report.executions_skipped.items()
     ]
     if report.skipped:

@@ -1,0 +1,202 @@
+"""Reading a class map: which output of a network a class folder belongs to."""
+
+import codecs
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ospq_export.data.natural import class_name
+from ospq_export.errors import InputError
+
+_FORMS = "one name a line, 'index,name', 'name,index' or 'index name' lines, or JSON"
+_HEADINGS = frozenset(
+    {
+        "class",
+        "class_id",
+        "class_idx",
+        "class_index",
+        "class_name",
+        "folder",
+        "id",
+        "idx",
+        "index",
+        "label",
+        "name",
+        "synset",
+        "target",
+        "wnid",
+    }
+)
+_SHOWN = 3
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+Pairs = list[tuple[str, int]]
+
+
+def read_class_map(path: Path) -> dict[str, int]:
+    """Reads a class map.
+
+    Args:
+        path: JSON (a list of names, an object of indices by name or of names by index), or text: one name a line, or lines of
+            `index,name`, `name,index`, `index name` or `name index`.
+
+    Returns:
+        Indices 0 to N - 1 by name.
+
+    Raises:
+        InputError: It cannot be read, is none of these, names a class or an index twice, or leaves an index out.
+    """
+    text = _read(path)
+    stripped = text.lstrip()
+    if path.suffix.lower() == ".json" or stripped[:1] in ("[", "{"):
+        pairs = _from_json(stripped, path)
+    else:
+        pairs = _from_lines(text, path)
+    return _checked([(class_name(name.strip()), index) for name, index in pairs], path)
+
+
+def _refuse(what: str, path: Path, mend: str = f"write {_FORMS}") -> InputError:
+    return InputError(f"the class map {what}", where=f"--class-map {path}", mend=mend)
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _refuse(f"cannot be read: {error.strerror}", path, "give a file") from error
+    encoding = next((name for bom, name in _BOMS if data.startswith(bom)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise _refuse("is not UTF-8 text", path, "save it as UTF-8") from error
+
+
+def _from_json(text: str, path: Path) -> Pairs:
+    def pairs_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = _twice([key for key, _ in pairs])
+        if twice:
+            raise _refuse(f"has {twice[0]!r} twice", path, "leave one out")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs_of)
+    except (ValueError, RecursionError) as error:
+        raise _refuse(f"is not JSON: {error}", path) from error
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return [(name, index) for index, name in enumerate(value)]
+    if not isinstance(value, dict) or not value:
+        raise _refuse("is neither a list of names nor an object", path)
+    keys, values = list(value), list(value.values())
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        return list(zip(keys, values, strict=True))
+    if not all(isinstance(v, str) for v in values):
+        strange = next(v for v in values if not isinstance(v, str))
+        raise _refuse(f"has the value {str(strange)[:40]!r}, neither a name nor an index", path)
+    return _by_index_or_name(keys, values, path)
+
+
+def _by_index_or_name(left: Sequence[str], right: Sequence[str], path: Path) -> Pairs:
+    """Pairs of two columns, one of which holds the indices."""
+    readings: list[Pairs] = []
+    if all(map(_is_index, left)):
+        readings.append([(name, int(index)) for index, name in zip(left, right, strict=True)])
+    if all(map(_is_index, right)):
+        readings.append([(name, int(index)) for name, index in zip(left, right, strict=True)])
+    if not readings:
+        raise _refuse("has indices in neither column", path)
+    whole = [reading for reading in readings if _is_complete(reading)] or readings[:1]
+    if len(whole) > 1 and dict(whole[0]) != dict(whole[1]):
+        raise _refuse("has numbers on both sides, and either could be the index", path, "write a JSON list")
+    return whole[0]
+
+
+def _from_lines(text: str, path: Path) -> Pairs:
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise _refuse("is empty", path)
+    if "" in lines:
+        raise _refuse(f"has an empty line {lines.index('') + 1}", path, "leave it out, or name the class")
+    for split in (_split_separated, _split_spaced):
+        found = split(lines, path)
+        if found is not None:
+            return found
+    return [(_unquoted(line), index) for index, line in enumerate(lines)]
+
+
+def _split_separated(lines: list[str], path: Path) -> Pairs | None:
+    """`index,name` or `name,index` lines; also with tabs or semicolons, and with a heading."""
+    first = [_unquoted(part).casefold() for part in re.split(r"[,;\t]", lines[0])]
+    body = lines[1:] if len(first) > 1 and set(first) <= _HEADINGS and len(lines) > 1 else lines
+    before = _matches(r"([0-9]+)\s*[,;\t]\s*(.+)", body)
+    after = _matches(r"(.+?)\s*[,;\t]\s*([0-9]+)", body)
+    found = before or after
+    if found is None:
+        return None
+    return _by_index_or_name([left for left, _ in found], [right for _, right in found], path)
+
+
+def _split_spaced(lines: list[str], path: Path) -> Pairs | None:
+    """`index name` or `name index` lines."""
+    before = _matches(r"([0-9]+)\s+(.+)", lines)
+    if before is not None:
+        pairs = [(name, int(index)) for index, name in before]
+        if _twice([index for _, index in pairs]):
+            return None
+        return pairs
+    after = _matches(r"(.+?)\s+([0-9]+)", lines)
+    if after is None:
+        return None
+    pairs = [(name, int(index)) for name, index in after]
+    # 'class 1', 'class 2' are names with a number in them.
+    return None if _twice([name for name, _ in pairs]) else pairs
+
+
+def _matches(pattern: str, lines: list[str]) -> list[tuple[str, str]] | None:
+    found = [re.fullmatch(pattern, line) for line in lines]
+    pairs = [(_unquoted(match[1]), _unquoted(match[2])) for match in found if match]
+    return pairs if len(pairs) == len(lines) else None
+
+
+def _unquoted(text: str) -> str:
+    text = text.strip()
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return text[1:-1].replace('""', '"') if quoted else text
+
+
+def _is_index(text: str) -> bool:
+    return re.fullmatch(r"\s*[0-9]+\s*", text) is not None
+
+
+def _is_complete(pairs: Pairs) -> bool:
+    return sorted(index for _, index in pairs) == list(range(len(pairs)))
+
+
+def _checked(pairs: Pairs, path: Path) -> dict[str, int]:
+    twice = _twice([name for name, _ in pairs])
+    if twice:
+        raise _refuse(f"has the class {twice[0]!r} twice", path, "leave one out")
+    if not all(name for name, _ in pairs):
+        raise _refuse("has a class without a name", path, "name it")
+    shared = _twice([index for _, index in pairs])
+    if shared:
+        names = [name for name, index in pairs if index == shared[0]]
+        raise _refuse(f"gives index {shared[0]} to {names[0]!r} and {names[1]!r}", path, "give each its own")
+    missing = sorted(set(range(len(pairs))) - {index for _, index in pairs})
+    if missing:
+        surplus = [f"{name!r} ({index})" for name, index in pairs if not 0 <= index < len(pairs)]
+        raise _refuse(
+            f"has {len(pairs)} classes and no index {', '.join(map(str, missing[:_SHOWN]))}, but "
+            f"{', '.join(surplus[:_SHOWN])}",
+            path,
+            f"number them from 0 to {len(pairs) - 1} without a gap",
+        )
+    return dict(pairs)
+
+
+def _twice(values: Sequence[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]

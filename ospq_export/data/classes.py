@@ -1,0 +1,288 @@
+"""Which output of a network each class folder stands for; where nothing tells, the answer is refused, never guessed."""
+
+import logging
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+from ospq_export.data.class_map import read_class_map
+from ospq_export.data.folders import Scan
+from ospq_export.data.natural import decomposed_order, natural_order, natural_ties, plain_order
+from ospq_export.data.record import ClassLevel
+from ospq_export.data.wordnet import is_wordnet_id, wordnet_table
+from ospq_export.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ClassOrder = Literal["plain", "natural"]
+
+_SHOWN = 6
+_WAYS = (
+    "give --class-map FILE (one name a line), or --class-order plain or natural, as the network was trained"
+)
+_AGREE = "folders, plain and natural order agree"
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """What the user says of the classes.
+
+    Attributes:
+        map_file: A class map, see `read_class_map`.
+        order: The order the folders are numbered in: `plain` is torchvision's, `natural` is timm's.
+        level: Which folders are the classes, see `scan_folder`.
+    """
+
+    map_file: Path | None = None
+    order: ClassOrder | None = None
+    level: ClassLevel | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where both a map and an order are given."""
+        if self.map_file is not None and self.order is not None:
+            raise InputError(
+                "--class-map and --class-order are both given", where=self.map_file, mend="give one of them"
+            )
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a network.
+
+    Attributes:
+        indices: Outputs by name; empty where they are not known.
+        source: What that rests on, in words; None where it is not known.
+    """
+
+    indices: Mapping[str, int] = field(default_factory=dict)
+    source: str | None = None
+
+
+def number_classes(scan: Scan, choice: ClassChoice, outputs: int | None, *, needed: bool = True) -> Classes:
+    """Finds the classes' numbers: the given map or order, timm's table of WordNet ids, or the order both libraries agree on.
+
+    Args:
+        scan: The folder.
+        choice: What the user says.
+        outputs: Outputs of the network; None where they are not known, and then as many as there are folders.
+        needed: Whether labels are needed. If not, folders that are not as many as the outputs are left without numbers.
+
+    Raises:
+        InputError: The map does not fit the network or the folders, or nothing tells the numbers.
+    """
+    if not scan.names:
+        if choice.map_file is not None:
+            read_class_map(choice.map_file)
+        logger.warning("%s: no labels: the images lie in no class folders", scan.root)
+        return Classes()
+    classes = _count(outputs, len(scan.names))
+    if choice.map_file is not None:
+        found = _from_map(choice.map_file, outputs and classes)
+    else:
+        found = _from_table(scan, choice, outputs) or _from_order(scan, choice, classes, needed)
+    if found.indices:
+        check_folders(scan, found)
+        _name_missing(scan, found)
+    return found
+
+
+def known_classes(scan: Scan, choice: ClassChoice, known: Classes) -> Classes:
+    """The classes that a run knows, held against what the user says and the folders that are there.
+
+    Args:
+        scan: The folder.
+        choice: What the user says; it has to agree. Where an earlier version numbered the run's classes and guessed, it wins.
+        known: The run's classes.
+
+    Raises:
+        InputError: The two contradict each other, or a folder is none of the run's classes.
+    """
+    if not scan.names:
+        logger.warning("%s: no labels: the images lie in no class folders", scan.root)
+        return Classes()
+    guessed = known.source is None and _was_guessed(known.indices)
+    said = _said(choice, known)
+    if said is not None and dict(said.indices) != dict(known.indices):
+        difference = _first_difference(known.indices, said.indices)
+        if not guessed:
+            raise InputError(
+                f"the run has other classes than {said.source}: {difference}",
+                where=known.source or "the manifest",
+                mend="leave the option out, or calibrate again with it",
+            )
+        logger.warning("the run's classes were numbered by a guess; %s is used: %s", said.source, difference)
+        known = said
+    elif guessed and said is None:
+        logger.warning(
+            "the run's classes were numbered in natural order by an earlier version, which did not ask: "
+            "if the network was trained in plain order, give --class-order plain"
+        )
+    check_folders(scan, known)
+    _name_missing(scan, known)
+    return known
+
+
+def check_folders(scan: Scan, classes: Classes) -> None:
+    """Holds the folders to the classes.
+
+    Raises:
+        InputError: One is not among them.
+    """
+    strangers = [name for name in scan.names if name not in classes.indices]
+    if not strangers:
+        return
+    folded = {_folded(name): name for name in classes.indices}
+    close = [folded[_folded(name)] for name in strangers if _folded(name) in folded]
+    raise InputError(
+        f"{len(strangers)} class folders are not among the run's {len(classes.indices)} classes"
+        f" ({classes.source or 'by the manifest'})",
+        where=f"{scan.root}: {', '.join(strangers[:_SHOWN])}",
+        mend=f"a class is called {close[0]!r}" if close else "rename or remove them, or give their class map",
+    )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+def _count(outputs: int | None, folders: int) -> int:
+    """Classes of a network: one output tells two apart, by its sign."""
+    return folders if outputs is None else max(outputs, 2)
+
+
+def _from_map(path: Path, classes: int | None) -> Classes:
+    indices = read_class_map(path)
+    if classes is not None and len(indices) != classes:
+        names = sorted(indices, key=indices.__getitem__)
+        detail = (
+            f"surplus: {', '.join(names[classes:][:_SHOWN])}"
+            if len(names) > classes
+            else f"its last is {names[-1]!r}, and index {len(names)} is missing"
+        )
+        raise InputError(
+            f"the class map has {len(names)} classes and the network {classes}: {detail}",
+            where=f"--class-map {path}",
+            mend="give one name for each output of the network",
+        )
+    return Classes(indices, f"--class-map {path}")
+
+
+def _from_table(scan: Scan, choice: ClassChoice, outputs: int | None) -> Classes | None:
+    if choice.order is not None or not all(map(is_wordnet_id, scan.names)):
+        return None
+    table = None if outputs is None else wordnet_table(outputs)
+    if table is None:
+        return None
+    name, ids = table
+    found = Classes({wordnet: index for index, wordnet in enumerate(ids)}, f"timm's table {name}")
+    logger.warning("%s: %d WordNet ids are numbered by timm's table %s", scan.root, len(scan.names), name)
+    return found
+
+
+def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> Classes:
+    if len(scan.names) != classes:
+        what = f"{len(scan.names)} class folders and {classes} classes of the network{_odd_ones(scan)}"
+        if needed:
+            raise InputError(
+                f"{what}: nothing tells which folder is which class",
+                where=scan.root,
+                mend="give --class-map FILE, which names every class of the network",
+            )
+        logger.warning("%s: %s: the run keeps no class names", scan.root, what)
+        return Classes()
+    if choice.order is not None:
+        return Classes(_numbered(_ordered(scan, choice.order)), f"--class-order {choice.order}")
+    _refuse_other_orders(scan)
+    return Classes(_numbered(plain_order(scan.names)), _AGREE)
+
+
+def _odd_ones(scan: Scan) -> str:
+    """What may explain a wrong number of folders."""
+    strange = [name for name in scan.names if not is_wordnet_id(name)]
+    if strange and len(strange) < len(scan.names) / 2:
+        return f"; no WordNet ids: {', '.join(strange[:_SHOWN])}"
+    return f"; without an image: {', '.join(scan.empty[:_SHOWN])}" if scan.empty else ""
+
+
+def _ordered(scan: Scan, order: ClassOrder) -> list[str]:
+    ties = natural_ties(scan.names)
+    if order == "natural" and ties:
+        raise InputError(
+            f"natural order does not tell {ties[0]!r} from {ties[1]!r}",
+            where=scan.root,
+            mend="give --class-map FILE, or --class-order plain",
+        )
+    return natural_order(scan.names) if order == "natural" else plain_order(scan.names)
+
+
+def _refuse_other_orders(scan: Scan) -> None:
+    plain, natural = plain_order(scan.names), natural_order(scan.names)
+    ties, decomposed = natural_ties(scan.names), decomposed_order(scan.names)
+    if plain == natural == decomposed and not ties:
+        return
+    reason = ""
+    if plain == natural and ties:
+        reason = f" (and natural order does not tell {ties[0]!r} from {ties[1]!r})"
+    elif plain == natural:
+        natural, reason = decomposed, " (where letters and accents are stored apart)"
+    start = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(plain, natural, strict=True))))
+    start = 0 if len(plain) <= 2 * _SHOWN or reason else start
+    raise InputError(
+        f"the class folders have two orders{reason}: plain (torchvision) {_excerpt(plain, start)}; "
+        f"natural (timm) {_excerpt(natural, start)}",
+        where=scan.root,
+        mend=_WAYS,
+    )
+
+
+def _excerpt(names: Sequence[str], start: int) -> str:
+    stop = start + 2 * _SHOWN if not start else start + _SHOWN
+    shown = [*["..."] * (start > 0), *names[start:stop], *["..."] * (stop < len(names))]
+    return ", ".join(shown)
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names)}
+
+
+def _name_missing(scan: Scan, classes: Classes) -> None:
+    there = set(scan.names)
+    missing = [name for name in classes.indices if name not in there]
+    if missing or scan.empty:
+        logger.warning(
+            "%s: %d of %d classes have no folder, %d have one without an image%s",
+            scan.root,
+            len(missing),
+            len(classes.indices),
+            len(scan.empty),
+            f": {', '.join([*missing, *scan.empty][:_SHOWN])}",
+        )
+
+
+def _was_guessed(indices: Mapping[str, int]) -> bool:
+    """Whether a class map without a source is what the natural order gives, and plain order another one."""
+    names = sorted(indices, key=indices.__getitem__)
+    return names == natural_order(names) != plain_order(names)
+
+
+def _said(choice: ClassChoice, known: Classes) -> Classes | None:
+    """The run's classes as the user's options number them."""
+    if choice.map_file is not None:
+        return _from_map(choice.map_file, None)
+    if choice.order is None:
+        return None
+    names = list(known.indices)
+    ordered = natural_order(names) if choice.order == "natural" else plain_order(names)
+    return Classes(_numbered(ordered), f"--class-order {choice.order}")
+
+
+def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    for name, index in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(name) != index:
+            there = f"{theirs[name]} there" if name in theirs else "missing there"
+            return f"class {name!r} is {index} in the run and {there}"
+    surplus = next(name for name in theirs if name not in ours)
+    return f"class {surplus!r} is not in the run"

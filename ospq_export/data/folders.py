@@ -1,0 +1,296 @@
+"""Finding images below a folder, and which of the folders are classes."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from ospq_export.data.formats import picture_extensions
+from ospq_export.data.natural import class_name, natural_key
+from ospq_export.data.record import ClassLevel
+from ospq_export.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_HIDDEN = frozenset(
+    {
+        "#recycle",
+        "$recycle.bin",
+        "@eadir",
+        "__macosx",
+        "__pycache__",
+        "desktop.ini",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+_CONTAINERS = frozenset(
+    {
+        "bmp",
+        "data",
+        "files",
+        "frames",
+        "gif",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "jpeg",
+        "jpegimages",
+        "jpegs",
+        "jpg",
+        "jpgs",
+        "original",
+        "originals",
+        "photo",
+        "photos",
+        "pic",
+        "pics",
+        "picture",
+        "pictures",
+        "png",
+        "pngs",
+        "raw",
+        "rgb",
+        "samples",
+        "tif",
+        "tiff",
+        "webp",
+    }
+)
+_TRAINING = frozenset({"train", "training", "trainset"})
+_HELD_OUT = frozenset({"dev", "eval", "test", "testing", "testset", "val", "valid", "validate", "validation"})
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What lies below a folder.
+
+    Attributes:
+        root: The folder.
+        files: Paths of the images relative to it, with forward slashes, in timm's natural order.
+        class_of: Each file's class; empty strings where there are no class folders.
+        names: All classes, those without an image too; none where the images lie directly in the root.
+        empty: Classes without an image.
+        passed_over: Files and folders that are no images, by file name ending or name, and how many there are.
+        class_from: Which folders were taken as classes.
+    """
+
+    root: Path
+    files: Sequence[str]
+    class_of: Sequence[str]
+    names: Sequence[str]
+    empty: Sequence[str] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)
+    class_from: ClassLevel | None = None
+
+
+def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
+    """Finds the images below `root`, in class folders or all of them directly in it.
+
+    Args:
+        root: The folder.
+        class_from: Whether the `first` level below the root or the whole `path` is an image's class. None takes the first level
+            where there is no other reading, and refuses the rest.
+
+    Raises:
+        InputError: No such folder, one below it that cannot be read, no image, images both in and beside class folders, a folder
+            of several splits, or folders in which classes could be meant in several ways.
+    """
+    walk = _Walk(root)
+    walk.visit("", frozenset())
+    pictured = sorted(folder for folder, files in walk.pictures.items() if files)
+    if not pictured:
+        raise InputError(
+            f"no images in this folder{_instead(walk.passed_over)}",
+            where=root,
+            mend="give one with images that Pillow opens, jpg, png, webp, tiff, bmp, ...",
+        )
+    if class_from is None:
+        _refuse_splits(root, walk.pictures)
+    names: list[str] = []
+    class_of_folder = {"": ""}
+    if pictured == [""]:
+        class_from = None
+        walk.passed_over.update(f"{name}/" for name in walk.pictures if name and "/" not in name)
+    else:
+        class_of_folder, names, class_from = _classes(root, walk.pictures, pictured, class_from)
+    _say(root, walk.passed_over)
+    files = [f"{folder}/{file}" if folder else file for folder in pictured for file in walk.pictures[folder]]
+    files.sort(key=lambda path: (natural_key(path), path))
+    class_of = [class_of_folder[file.rpartition("/")[0]] for file in files]
+    held = set(class_of)
+    return Scan(
+        root,
+        files,
+        class_of,
+        names,
+        [name for name in names if name not in held],
+        dict(sorted(walk.passed_over.items())),
+        class_from,
+    )
+
+
+class _Walk:
+    """Folders below a root, each with the names of its images; what is passed over is counted.
+
+    Attributes:
+        pictures: Names of images by their folder's path relative to the root; every folder that is not hidden has an entry.
+        passed_over: How many files and folders of a kind are none of these.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.pictures: dict[str, list[str]] = {}
+        self.passed_over: Counter[str] = Counter()
+
+    def visit(self, folder: str, above: frozenset[tuple[int, int]]) -> None:
+        """Looks into a folder and those below it; `above` are the devices and inodes of the folders around it."""
+        path = self._root / folder
+        try:
+            status = path.stat()
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            # Passed over in silence, as os.walk does, its class would vanish.
+            raise InputError(
+                f"cannot read this folder: {error.strerror}",
+                where=error.filename,
+                mend="give a folder of images",
+            ) from error
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            self.passed_over["symbolic link to a folder around it"] += 1
+            logger.warning("passed over, it leads back to a folder around it: %s", path)
+            return
+        self.pictures[folder] = []
+        for entry in entries:
+            self._sort_in(entry, folder, above | {here})
+
+    def _sort_in(self, entry: os.DirEntry[str], folder: str, above: frozenset[tuple[int, int]]) -> None:
+        if entry.name.startswith(".") or entry.name.casefold() in _HIDDEN:
+            self.passed_over[_hidden_kind(entry)] += 1
+        elif _is(entry, "dir"):
+            self.visit(f"{folder}/{entry.name}" if folder else entry.name, above)
+        elif not _is(entry, "file"):
+            self.passed_over["broken link" if entry.is_symlink() else "no regular file"] += 1
+        elif _ending(entry.name) in picture_extensions():
+            self.pictures[folder].append(entry.name)
+        else:
+            self.passed_over[_ending(entry.name) or "no file name ending"] += 1
+
+
+def _is(entry: os.DirEntry[str], kind: str) -> bool:
+    try:
+        return entry.is_dir() if kind == "dir" else entry.is_file()
+    except OSError:
+        # A link that leads to itself.
+        return False
+
+
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _hidden_kind(entry: os.DirEntry[str]) -> str:
+    if _is(entry, "dir"):
+        return f"{entry.name}/"
+    if entry.name.startswith("._"):
+        return "._*"
+    return f".*{_ending(entry.name)}" if _ending(entry.name) in picture_extensions() else entry.name
+
+
+def _classes(
+    root: Path, folders: dict[str, list[str]], pictured: Sequence[str], class_from: ClassLevel | None
+) -> tuple[dict[str, str], list[str], ClassLevel]:
+    """The class of each folder with images, and all classes.
+
+    Raises:
+        InputError: Images lie beside class folders, the classes are ambiguous, or two folders have one name.
+    """
+    if "" in pictured:
+        raise InputError(
+            "images lie both in class folders and beside them", where=root, mend="move those beside away"
+        )
+    if class_from is None:
+        _refuse_ambiguous(root, pictured)
+    if class_from == "path":
+        raw = [folder for folder in folders if folder and _is_class_path(folder, folders)]
+        class_of = {folder: class_name(_text(folder)) for folder in pictured}
+    else:
+        raw = [folder for folder in folders if folder and "/" not in folder]
+        class_of = {folder: class_name(_text(folder.partition("/")[0])) for folder in pictured}
+    names = Counter(class_name(_text(folder)) for folder in raw)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise InputError(
+            f"two folders are called {twice[0]!r}, spelt with other code points",
+            where=root,
+            mend="join them, or rename one",
+        )
+    return class_of, list(names), class_from or "first"
+
+
+def _is_class_path(folder: str, folders: dict[str, list[str]]) -> bool:
+    """Whether a folder is a class where the whole path is: it holds images, or nothing at all."""
+    return bool(folders[folder]) or not any(other.startswith(f"{folder}/") for other in folders)
+
+
+def _text(name: str) -> str:
+    """A file name as text that can be written, whatever bytes it has."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _refuse_ambiguous(root: Path, pictured: Sequence[str]) -> None:
+    """Takes `class/images/x` as it is meant, and nothing else below the first level."""
+    below = [folder for folder in pictured if "/" in folder]
+    strange = [f for f in below if any(part.casefold() not in _CONTAINERS for part in f.split("/")[1:])]
+    if strange:
+        raise InputError(
+            f"the images lie below the first level, and their classes could be {strange[0].partition('/')[0]!r} or "
+            f"{_text(strange[0])!r}, ...",
+            where=f"{root}: {', '.join(map(_text, strange[:_SHOWN]))}",
+            mend="say which with --class-from first or --class-from path, or give the folder that holds the classes",
+        )
+    if below:
+        logger.warning(
+            "%s: images lie in %s, ...: the first level below the root is the class",
+            root,
+            ", ".join(map(_text, below[:2])),
+        )
+
+
+def _refuse_splits(root: Path, folders: dict[str, list[str]]) -> None:
+    top = [folder for folder in folders if folder and "/" not in folder]
+    training = [name for name in top if name.casefold() in _TRAINING]
+    held_out = [name for name in top if name.casefold() in _HELD_OUT]
+    if (training and held_out) or len(held_out) > 1:
+        splits = sorted(training + held_out)
+        choices = " or ".join(f"--data {root / name}" for name in splits)
+        raise InputError(
+            f"this folder holds {' and '.join(f'{name}/' for name in splits)}: these are parts of a data set, not classes",
+            where=root,
+            mend=f"say which: {choices} (or --class-from first, if they are classes)",
+        )
+
+
+def _instead(passed_over: Counter[str]) -> str:
+    return f", only {_listed(passed_over)}" if passed_over else ""
+
+
+def _listed(passed_over: Counter[str]) -> str:
+    shown = [f"{count} {name}" for name, count in passed_over.most_common(10)]
+    return ", ".join(shown + ["..."] * (len(passed_over) > len(shown)))
+
+
+def _say(root: Path, passed_over: Counter[str]) -> None:
+    if passed_over:
+        logger.warning(
+            "%s: passed over %d files or folders that are no images: %s",
+            root,
+            passed_over.total(),
+            _listed(passed_over),
+        )
