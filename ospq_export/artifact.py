@@ -127,7 +127,12 @@ class OutlierRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What the run was calibrated on."""
+    """What the run was calibrated on, and what it left float.
+
+    Attributes:
+        distinct: how many of the images differ from all others; None in older runs.
+        float_products: operators that multiply and add but have no quantized form.
+    """
 
     images: int
     images_sha256: str
@@ -135,6 +140,8 @@ class CalibrationRecord(_Record):
     seed: int
     device: str
     processes: int = 1
+    distinct: int | None = None
+    float_products: list[str] = []
 
 
 class Manifest(_Record):

@@ -25,10 +25,10 @@ from ospq_export.cli.options import (
     SetOption,
     StdOption,
     WorkersOption,
-    console,
     data_settings,
     model_spec,
     read_recipe,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def run_calibrate(
         )
     if not first:
         return
-    console().print(
+    say(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )

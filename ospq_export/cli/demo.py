@@ -16,8 +16,8 @@ from ospq_export.cli.options import (
     RecipeOption,
     SeedOption,
     SetOption,
-    console,
     read_recipe,
+    say,
 )
 from ospq_export.cli.validate import run_validate
 from ospq_export.errors import InputError
@@ -65,7 +65,7 @@ def demo(
             quiet=quiet,
         )
     else:
-        console().print(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
+        say(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
     run_export(folder, None, quiet, overwrite=True)
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)

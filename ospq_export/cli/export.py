@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import QuietOption, RunArgument, console
+from ospq_export.cli.options import QuietOption, RunArgument, say
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -163,9 +163,7 @@ def run_export(
             overwrite=overwrite,
             progress=progress,
         )
-    console().print(
-        f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"
-    )
+    say(f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}")
 
 
 def run_build(run: Path, settings: BuildSettings, overwrite: bool, quiet: bool) -> EngineRecord:
@@ -185,11 +183,11 @@ def run_build(run: Path, settings: BuildSettings, overwrite: bool, quiet: bool) 
         )
     artifact.record_files(run, artifact.read_manifest(run), ENGINE, SIDECAR)
     fusion = record.fusion
-    console().print(
+    say(
         f"built {run / ENGINE} with {record.product} {record.version} for {', '.join(record.compute_capabilities)}: "
         f"{fusion.int8_gemms} of {fusion.gemms} products on Int8, "
         f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
     )
     for name, reason in {**fusion.not_int8, **fusion.not_fused}.items():
-        console().print(f"  {name}: {reason}")
+        say(f"  {name}: {reason}")
     return record

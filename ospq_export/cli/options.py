@@ -103,6 +103,11 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
         ) from error
 
 
+def say(line: str) -> None:
+    """A line of results as it is: paths and names may hold brackets, and a path that is broken in two cannot be copied."""
+    console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def console() -> Console:
     """Where results go: standard output."""
     from rich.console import Console

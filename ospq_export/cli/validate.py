@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import DataOption, DeviceOption, QuietOption, RunArgument, WorkersOption, console
+from ospq_export.cli.options import (
+    DataOption,
+    DeviceOption,
+    QuietOption,
+    RunArgument,
+    WorkersOption,
+    console,
+    say,
+)
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,7 +127,7 @@ def run_validate(
         return report
     page = write_documents(run, report, images)
     console().print(render(report))
-    console().print(f"report: {page}", soft_wrap=True)
+    say(f"report: {page}")
     return report
 
 
