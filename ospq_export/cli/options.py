@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of every random choice.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")
 ]

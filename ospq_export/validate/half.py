@@ -56,7 +56,7 @@ class _Half(fx.Interpreter):
             return _cast(value, torch.float16)
         if n.op == "call_function" and self._needs_range(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            result = super().call_function(n.target, _cast(args, torch.float32), kwargs)  # type: ignore[arg-type]
+            result = super().call_function(n.target, _cast(args, torch.float32), kwargs)
             return result if n in self.wide else _cast(result, torch.float16)
         return _cast(super().run_node(n), torch.float16)
 
