@@ -218,11 +218,14 @@ def test_a_network_that_is_quantized_whole_has_no_such_warning(caplog: pytest.Lo
 # Images that say nothing
 
 
-def test_calibration_images_of_one_value_are_refused_and_copies_counted(
+def test_calibration_images_of_one_colour_are_refused_and_copies_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(InputError, match="the same value"):
-        check_images(torch.full_like(IMAGES, -1.0))
+    black = torch.tensor([-2.1179, -2.0357, -1.8044]).reshape(1, 3, 1, 1).expand(7, 3, 16, 16)
+    with pytest.raises(InputError, match="of one colour"):
+        check_images(black)
+    # Grey in several shades is not much, but not nothing.
+    assert check_images(black * torch.linspace(0.5, 1.0, 7).reshape(-1, 1, 1, 1)) == 7
     assert check_images(IMAGES) == 7
     assert "distinct" not in caplog.text
     assert check_images(torch.cat([IMAGES, IMAGES[:2]])) == 7

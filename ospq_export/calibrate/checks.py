@@ -140,12 +140,15 @@ def float_products(captured: fx.GraphModule) -> list[str]:
 def check_images(images: Tensor) -> int:
     """How many of the calibration images are distinct; a warning where some are copies.
 
+    Args:
+        images: float32 (N, C, H, W), normalised.
+
     Raises:
-        InputError: every pixel of every image has the same value.
+        InputError: every channel has one value, the same in every image.
     """
-    if bool((images == images.flatten()[0]).all()):
+    if bool((images.amax((0, 2, 3)) == images.amin((0, 2, 3))).all()):
         raise InputError(
-            "every pixel of every calibration image has the same value: no range can be found from them",
+            "all calibration images are of one colour: no range can be found from them",
             where="--data",
             mend="give images like those that the network will see",
         )

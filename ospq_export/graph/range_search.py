@@ -155,8 +155,7 @@ def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> Ac
     if bits < 8:
         return _search_embedded(sample, bits)
     symmetric = _search_symmetric(sample, bits)
-    if not may_shift or bool(sample.values[0] == sample.values[-1]):
-        # An offset that meets one value exactly has no room for any other.
+    if not may_shift:
         return symmetric
     shifted = _search_shifted(sample, bits)
     return shifted if shifted.mse < _SHIFT_MUST_GAIN * symmetric.mse else symmetric
