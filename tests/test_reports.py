@@ -289,6 +289,23 @@ def test_fp16_is_judged_by_the_largest_magnitude() -> None:
     assert [fits_fp16(np.array(x)) for x in lost] == [False] * len(lost)
 
 
+def test_small_biases_move_nothing_out_of_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = around(lambda x, conv: F.relu(conv(x)), nn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():
+        model.stem.bias.mul_(1e-7)
+        model.head.bias.mul_(1e-7)
+    graph = capture(model, SIZE)
+
+    def written() -> bytes:
+        path = tmp_path / "h.onnx"
+        write_onnx(graph, path, input_size=SIZE, batch_size=7, metadata={}, passes=(to_half,))
+        return path.read_bytes()
+
+    careful = written()
+    monkeypatch.setattr("ospq_export.export.half.fits_fp16", lambda array, tiny=False: True)
+    assert written() == careful
+
+
 BEYOND_FP16: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(F.relu(x - 50.0), dim=1),
     "small number": lambda x: (x * 1e-8) * 1e8,

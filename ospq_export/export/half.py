@@ -90,7 +90,12 @@ class _Half:
         """Whether a constant, or what was computed with one just before, needs FP32's range."""
         inputs = [value for value in node.inputs if value is not None]
         widened = any(value.name in self.wide for value in inputs)
-        loses = any(not fits_fp16(array) for array in map(self._real_constant, inputs) if array is not None)
+        constants = [(index, self._real_constant(value)) for index, value in enumerate(inputs)]
+        loses = any(
+            not fits_fp16(array, tiny=_is_bias(node, index, array))
+            for index, array in constants
+            if array is not None
+        )
         if loses or (widened and node.op_type in _MOVES):
             self.wide.update(value.name for value in node.outputs)
         return loses or widened
@@ -148,14 +153,26 @@ class _Half:
         return node.outputs[0]
 
 
-def fits_fp16(array: Any) -> bool:
-    """Whether FP16 holds a float array but for rounding, judged by its largest finite magnitude; infinities pass."""
+def _is_bias(node: Any, index: int, array: Any) -> bool:
+    """Whether a constant is added to values of FP16's own resolution; a single number may be what keeps a divisor from 0."""
+    return (
+        node.op_type in ("Conv", "Gemm", "Add", "Sub") and array.size > 1 and (array.ndim == 1 or index == 2)
+    )
+
+
+def fits_fp16(array: Any, *, tiny: bool = False) -> bool:
+    """Whether FP16 holds a float array but for rounding, judged by its largest finite magnitude; infinities pass.
+
+    Args:
+        array: any shape.
+        tiny: whether values below FP16's smallest steps may be lost, because they are added to larger ones.
+    """
     values = np.asarray(array, np.float32)
     values = values[np.isfinite(values)]
     if values.size == 0:
         return True
     largest, error = np.abs(values).max(), np.abs(values - _to_fp16(values).astype(np.float32)).max()
-    return bool(error <= _ROUNDING * largest)
+    return bool(error <= _ROUNDING * (max(largest, 1.0) if tiny else largest))
 
 
 def _to_fp16(array: Any) -> Any:
