@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -136,6 +137,8 @@ class CalibrationRecord(_Record):
 
     Attributes:
         threads: that computed; sums are split among them, so that another number gives other last digits. None in older runs.
+        distinct: how many of the images differ from all others; None in older runs.
+        float_products: operators that multiply and add but have no quantized form.
     """
 
     images: int
@@ -147,6 +150,8 @@ class CalibrationRecord(_Record):
     threads: int | None = None
     passed_over: dict[str, int] = {}
     notes: dict[str, int] = {}
+    distinct: int | None = None
+    float_products: list[str] = []
 
 
 class Manifest(_Record):
@@ -275,14 +280,30 @@ def remove_temporary(folder: Path) -> None:
 
 
 def json_text(value: object) -> str:
-    """JSON as every file of a run directory has it, indented."""
-    return json.dumps(value, indent=2) + "\n"
+    """JSON as every file of a run directory has it, indented; what is not finite as a string, "NaN" or "Infinity".
+
+    JSON has no such numbers (RFC 8259, section 6): a bare NaN makes the whole file unreadable for everything but Python.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def json_line(value: object) -> str:
+    """The same on one line."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically, indented."""
     with replacing(path) as temporary:
-        temporary.write_text(json_text(value))
+        temporary.write_text(json_text(value), encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
@@ -327,7 +348,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
             "not a run directory: it has no manifest.json",

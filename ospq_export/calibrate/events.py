@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ospq_export.artifact import json_line
 from ospq_export.errors import InputError
 
 Events = Callable[[str, dict[str, Any]], None]
@@ -29,12 +29,12 @@ def json_lines(target: str) -> Events:
     """
 
     def write(event: str, facts: dict[str, Any]) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
+        line = json_line({"event": event, "time": round(time.time(), 3), **facts})
         if target == "-":
             sys.stderr.write(line)
             return
         try:
-            with Path(target).open("a") as file:
+            with Path(target).open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise InputError(

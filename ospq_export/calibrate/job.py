@@ -187,7 +187,7 @@ class Job:
     def _say(self, line: str) -> None:
         log.info("%s", line)
         if self.progress is not None:
-            self.progress.console.print(line)
+            self.progress.console.print(line, markup=False)
 
     def _take(
         self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
 from ospq_export.graph.range_search import compress, search_activation_range
 from ospq_export.world import SOLO, World
+
+log = logging.getLogger(__name__)
 
 
 def observe(
@@ -38,6 +41,7 @@ def observe(
         InputError: an activation is not finite on these images.
     """
     _collect(network, images, batch_size, seed, values_per_tensor, advance, world)
+    constant = []
     for quantizer in network.activations.values():
         assert quantizer.observer is not None
         values = quantizer.observer.values()
@@ -49,8 +53,17 @@ def observe(
         quantizer.set_range(
             search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift)
         )
+        if bool(values.min() == values.max()):
+            constant.append(quantizer.name)
         quantizer.observer = None
         advance()
+    if constant:
+        log.warning(
+            "%d activations have one and the same value on all calibration images, so no range fits another one: %s%s",
+            len(constant),
+            ", ".join(constant[:5]),
+            ", ..." if len(constant) > 5 else "",
+        )
     for weight in network.weights.values():
         weight.round_to_nearest(network.module.get_buffer(weight.constant))
         advance()

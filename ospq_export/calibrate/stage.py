@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ospq_export import artifact
 from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
+from ospq_export.calibrate.checks import check_graph, check_images, check_module, float_products
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.events import Events, no_events
@@ -81,10 +82,12 @@ def calibrate(
         events: told what happens; see `events.json_lines`.
 
     Raises:
-        InputError: the output folder is in use, the model cannot be captured, the activations are not finite, or an interrupted
-            run there was made from other inputs.
+        InputError: the output folder is in use, the model is in training mode, is not a function of one image at a time or
+            cannot be captured, the images are all one value, the activations are not finite, or an interrupted run there was
+            made from other inputs.
     """
     check_output_folder(out)
+    check_module(model)
     target = torch_device(device)
     check_batch(recipe, len(images.images))
     check_processes(recipe)
@@ -123,7 +126,9 @@ def _calibrate(
     progress: Progress | None,
     options: Options,
 ) -> Run:
+    distinct = check_images(images.images)
     captured = capture(model, data.input_size)
+    check_graph(model, captured, images.images)
     if recipe.slicing != "auto":
         # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
         slices = slicing_of(captured.graph, recipe.slicing)
@@ -142,6 +147,8 @@ def _calibrate(
         threads=torch.get_num_threads(),
         passed_over=origin.passed_over,
         notes=origin.notes,
+        distinct=distinct,
+        float_products=float_products(captured),
     )
     known = _complete(class_to_idx, captured)
     manifest = Manifest(

@@ -33,10 +33,10 @@ from ospq_export.cli.options import (
     WorkersOption,
     class_choice,
     compute_with,
-    console,
     data_settings,
     model_spec,
     read_recipe,
+    say,
 )
 from ospq_export.preflight import check_apart
 
@@ -163,7 +163,7 @@ def run_calibrate(
         )
     if not first:
         return
-    console().print(
+    say(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )

@@ -18,8 +18,8 @@ from ospq_export.cli.options import (
     SetOption,
     ThreadsOption,
     compute_with,
-    console,
     read_recipe,
+    say,
 )
 from ospq_export.cli.validate import run_validate
 from ospq_export.errors import InputError
@@ -72,7 +72,7 @@ def demo(
             quiet=quiet,
         )
     else:
-        console().print(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
+        say(f"using the finished calibration in {folder} (delete the folder to calibrate anew)")
     run_export(folder, None, quiet, overwrite=True)
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, compute_with, console
+from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, compute_with, say
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -197,20 +197,18 @@ def run_export(
             progress=progress,
             finish=None if engine is None else build,
         )
-    console().print(
-        f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}"
-    )
+    say(f"exported {', '.join(n for n in done.manifest.files if n.endswith(('.onnx', '.json')))} to {run}")
     for record in built:
         _print_engine(run, record)
 
 
 def _print_engine(run: Path, record: EngineRecord) -> None:
     fusion = record.fusion
-    console().print(
+    say(
         f"built {run / 'model.engine'} with {record.product} {record.version} for "
         f"{', '.join(record.compute_capabilities)}: "
         f"{fusion.int8_gemms} of {fusion.gemms} products on Int8, "
         f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
     )
     for name, reason in {**fusion.not_int8, **fusion.not_fused}.items():
-        console().print(f"  {name}: {reason}")
+        say(f"  {name}: {reason}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of every random choice.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")
 ]
@@ -167,6 +167,11 @@ def compute_with(threads: int | None) -> None:
     from ospq_export.threads import use_threads
 
     use_threads(threads)
+
+
+def say(line: str) -> None:
+    """A line of results as it is: paths and names may hold brackets, and a path that is broken in two cannot be copied."""
+    console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def console() -> Console:

@@ -22,6 +22,7 @@ from ospq_export.cli.options import (
     class_choice,
     compute_with,
     console,
+    say,
 )
 from ospq_export.errors import InputError
 
@@ -176,7 +177,7 @@ def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Rep
         return report
     page = write_documents(run, report, images)
     console().print(render(report), soft_wrap=True)
-    console().print(f"report: {page}", soft_wrap=True)
+    say(f"report: {page}")
     return report
 
 

@@ -108,8 +108,8 @@ def build_engine(
     ):
         plan.write_bytes(built.plan)
         record = _record(onnx_file, plan, model, settings, built, seconds)
-        sidecar.write_text(artifact.json_text(record.model_dump(mode="json")))
-        log.write_text("".join(f"[{m.severity}] {m.text}\n" for m in built.log))
+        sidecar.write_text(artifact.json_text(record.model_dump(mode="json")), encoding="utf-8")
+        log.write_text("".join(f"[{m.severity}] {m.text}\n" for m in built.log), encoding="utf-8")
     return record
 
 

@@ -3,6 +3,9 @@
 TensorRT's networks are strongly typed, so the file itself says what runs in which precision. Everything moves to FP16 but what
 needs FP32 for its range or its sums (normalisations and means, Softmax, powers and roots) and Q/DQ, whose scales stay bit for bit
 the calibrated ones: in FP16 a scale would change by up to 2**-11, and codes with it. The casts fuse into other kernels.
+
+An operator with a constant that FP16 cannot hold stays in FP32, and so does the first arithmetic behind it: the 1e-12 that
+keeps a norm from being 0 is 0 in FP16, a factor of 1e5 would end at 65504.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from typing import Any
 import numpy as np
 
 FP16_MAX = 65504.0
+# FP16 rounds by 2**-11; an error of a constant, over its largest magnitude, above this is lost range, not rounding.
+_ROUNDING = 2.0**-10
+_MOVES = frozenset({"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten"})
 # Sums over many values, exponentials, and squares of outliers: what overflows or loses its small terms in FP16. Resize and the
 # pools are here because their FP16 form is missing in some runtimes.
 KEEPS_FLOAT32 = frozenset(
@@ -40,6 +46,7 @@ class _Half:
         self.ir, self.graph = ir, model.graph
         self.float, self.half = ir.DataType.FLOAT, ir.DataType.FLOAT16
         self.converted: dict[tuple[str, Any], Any] = {}
+        self.wide: set[str] = set()
 
     def run(self) -> None:
         outputs = list(self.graph.outputs)
@@ -62,7 +69,8 @@ class _Half:
             node.attributes["to"] = self.ir.AttrInt64("to", int(self.half))
             node.outputs[0].dtype = self.half
             return
-        wanted = self.float if self._keeps_float(node) or target is not None else self.half
+        keeps = self._keeps_float(node) or self._needs_range(node)
+        wanted = self.float if keeps or target is not None else self.half
         for index, value in enumerate(node.inputs):
             if self._is_real(value):
                 node.replace_input_with(index, self._as(value, wanted, node))
@@ -77,6 +85,27 @@ class _Half:
             user.op_type == "QuantizeLinear" for user in node.outputs[0].consumers()
         )
         return node.op_type in KEEPS_FLOAT32 or part_of_quantizer
+
+    def _needs_range(self, node: Any) -> bool:
+        """Whether a constant, or what was computed with one just before, needs FP32's range."""
+        inputs = [value for value in node.inputs if value is not None]
+        widened = any(value.name in self.wide for value in inputs)
+        constants = [(index, self._real_constant(value)) for index, value in enumerate(inputs)]
+        loses = any(
+            not fits_fp16(array, tiny=_is_bias(node, index, array))
+            for index, array in constants
+            if array is not None
+        )
+        if loses or (widened and node.op_type in _MOVES):
+            self.wide.update(value.name for value in node.outputs)
+        return loses or widened
+
+    def _real_constant(self, value: Any) -> Any:
+        producer = value.producer()
+        constant = value.const_value
+        if constant is None and producer is not None and producer.op_type == "Constant":
+            constant = producer.attributes["value"].value if "value" in producer.attributes else None
+        return None if constant is None or value.dtype != self.float else constant.numpy()
 
     def _constant(self, node: Any, wanted: Any) -> None:
         attribute = node.attributes.get("value")
@@ -122,6 +151,28 @@ class _Half:
         node = self._cast(value, self.float, name)
         self.graph.insert_after(value.producer(), node)
         return node.outputs[0]
+
+
+def _is_bias(node: Any, index: int, array: Any) -> bool:
+    """Whether a constant is added to values of FP16's own resolution; a single number may be what keeps a divisor from 0."""
+    return (
+        node.op_type in ("Conv", "Gemm", "Add", "Sub") and array.size > 1 and (array.ndim == 1 or index == 2)
+    )
+
+
+def fits_fp16(array: Any, *, tiny: bool = False) -> bool:
+    """Whether FP16 holds a float array but for rounding, judged by its largest finite magnitude; infinities pass.
+
+    Args:
+        array: any shape.
+        tiny: whether values below FP16's smallest steps may be lost, because they are added to larger ones.
+    """
+    values = np.asarray(array, np.float32)
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        return True
+    largest, error = np.abs(values).max(), np.abs(values - _to_fp16(values).astype(np.float32)).max()
+    return bool(error <= _ROUNDING * (max(largest, 1.0) if tiny else largest))
 
 
 def _to_fp16(array: Any) -> Any:

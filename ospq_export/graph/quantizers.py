@@ -75,11 +75,11 @@ class ActivationQuantizer(nn.Module):
         self.delta, self.offset_delta, self.drop_probability = None, None, 0.0
 
     def current_scale(self) -> Tensor:
-        """float32 scalar, at least 1e-8."""
+        """float32 scalar, at least 1e-8 or a thousandth of what it was before learning."""
         if self.delta is None:
             return self.scale
         moved = self.scale * self.delta.exp() if self.logarithmic else self.scale + self.delta
-        return moved.clamp_min(1e-8)
+        return torch.maximum(moved, (self.scale * 1e-3).clamp_max(1e-8))
 
     @property
     def used_offset(self) -> Tensor | None:

@@ -17,6 +17,8 @@ from ospq_export.graph.quantize import (
 )
 
 _TAIL = 512
+# Scales are positive; below this a float32 product of two of them is no normal number. Zeros alone take the second.
+_SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
 _GROUPS = 4096
 _SHRINK_STEPS = 64
 # A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
@@ -74,6 +76,11 @@ def _errors(sample: Sample, scales: Tensor, lo: Tensor, hi: Tensor, offsets: Ten
     return (error.square() * sample.weights).sum(-1)
 
 
+def _positive(scales: Tensor) -> Tensor:
+    """Scales that divide: small ones stay small, for all-zero values any serves."""
+    return torch.where(scales > 0, scales.clamp_min(_SMALLEST_SCALE), _SCALE_OF_ZEROS)
+
+
 def _shrinkage(device: torch.device) -> Tensor:
     """Candidate ranges as shares of the full one, denser (in ratio) than uniform near zero, for heavy tails."""
     return torch.logspace(0, -2.2, _SHRINK_STEPS, device=device)
@@ -82,7 +89,7 @@ def _shrinkage(device: torch.device) -> Tensor:
 def _search_symmetric(sample: Sample, bits: int) -> ActivationRange:
     levels = symmetric_levels(bits)
     low, high = sample.values.min(), sample.values.max()
-    full = torch.maximum(high / levels.hi, low / levels.lo).clamp_min(1e-8)
+    full = _positive(torch.maximum(high / levels.hi, low / levels.lo))
     scales = full * _shrinkage(full.device)
     bounds = scales.new_tensor([levels.lo, levels.hi])
     errors = _errors(sample, scales, bounds[0], bounds[1])
@@ -94,7 +101,7 @@ def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
     """Every lo that keeps zero in the grid (or touches it), with every scale of a ladder; at most 127 x 64 candidates."""
     steps = 2**bits - 1
     low, high = min(0.0, float(sample.values.min())), max(0.0, float(sample.values.max()))
-    full = max((high - low) / steps, 1e-8)
+    full = float(_positive(torch.tensor((high - low) / steps, dtype=torch.float64)))
     # Few levels on one side of zero need a larger step than the full range does, so the ladder starts at twice that.
     ladder = 2.0 * full * _shrinkage(sample.values.device)
     scales = torch.cat([ladder, ladder.new_tensor([full])])
@@ -121,7 +128,7 @@ def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
     shares = torch.logspace(0, -2.2, 24, device=low.device)
     lows = (middle - (middle - low) * shares).unsqueeze(1).expand(-1, 24).flatten()
     highs = (middle + (high - middle) * shares).unsqueeze(0).expand(24, -1).flatten()
-    scales = ((highs - lows) / (levels.hi - levels.lo)).clamp_min(1e-8)
+    scales = _positive((highs - lows) / (levels.hi - levels.lo))
     offsets = lows - levels.lo * scales
     limits = scales.new_tensor([levels.lo, levels.hi])
     errors = _errors(sample, scales, limits[0], limits[1], offsets)
@@ -166,7 +173,7 @@ def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
     """
     levels = symmetric_levels(bits)
     rows = weight.detach().flatten(1)
-    full = torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo).clamp_min(1e-8)
+    full = _positive(torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo))
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for share in torch.linspace(1.0, 0.3, 57).tolist():
         scale = full * share

@@ -47,9 +47,10 @@ def constant_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def add_constant(module: fx.GraphModule, name: str, value: Tensor, before: fx.Node) -> fx.Node:
-    """Register a buffer "folded.<name>" and a get_attr node for it ahead of `before`."""
+    """Register a buffer "folded.<name>" and a get_attr node for it ahead of `before`; a name that is taken gets a number."""
     if not hasattr(module, "folded"):
         module.add_module("folded", torch.nn.Module())
+    name = _free_name(module.folded, name)
     module.folded.register_buffer(name, value.clone().contiguous())  # type: ignore[union-attr]
     with before.graph.inserting_before(before):
         node = before.graph.get_attr(f"folded.{name}")
@@ -61,3 +62,12 @@ def add_constant(module: fx.GraphModule, name: str, value: Tensor, before: fx.No
         before.meta["module_path"],
     )
     return node
+
+
+def _free_name(holder: object, name: str) -> str:
+    """`name`, or the first of "name_1", "name_2", ... that is free: one weight in two places may become two constants."""
+    count, free = 0, name
+    while hasattr(holder, free):
+        count += 1
+        free = f"{name}_{count}"
+    return free

@@ -133,10 +133,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read(name_or_path: str) -> dict[str, Any]:
     if name_or_path in packaged_recipes():
-        text = resources.files(__package__).joinpath(f"{name_or_path}.toml").read_text()
+        text = resources.files(__package__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
         try:
-            text = Path(name_or_path).read_text()
+            # Some editors put a byte order mark in front.
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the recipe cannot be read: {error}", where=name_or_path) from error
     else:

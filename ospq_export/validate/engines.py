@@ -130,7 +130,7 @@ def engine_file(folder: Path) -> Path:
 def _sidecar(path: Path) -> dict[str, Any]:
     beside = path.parent / f"{path.name}.json"
     try:
-        values = json.loads(beside.read_text())
+        values = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"the engine's sidecar cannot be read: {error}", where=beside, mend="build the engine again"

@@ -1,0 +1,158 @@
+"""What is checked before a calibration, so that it is not said after it: the module, its graph, the images.
+
+A captured graph is one function of one image at a time. A module that is not, one in training mode, one with random numbers or
+one whose logits depend on the other images of the batch, would be calibrated, exported and found faithful to the wrong function.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export.artifact import tensor_sha256
+from ospq_export.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Operators that multiply and add like the quantizable ones, and are left in float.
+_PRODUCTS = (
+    "conv",
+    "_convolution",
+    "bilinear",
+    "lstm",
+    "gru",
+    "rnn_",
+    "baddbmm",
+    "addbmm",
+    "addmv",
+    "mv",
+    "dot",
+    "_trilinear",
+)
+_QUANTIZED = ("conv2d",)
+# Of the largest logit; rounding in float32 stays a hundred times below it, a wrong graph does not.
+_TOLERANCE = 1e-2
+_IMAGES = 3
+
+
+def check_module(model: nn.Module) -> None:
+    """Refuse a module that is not the float32 network in eval mode that the later stages rebuild.
+
+    Raises:
+        InputError: it is wrapped, in training mode, or its parameters are not float32.
+    """
+    name = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError("the network is wrapped for several devices", where=name, mend="pass model.module")
+    if hasattr(model, "_orig_mod"):
+        raise InputError("the network is compiled", where=name, mend="pass the module that was compiled")
+    training = [path or name for path, module in model.named_modules() if module.training]
+    if training:
+        raise InputError(
+            "the network is in training mode, where dropout and batch statistics are active",
+            where=", ".join(training[:3]),
+            mend="call model.eval()",
+        )
+    other = [path for path, tensor in model.named_parameters() if tensor.dtype is not torch.float32]
+    if other:
+        kind = str(model.get_parameter(other[0]).dtype).removeprefix("torch.")
+        raise InputError(
+            f"{len(other)} parameters are {kind}, not float32",
+            where=", ".join(other[:3]),
+            mend="call model.float()",
+        )
+
+
+def check_graph(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> None:
+    """Hold the captured graph to the module it was captured from, on a few images.
+
+    Args:
+        model: `(B, C, H, W) float32 -> (B, K) float32`.
+        captured: its graph.
+        images: float32 (N, C, H, W), normalised; the first few are used.
+
+    Raises:
+        InputError: the output is not one logit per class, the module gives other logits for the same images a second time or in
+            another batch, or the graph computes something else.
+    """
+    sample = images[:_IMAGES]
+    with torch.no_grad():
+        logits = model(sample)
+        _check_shape(logits, model)
+        again, alone, graph = model(sample), model(sample[:1]), captured(sample)
+    name = type(model).__name__
+    if _differ(again, logits):
+        raise InputError(
+            "the network gives other logits for the same images a second time",
+            where=name,
+            mend="take random numbers and dropout out of its forward pass",
+        )
+    if _differ(alone, logits[:1]):
+        raise InputError(
+            "the logits of an image depend on the other images of its batch",
+            where=name,
+            mend="a normalisation by batch statistics needs running ones: track_running_stats=True",
+        )
+    if _differ(graph, logits):
+        raise InputError(
+            "the captured graph computes other logits than the network", where=name, mend="report this model"
+        )
+
+
+def _check_shape(logits: object, model: nn.Module) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"the network gives {found}, not one logit per class: (batch, classes)",
+            where=type(model).__name__,
+            mend="give it a classifier and a pooling, for example without global_pool=''",
+        )
+
+
+def _differ(mine: Tensor, theirs: Tensor) -> bool:
+    # What is not finite is said with the name of the activation by the observation.
+    if not bool(torch.isfinite(theirs).all()):
+        return False
+    return bool((mine - theirs).abs().max() > _TOLERANCE * theirs.abs().max().clamp_min(1e-12))
+
+
+def float_products(captured: fx.GraphModule) -> list[str]:
+    """Products that have no quantized form here and stay float: "conv1d in layers.0"; a warning where there are some."""
+    found = []
+    for node in captured.graph.nodes:
+        kind = (
+            str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
+        )
+        if kind.startswith(_PRODUCTS) and kind not in _QUANTIZED:
+            found.append(f"{kind} in {node.meta.get('module_path') or '(root)'}")
+    if found:
+        log.warning(
+            "%d operators with weights or sums of products have no quantized form and stay float: %s%s",
+            len(found),
+            ", ".join(found[:5]),
+            ", ..." if len(found) > 5 else "",
+        )
+    return found
+
+
+def check_images(images: Tensor) -> int:
+    """How many of the calibration images are distinct; a warning where some are copies.
+
+    Args:
+        images: float32 (N, C, H, W), normalised.
+
+    Raises:
+        InputError: every channel has one value, the same in every image.
+    """
+    if bool((images.amax((0, 2, 3)) == images.amin((0, 2, 3))).all()):
+        raise InputError(
+            "all calibration images are of one colour: no range can be found from them",
+            where="--data",
+            mend="give images like those that the network will see",
+        )
+    distinct = len({tensor_sha256(image) for image in images})
+    if distinct < len(images):
+        log.warning("only %d of the %d calibration images are distinct", distinct, len(images))
+    return distinct
