@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ospq_export.cli.app import app
 from ospq_export.errors import InputError
 from ospq_export.threads import cgroup_quota, choose_threads, use_threads, wait_passively
 
@@ -103,6 +105,22 @@ def test_the_environment_and_the_command_line_come_first(tmp_path):
 def test_impossible_numbers(count):
     with pytest.raises(InputError, match="--threads"):
         choose_threads(count, 1, {})
+
+
+COMMANDS = {
+    "calibrate": ["vit_tiny_patch16_224", "--data", "none", "--out", "none"],
+    "inspect": ["vit_tiny_patch16_224", "--data", "none"],
+    "validate": ["none", "--data", "none"],
+    "export": ["none"],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_an_impossible_number(command):
+    done = CliRunner().invoke(app, [command, *COMMANDS[command], "--threads", "0"])
+    assert isinstance(done.exception, InputError)
+    assert "--threads" in str(done.exception)
 
 
 def test_torch_is_told():
