@@ -1,4 +1,4 @@
-"""Folders of the packaged images through the packaged network and the command line: the right Top-1, or a line that says why not."""
+"""Folders of the packaged images through network and command line: the right Top-1, or one line that says why not."""
 
 import json
 import sys
