@@ -89,8 +89,8 @@ def own_network(args: argparse.Namespace) -> Network:
     )
     model = create_model(spec)
     config = resolve_data_config(model, spec, {})
-    calibration = ImageSet.from_folder(Path(args.calibration), config)
-    validation = ImageSet.from_folder(Path(args.validation), config)
+    calibration = ImageSet.from_folder(Path(args.calibration), config, outputs=model.num_classes)
+    validation = ImageSet.from_folder(Path(args.validation), config, outputs=model.num_classes)
     return Network(args.name, spec, model, config, calibration, validation)
 
 
