@@ -18,6 +18,7 @@ from ospq_export.cli.options import class_choice
 from ospq_export.cli.validate import _images
 from ospq_export.data import ClassChoice, DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.models import create_model
 
@@ -151,7 +152,7 @@ def folder(root: Path, *classes: str) -> Path:
     [
         (("9", "10"), [], "--class-order"),
         (("9", "10"), ["--class-map", "none.txt"], "none.txt"),
-        (("9", "10"), ["--class-map", "none.txt", "--class-order", "plain"], "both given"),
+        (("9", "10"), ["--class-map", "map.txt", "--class-order", "plain"], "both given"),
         (("train/a", "Val/a"), [], "say which"),
         (("a/x/outdoor", "b/x/outdoor"), [], "--class-from"),
         (("a", "b"), ["--mean", "72.93", "--std", "90.02"], "--mean 0.286 --std 0.353"),
@@ -162,7 +163,9 @@ def folder(root: Path, *classes: str) -> Path:
         (("a", "b"), ["--mean", ""], "--mean"),
     ],
 )
-def test_refused_in_one_line(capsys, tmp_path, names, extra, message) -> None:
+def test_refused_in_one_line(capsys, tmp_path, monkeypatch, names, extra, message) -> None:
+    (tmp_path / "map.txt").write_text("10\n9\n")
+    monkeypatch.chdir(tmp_path)
     status, _, stderr = calibrate(capsys, folder(tmp_path / "data", *names), tmp_path / "run", 2, *extra)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and message in errors[0], stderr
@@ -201,6 +204,7 @@ def test_what_was_chosen_is_in_manifest_and_file(capsys, tmp_path) -> None:
     assert (report["images"], report["class_names"]) == (5, ["10", "9"])
     assert report["classes_source"] == "--class-order plain"
     assert report["passed_over"] == {".ipynb_checkpoints/": 1, ".txt": 1}
+    assert report["image_notes"]["of 9 were drawn at random, with each class's share"] == 5
     for name in ("report.md", "report.html"):
         assert "classes: --class-order plain" in (out / name).read_text()
 
@@ -232,6 +236,12 @@ def test_validation_images_of_a_run_with_path_classes(tmp_path) -> None:
         "a": 1,
         "b": 0,
     }
+
+
+def test_a_run_of_class_folders_refuses_a_folder_of_splits(tmp_path) -> None:
+    run = manifest(class_to_idx={"a": 0, "b": 1}, classes_source="x", class_from="first")
+    with pytest.raises(InputError, match="say which"):
+        _images(run, folder(tmp_path, "train/a", "val/a"), class_choice(None, None, None), exif=False)
 
 
 def test_flat_folder_has_no_labels(tmp_path, caplog) -> None:
