@@ -89,8 +89,8 @@ def own_network(args: argparse.Namespace) -> Network:
     )
     model = create_model(spec)
     config = resolve_data_config(model, spec, {})
-    calibration = ImageSet.from_folder(Path(args.calibration), config)
-    validation = ImageSet.from_folder(Path(args.validation), config)
+    calibration = ImageSet.from_folder(Path(args.calibration), config, outputs=model.num_classes)
+    validation = ImageSet.from_folder(Path(args.validation), config, outputs=model.num_classes)
     return Network(args.name, spec, model, config, calibration, validation)
 
 
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--runs", default="runs/results", help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
-    parser.add_argument("--limit", type=int, help="validate on the first N images")
+    parser.add_argument("--limit", type=int, help="validate on a sample of N images, with each class's share")
     parser.add_argument("--rtn-limit", type=int, help="round to nearest on the first N images only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):

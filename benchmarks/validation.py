@@ -44,6 +44,7 @@ class Preprocessed:
 
     def __init__(self, images: ImageSet, batch_size: int, limit: int) -> None:
         self.config, self.class_to_idx, self.skipped = images.config, images.class_to_idx, []
+        self.record = images.record
         self.ids = list(images.ids[:limit])
         self.held = list(images.batches(batch_size, range(limit)))
 
@@ -62,6 +63,7 @@ class Repeated:
     def __init__(self, images: ImageSet, count: int) -> None:
         self.images, self.count = images, count
         self.config, self.class_to_idx, self.skipped = images.config, images.class_to_idx, images.skipped
+        self.record = images.record
         self.ids: Sequence[str] = images.ids
 
     def __len__(self) -> int:

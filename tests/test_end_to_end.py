@@ -61,6 +61,7 @@ def jpegs(tmp_path):
             coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8))
             smooth = coarse.resize((320, 240), Image.Resampling.BICUBIC)
             smooth.save(tmp_path / "images" / name / f"{i}.JPEG")
+    (tmp_path / "classes.txt").write_text("".join(f"n{number:02}\n" for number in range(1000)))
     return tmp_path / "images"
 
 
@@ -84,7 +85,7 @@ def test_224_px_with_random_weights(tmp_path, jpegs, model):
     ]
     values += ["calibration_images=4", "observation_images=4"]
     short = [part for value in values for part in ("--set", value)]
-    run, data = tmp_path / "run", ["--data", jpegs, "--workers", 0]
+    run, data = tmp_path / "run", ["--data", jpegs, "--class-map", tmp_path / "classes.txt", "--workers", 0]
     command("calibrate", model, *data, "--out", run, "--random-weights", *short)
     command("export", run)
     # Random weights give a thousand near-equal logits: their order says nothing, their values do.

@@ -144,7 +144,11 @@ def class_choice(
         InputError: both a map and an order are given, or the map cannot be read.
     """
     from ospq_export.data import ClassChoice
+    from ospq_export.data.class_map import read_class_map
 
+    if class_map is not None:
+        # Before any work, and again where it is used.
+        read_class_map(class_map)
     return ClassChoice(class_map, class_order, class_from)
 
 

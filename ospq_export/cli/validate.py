@@ -140,7 +140,8 @@ def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
     from ospq_export.data import Classes, ImageSet, known_classes, number_classes, scan_folder
 
     manifest = run.manifest
-    choice = dataclasses.replace(choice, level=choice.level or manifest.class_from)
+    if manifest.class_from == "path":
+        choice = dataclasses.replace(choice, level=choice.level or "path")
     scan = scan_folder(data, choice.level)
     if manifest.class_to_idx:
         known = Classes(manifest.class_to_idx, manifest.classes_source)

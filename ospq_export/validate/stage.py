@@ -119,6 +119,8 @@ def validate(
     collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, outputs)
     found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
     collector, seconds, unreadable, notes = found
+    if count < len(images):
+        notes[f"of {len(images)} were drawn at random, with each class's share"] = count
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
