@@ -94,12 +94,12 @@ class Evidence:
 
 
 def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | None = None) -> Report:
-    """All statistics, and the verdict.
+    """All statistics, and the verdicts.
 
     Args:
         run: what was validated.
         evidence: what the pass over the images found.
-        thresholds: what counts as parity.
+        thresholds: what is allowed.
         other: the baseline.
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
@@ -109,9 +109,10 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         _warn_about_classes(class_names, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
-    left = not_executed(run, evidence.backends)
+    left, findings = not_executed(run, evidence.backends), processor_findings(run, names)
+    notes = [*_notes(evidence, left), *findings]
     return Report(
-        verdict=_verdict(comparisons, changes, thresholds, evidence, floor, left),
+        verdict=_verdict(comparisons, changes, thresholds, evidence, floor, notes),
         thresholds=thresholds,
         images=len(labels),
         labelled=has_labels(labels),
@@ -125,7 +126,7 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         passed_over=evidence.images.passed_over,
         image_notes=evidence.images.notes,
         executions_skipped=evidence.skipped,
-        findings=processor_findings(run, names),
+        findings=findings,
         backends=[_result(b, evidence) for b in evidence.backends],
         floor=floor,
         locations=evidence.locations,
@@ -151,14 +152,14 @@ def _verdict(
     thresholds: Thresholds,
     evidence: Evidence,
     floor: NoiseFloor | None,
-    left: list[str],
+    notes: list[str],
 ) -> Verdict:
     logits = evidence.collector.logits
     not_finite = [n for n in evidence.names(baseline=False) if not np.isfinite(logits(n)).all()]
     faithful = faithful_criteria(
         comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
     )
-    return conclude(faithful, accuracy_criteria(changes, thresholds), _notes(evidence, left))
+    return conclude(faithful, accuracy_criteria(changes, thresholds), notes)
 
 
 def _notes(evidence: Evidence, left: list[str]) -> list[str]:

@@ -97,7 +97,7 @@ def _left_out_lines(report: Report) -> list[Text]:
     if report.skipped:
         shown = ", ".join(report.skipped[:_SHOWN_FLIPS])
         lines.insert(0, Text(f"  {len(report.skipped)} images could not be read: {shown}", style="yellow"))
-    return [*lines, *(Text(f"  {finding}", style="yellow") for finding in report.findings)]
+    return lines
 
 
 def _criterion_lines(report: Report) -> list[Text]:
