@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ospq_export.errors import InputError
 from ospq_export.export.onnx_graph import DEQUANTIZE, PRODUCTS, QUANTIZE, OnnxGraph
+from ospq_export.export.onnx_read import read_model
 
 
 class Severity(StrEnum):
@@ -53,16 +53,7 @@ def lint(path: Path) -> list[Finding]:
     Raises:
         InputError: the file cannot be read as ONNX, or contradicts itself.
     """
-    import onnx
-
-    try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
-    except Exception as error:
-        # protobuf, the checker and the file system each raise their own types.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a valid ONNX file: {reason}", where=path, mend="export it again") from error
-    graph = OnnxGraph(model, path)
+    graph = OnnxGraph(read_model(path), path)
     return [finding for rule in RULES for finding in rule(graph)]
 
 

@@ -6,9 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ospq_export.errors import InputError
+from ospq_export.export.onnx_read import infer_shapes, values
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 # What lies between an operand and its DequantizeLinear without changing values.
@@ -16,40 +14,18 @@ MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Fl
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
-def infer_shapes(model: Any, where: Path | None = None) -> Any:
-    """An `onnx.ModelProto` with the shapes and element types of its inner tensors.
-
-    Args:
-        model: an `onnx.ModelProto`.
-        where: the file that it was read from, for the error.
-
-    Raises:
-        InputError: those written down contradict the operators. ONNX's checker does not look at them.
-    """
-    from onnx import shape_inference
-
-    try:
-        return shape_inference.infer_shapes(model)
-    except shape_inference.InferenceError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the ONNX graph's shapes or types contradict each other: {reason}",
-            where=where,
-            mend="export it again",
-        ) from error
-
-
 class OnnxGraph:
     """Read-only view of an `onnx.ModelProto`.
 
     Args:
         model: an `onnx.ModelProto`.
-        where: the file that it was read from, for the error.
+        where: the file that it was read from, for errors and for what lies beside it.
 
     Raises:
         InputError: its shapes or types contradict each other.
 
     Attributes:
+        folder: where its external data lies.
         nodes: in the file's order.
         producer: node by the name of the tensor it computes.
         readers: nodes by the name of a tensor they read.
@@ -59,6 +35,7 @@ class OnnxGraph:
     """
 
     def __init__(self, model: Any, where: Path | None = None) -> None:
+        self.folder = Path() if where is None else where.parent
         self.nodes: list[Any] = list(model.graph.node)
         self.producer: dict[str, Any] = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
@@ -71,18 +48,16 @@ class OnnxGraph:
                 self.constants[node.output[0]] = node.attribute[0].t
         self.outputs = {value.name for value in model.graph.output}
         inferred = infer_shapes(model, where).graph
-        values = [*inferred.value_info, *inferred.input, *inferred.output]
-        self.shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+        typed = [*inferred.value_info, *inferred.input, *inferred.output]
+        self.shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in typed}
         self.shapes |= {name: list(tensor.dims) for name, tensor in self.constants.items()}
-        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in values}
+        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in typed}
         self.dtypes |= {name: tensor.data_type for name, tensor in self.constants.items()}
 
     def array(self, name: str) -> Any:
-        """A constant's values as float64 or integers, or None where the tensor is computed."""
-        from onnx import numpy_helper
-
+        """A constant's values, or None where the tensor is computed."""
         tensor = self.constants.get(name)
-        return None if tensor is None else np.asarray(numpy_helper.to_array(tensor))
+        return None if tensor is None else values(tensor, self.folder)
 
     def source(self, name: str) -> Any:
         """The node that computes a tensor, past what only moves it; None for an input or a constant."""

@@ -1,0 +1,318 @@
+"""Reading any ONNX file, whatever it weighs.
+
+Weights may lie in the file or beside it as external data (https://onnx.ai/onnx/repo-docs/ExternalData.html). The large ones
+beside it stay there: a rule that asks for their values gets them from the file, one tensor at a time. What goes through
+protobuf's serialization, the inference of shapes, goes without large values: a message of more than 2 GiB cannot be serialized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ospq_export.errors import InputError
+
+# protobuf's own limit of a message.
+PROTOBUF_BYTES = (1 << 31) - 1
+# Constants up to this size are read with the file: scales, zero points, axes and shapes are among them.
+SMALL_BYTES = 1 << 18
+# A file of ours says here what the file of its external data must be.
+DATA_SHA256 = "external_data_sha256"
+_AGAIN = "export it again"
+_BOTH = "put it back beside the ONNX file, or export again"
+
+
+def read_model(path: Path) -> Any:
+    """Read and check an ONNX file.
+
+    Args:
+        path: protobuf, or a text form that onnx knows by its extension.
+
+    Returns:
+        An `onnx.ModelProto`; constants above `SMALL_BYTES` that lie beside the file are still marked as external: `values` reads
+        them.
+
+    Raises:
+        InputError: it cannot be read, is not valid ONNX, or its external data is missing, too short, outside of the file's
+            folder or another export's.
+    """
+    import onnx
+
+    _check_size(path)
+    try:
+        if _is_text(path):
+            model = onnx.load(str(path), load_external_data=False)
+            onnx.checker.check_model(model)
+        else:
+            # By its path: the checker sees the external data then, and serializes nothing. It comes first: what it needs in
+            # memory is free again when the file is read.
+            onnx.checker.check_model(str(path))
+            model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        # protobuf, the checker and the file system each raise their own types.
+        _check_external_data(path)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"not a valid ONNX file: {reason}", where=path, mend=_AGAIN) from error
+    check_external(model, path)
+    return model
+
+
+def _check_size(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"not a valid ONNX file: {error.strerror or error}", where=path, mend="check the path"
+        ) from error
+    if size > PROTOBUF_BYTES:
+        raise InputError(
+            f"not a valid ONNX file: it has {size / 2**30:.2f} GiB, one protobuf message holds 2",
+            where=path,
+            mend="save the model with external data",
+        )
+
+
+def _is_text(path: Path) -> bool:
+    from onnx.serialization import registry
+
+    return registry.get_format_from_file_extension(path.suffix) not in (None, "protobuf")
+
+
+def _check_external_data(path: Path) -> None:
+    """Say what is wrong with external data in words of ours, where that is what the checker found."""
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:
+        # Whatever the reader raises: the file is not ONNX at all, and the caller says so.
+        return
+    check_external(model, path)
+
+
+def check_external(model: Any, path: Path) -> None:
+    """Hold a model's external data to what the model says of it, and read the small constants of it.
+
+    Args:
+        model: an `onnx.ModelProto` as read from `path`.
+        path: its file.
+
+    Raises:
+        InputError: a data file is missing, too short, outside of the file's folder, or not the one it was written with.
+    """
+    from onnx import numpy_helper
+
+    files: dict[str, int] = {}
+    for tensor in tensors_of(model):
+        if not is_external(tensor):
+            continue
+        location, end = _place(tensor, path)
+        files[location] = files[location] if location in files else _data_size(path, location)
+        if end > files[location]:
+            raise InputError(
+                f"the external data {location} has {files[location]:,} bytes, {tensor.name} ends at {end:,}",
+                where=path,
+                mend=_BOTH,
+            )
+        if _raw_bytes(tensor) <= SMALL_BYTES:
+            read = numpy_helper.from_array(numpy_helper.to_array(tensor, str(path.parent)), tensor.name)
+            tensor.CopyFrom(read)
+    wanted = next((p.value for p in model.metadata_props if p.key == DATA_SHA256), None)
+    if wanted is not None and len(files) == 1:
+        _check_digest(path, next(iter(files)), wanted)
+
+
+def is_external(tensor: Any) -> bool:
+    """Whether a tensor's values lie in a file beside the model's."""
+    from onnx import TensorProto
+
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _place(tensor: Any, path: Path) -> tuple[str, int]:
+    """The file that a tensor's values lie in, and where in it they end."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
+        raise InputError(
+            f"{tensor.name} names external data outside of the file's folder: {location!r}",
+            where=path,
+            mend=_AGAIN,
+        )
+    try:
+        size = _raw_bytes(tensor)
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
+    except (ValueError, TypeError) as error:
+        # A type of no fixed size, or an offset or a length that is no number.
+        raise InputError(
+            f"{tensor.name}'s external data cannot be read: {error}", where=path, mend=_AGAIN
+        ) from error
+    if offset < 0 or length != size:
+        raise InputError(
+            f"{tensor.name} has {size:,} bytes, its external data is {length:,} at {offset:,}",
+            where=path,
+            mend=_AGAIN,
+        )
+    return location, offset + length
+
+
+def _raw_bytes(tensor: Any) -> int:
+    """Bytes of a tensor's values by its shape and type; 4-bit and 2-bit types are packed."""
+    import onnx_ir as ir
+
+    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    return int(np.ceil(elements * ir.DataType(tensor.data_type).bitwidth / 8))
+
+
+def _data_size(path: Path, location: str) -> int:
+    data = path.parent / location
+    try:
+        return data.stat().st_size
+    except OSError as error:
+        raise InputError(
+            f"the external data {location} cannot be read: {error.strerror or error}", where=path, mend=_BOTH
+        ) from error
+
+
+def _check_digest(path: Path, location: str, wanted: str) -> None:
+    with (path.parent / location).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted:
+        raise InputError(
+            f"the external data {location} is not the one that the file was written with: its hash differs",
+            where=path,
+            mend=_BOTH,
+        )
+
+
+def values(tensor: Any, folder: Path) -> NDArray[Any]:
+    """A constant's values, wherever they lie.
+
+    Args:
+        tensor: an `onnx.TensorProto`; it stays as it is.
+        folder: where the model's file lies.
+    """
+    from onnx import numpy_helper
+
+    return np.asarray(numpy_helper.to_array(tensor, str(folder)))
+
+
+def tensors_of(model: Any) -> Iterator[Any]:
+    """Every constant of an `onnx.ModelProto`: initializers and attributes, in subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def infer_shapes(
+    model: Any, where: Path | None = None, *, strict: bool = False, data_prop: bool = False
+) -> Any:
+    """A model's structure with the shapes and element types of its inner tensors, without its large values.
+
+    Args:
+        model: an `onnx.ModelProto`, of any size.
+        where: the file that it was read from, for the error.
+        strict: whether an operator whose shapes cannot be inferred is an error.
+        data_prop: whether small values, shapes say, are propagated as well.
+
+    Raises:
+        InputError: those written down contradict the operators. ONNX's checker does not look at them.
+    """
+    from onnx import shape_inference
+
+    try:
+        return shape_inference.infer_shapes(hollow(model), strict_mode=strict, data_prop=data_prop)
+    except shape_inference.InferenceError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the ONNX graph's shapes or types contradict each other: {reason}", where=where, mend=_AGAIN
+        ) from error
+
+
+def hollow(model: Any) -> Any:
+    """A copy of an `onnx.ModelProto` whose large constants have a name, a shape and a type, but no values.
+
+    They are marked as external data that nobody reads, which is what inference of shapes takes for "not known".
+    """
+    from onnx import ModelProto
+
+    result = ModelProto()
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            _hollow_graph(value, result.graph)
+        elif field.name == "functions":
+            for function in value:
+                _hollow_graph(function, result.functions.add())
+        else:
+            _take(result, field.name, value)
+    return result
+
+
+def _hollow_graph(source: Any, target: Any) -> None:
+    """Of a graph or of a function."""
+    for field, value in source.ListFields():
+        if field.name == "initializer":
+            target.initializer.extend(_stand_in(tensor) for tensor in value)
+        elif field.name == "node":
+            for node in value:
+                _hollow_node(node, target.node.add())
+        else:
+            _take(target, field.name, value)
+
+
+def _hollow_node(source: Any, target: Any) -> None:
+    from onnx import GraphProto
+
+    target.CopyFrom(source)
+    for attribute in target.attribute:
+        if attribute.HasField("t"):
+            attribute.t.CopyFrom(_stand_in(attribute.t))
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            emptied = GraphProto()
+            _hollow_graph(graph, emptied)
+            graph.CopyFrom(emptied)
+
+
+def _take(target: Any, name: str, value: Any) -> None:
+    if isinstance(value, str | bytes | int | float):
+        setattr(target, name, value)
+    else:
+        getattr(target, name).MergeFrom(value)
+
+
+def _stand_in(tensor: Any) -> Any:
+    from onnx import StringStringEntryProto, TensorProto
+
+    if is_external(tensor) or tensor.ByteSize() <= SMALL_BYTES:
+        return tensor
+    return TensorProto(
+        name=tensor.name,
+        dims=tensor.dims,
+        data_type=tensor.data_type,
+        data_location=TensorProto.EXTERNAL,
+        external_data=[StringStringEntryProto(key="location", value="nowhere")],
+    )
