@@ -14,7 +14,8 @@ from ospq_export.errors import InputError
 from ospq_export.export import onnx_read
 from ospq_export.export.lint import lint
 from ospq_export.export.onnx_graph import OnnxGraph
-from ospq_export.export.onnx_read import hollow, infer_shapes, read_model, values
+from ospq_export.export.onnx_read import read_model, values
+from ospq_export.export.onnx_shapes import hollow, infer_shapes
 
 WIDE = 300
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ospq_export.export.onnx_read import infer_shapes, values
+from ospq_export.export.onnx_read import values
+from ospq_export.export.onnx_shapes import infer_shapes
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 # What lies between an operand and its DequantizeLinear without changing values.

@@ -1,8 +1,7 @@
 """Reading any ONNX file, whatever it weighs.
 
 Weights may lie in the file or beside it as external data (https://onnx.ai/onnx/repo-docs/ExternalData.html). The large ones
-beside it stay there: a rule that asks for their values gets them from the file, one tensor at a time. What goes through
-protobuf's serialization, the inference of shapes, goes without large values: a message of more than 2 GiB cannot be serialized.
+beside it stay there: who asks for their values gets them from the file, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -226,93 +225,3 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
             yield from attribute.tensors
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from _graph_tensors(graph)
-
-
-def infer_shapes(
-    model: Any, where: Path | None = None, *, strict: bool = False, data_prop: bool = False
-) -> Any:
-    """A model's structure with the shapes and element types of its inner tensors, without its large values.
-
-    Args:
-        model: an `onnx.ModelProto`, of any size.
-        where: the file that it was read from, for the error.
-        strict: whether an operator whose shapes cannot be inferred is an error.
-        data_prop: whether small values, shapes say, are propagated as well.
-
-    Raises:
-        InputError: those written down contradict the operators. ONNX's checker does not look at them.
-    """
-    from onnx import shape_inference
-
-    try:
-        return shape_inference.infer_shapes(hollow(model), strict_mode=strict, data_prop=data_prop)
-    except shape_inference.InferenceError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the ONNX graph's shapes or types contradict each other: {reason}", where=where, mend=_AGAIN
-        ) from error
-
-
-def hollow(model: Any) -> Any:
-    """A copy of an `onnx.ModelProto` whose large constants have a name, a shape and a type, but no values.
-
-    They are marked as external data that nobody reads, which is what inference of shapes takes for "not known".
-    """
-    from onnx import ModelProto
-
-    result = ModelProto()
-    for field, value in model.ListFields():
-        if field.name == "graph":
-            _hollow_graph(value, result.graph)
-        elif field.name == "functions":
-            for function in value:
-                _hollow_graph(function, result.functions.add())
-        else:
-            _take(result, field.name, value)
-    return result
-
-
-def _hollow_graph(source: Any, target: Any) -> None:
-    """Of a graph or of a function."""
-    for field, value in source.ListFields():
-        if field.name == "initializer":
-            target.initializer.extend(_stand_in(tensor) for tensor in value)
-        elif field.name == "node":
-            for node in value:
-                _hollow_node(node, target.node.add())
-        else:
-            _take(target, field.name, value)
-
-
-def _hollow_node(source: Any, target: Any) -> None:
-    from onnx import GraphProto
-
-    target.CopyFrom(source)
-    for attribute in target.attribute:
-        if attribute.HasField("t"):
-            attribute.t.CopyFrom(_stand_in(attribute.t))
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            emptied = GraphProto()
-            _hollow_graph(graph, emptied)
-            graph.CopyFrom(emptied)
-
-
-def _take(target: Any, name: str, value: Any) -> None:
-    if isinstance(value, str | bytes | int | float):
-        setattr(target, name, value)
-    else:
-        getattr(target, name).MergeFrom(value)
-
-
-def _stand_in(tensor: Any) -> Any:
-    from onnx import StringStringEntryProto, TensorProto
-
-    if is_external(tensor) or tensor.ByteSize() <= SMALL_BYTES:
-        return tensor
-    return TensorProto(
-        name=tensor.name,
-        dims=tensor.dims,
-        data_type=tensor.data_type,
-        data_location=TensorProto.EXTERNAL,
-        external_data=[StringStringEntryProto(key="location", value="nowhere")],
-    )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
-from ospq_export.export.onnx_read import infer_shapes
+from ospq_export.export.onnx_shapes import infer_shapes
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
