@@ -17,7 +17,7 @@ import platform
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -130,9 +130,9 @@ def difference(prediction: Prediction, outcome: Outcome) -> str:
     return ""
 
 
-def run(seeds: Iterable[int]) -> list[Case]:
+def run(seeds: Iterable[int]) -> Iterator[Case]:
     """All seeds in a process of its own, which is started again where the builder takes it down."""
-    waiting, cases = list(seeds), []
+    waiting = list(seeds)
     context = multiprocessing.get_context("spawn")
     while waiting:
         receiver, sender = context.Pipe(duplex=False)
@@ -142,14 +142,13 @@ def run(seeds: Iterable[int]) -> list[Case]:
         done = 0
         try:
             while done < len(waiting):
-                cases.append(receiver.recv())
+                yield receiver.recv()
                 done += 1
         except EOFError:
-            cases.append(_crashed(waiting[done]))
+            yield _crashed(waiting[done])
             done += 1
         worker.join()
         waiting = waiting[done:]
-    return cases
 
 
 def _crashed(seed: int) -> Case:
@@ -181,7 +180,7 @@ def summary(cases: list[Case], first: int) -> dict[str, Any]:
         "builder_crashed": [case.seed for case in cases if case.seen == CRASH],
         "refused": sum(case.predicted == "refused" for case in valid),
         "products": dict(Counter(k for c in valid if c.seen.startswith("{") for k in json.loads(c.seen).values())),
-        "read_differently": sum(bool({"datatype", "blocks-summed"} & set(c.rules)) and c.predicted != "refused" for c in valid),
+        "read_differently": sum(bool({"datatype", "blocks", "int4-blocks"} & set(c.rules)) and c.predicted != "refused" for c in valid),
         "rules": dict(Counter(rule for case in valid for rule in case.rules)),
         "disagreements": dict(kinds),
         "cases": [asdict(case) for case in valid if case.difference],
@@ -195,12 +194,13 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    cases = run(range(arguments.first, arguments.first + arguments.count))
-    report = summary(cases, arguments.first)
-    text = json.dumps(report, indent=1)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
-    print(text)
+    cases: list[Case] = []
+    for case in run(range(arguments.first, arguments.first + arguments.count)):
+        cases.append(case)
+        # A long run can be looked at while it goes on.
+        if len(cases) == arguments.count or (arguments.output and len(cases) % 20 == 0):
+            report = json.dumps(summary(cases, arguments.first), indent=1) + "\n"
+            (arguments.output or Path("/dev/stdout")).write_text(report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return dict(json.loads(resources.files(__package__).joinpath("operators.json").read_text()))
+    return dict(json.loads(resources.files("ospq_export.export.lint").joinpath("operators.json").read_text()))
 
 
 def imported_operators() -> frozenset[str]:

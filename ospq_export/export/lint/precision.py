@@ -24,6 +24,7 @@ class ProductKind:
         kind: "int8", "fp8", "fp4" or "float".
         operands: what was found of its two operands.
         refused: why the builder refuses the product; empty where it does not.
+        rule: the rule's name for that.
         reason: why it runs in float.
         culprit: the node that is to blame, if there is one.
         miscomputed: whether scales in blocks are applied after the sum.
@@ -33,6 +34,7 @@ class ProductKind:
     kind: str
     operands: tuple[Operand | InFloat, ...]
     refused: str = ""
+    rule: str = "formats-mixed"
     reason: str = ""
     culprit: Any = None
     miscomputed: bool = False
@@ -73,15 +75,23 @@ def _both_quantized(network: Network, node: Any, operands: list[Operand]) -> Pro
             axis = min(stray)
             reason = f"operand {index}: scales along its axis {axis}, which is not one of the output's own"
             return ProductKind(node, "float", both, reason=reason, culprit=operand.pair.node)
+    computed = next((o for o in operands if o.computed), None)
+    if computed is not None and node.op_type == "Conv":
+        return ProductKind(node, "float", both, refused="a computed scale: it ends the builder's process", rule="scale-computed")
+    if computed is not None:
+        reason = f"operand {operands.index(computed)} has a computed scale"
+        return ProductKind(node, "float", both, reason=reason, culprit=computed.pair.node)
     if any(o.joined for o in operands):
-        return ProductKind(node, "float", both, refused="Concat joins dequantized constants to an operand")
+        return ProductKind(node, "float", both, refused="Concat joins dequantized constants to an operand", rule="codes-joined")
+    wrong = any(o.blocked and o.axes - allowed[i] for i, o in enumerate(operands))
+    if wrong and len({len(network.shape(name) or ()) for name in node.input[:2]}) > 1:
+        return ProductKind(node, "float", both, refused="scales in blocks beside an operand of another rank", rule="blocks")
     formats = {o.format for o in operands}
     if len(formats) > 1:
         return _mixed(node, operands)
     format_ = formats.pop()
     if format_ not in QUANTIZED:
         return ProductKind(node, "float", both, reason=f"there is no product of {format_} by {format_}")
-    wrong = any(o.blocked and o.axes - allowed[i] for i, o in enumerate(operands))
     return ProductKind(node, format_, both, miscomputed=wrong)
 
 

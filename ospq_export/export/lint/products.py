@@ -14,7 +14,7 @@ def products(network: Network) -> Iterator[Finding]:
     """Both operands of every product are quantized, in one format, with scales along the output's axes."""
     for product in product_kinds(network):
         if product.refused:
-            yield refusal("formats-mixed", product.node, product.refused, "quantize both operands to one format")
+            yield refusal(product.rule, product.node, product.refused, "quantize both operands to one format, with constant scales")
             continue
         yield from _scales_astray(network, product)
         yield from _four_bits(product)
@@ -62,7 +62,7 @@ def _four_bits(product: ProductKind) -> Iterator[Finding]:
     for operand in quantized:
         if operand.blocked and product.miscomputed:
             yield different(
-                "blocks-summed",
+                "int4-blocks" if operand.format == "int4" else "blocks",
                 operand.pair.node,
                 f"{operand.format} blocks beside a quantized operand: the scales are applied after the sum over all blocks",
                 "use one scale per output channel, or leave the other operand float",

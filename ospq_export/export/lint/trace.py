@@ -31,6 +31,7 @@ class Operand:
         constant: whether the codes are known when the engine is built.
         joined: whether constant codes are concatenated to it, which the builder cannot do.
         outside: whether it is dequantized outside of the If whose branch multiplies it.
+        computed: whether its scale is.
         scaled: whether it is multiplied by a constant of several elements after it is dequantized.
     """
 
@@ -42,6 +43,7 @@ class Operand:
     joined: bool = False
     outside: bool = False
     scaled: bool = False
+    computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,9 @@ class Tracer:
 
     def _dequantized(self, pair: Pair) -> Operand | InFloat:
         graph = self.network.graph
-        if not graph.is_constant(pair.scale):
-            return InFloat("has a computed scale", pair.node)
         constant = graph.is_constant(pair.data)
         crossed = self.scope[len(graph.scope(pair.node)) :]
+        computed = not graph.is_constant(pair.scale)
         outside = any(level.startswith("If:") for level in crossed)
         scale, data = self.network.shape(pair.scale) or [], self.network.shape(pair.data) or []
         axes: frozenset[int] = frozenset()
@@ -92,7 +93,7 @@ class Tracer:
             axes = frozenset({self.network.axis(pair) % len(data)})
         elif blocked:
             axes = frozenset(i for i, size in enumerate(scale) if size != 1)
-        return Operand(pair, CODES.get(pair.format, "int8"), axes, blocked, constant, outside=outside)
+        return Operand(pair, CODES.get(pair.format, "int8"), axes, blocked, constant, outside=outside, computed=computed)
 
     def _stopped(self, node: Any) -> InFloat:
         behind = any(isinstance(self.trace(name), Operand) for name in node.input if name)
@@ -147,7 +148,7 @@ class Tracer:
 
     def _same_on_codes(self, node: Any) -> Operand | InFloat:
         found = self.trace(node.input[0])
-        if isinstance(found, Operand) and (found.format != "int8" or found.axes):
+        if isinstance(found, Operand) and ((found.format != "int8" and "Pool" in node.op_type) or found.axes):
             return InFloat(f"is {found.format}, and {node.op_type} lies between", node)
         return found
 
