@@ -163,6 +163,7 @@ def _work(seeds: list[int], sender: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             sender.send(compare(seed, draw(seed), Path(folder)))
+    sender.close()
 
 
 def summary(cases: list[Case], first: int) -> dict[str, Any]:
