@@ -27,7 +27,6 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lint_graphs import draw
-
 from ospq_export.errors import InputError
 from ospq_export.export.build import BuildSettings, build
 from ospq_export.export.lint import Prediction, predict
@@ -180,8 +179,13 @@ def summary(cases: list[Case], first: int) -> dict[str, Any]:
         "invalid_onnx": sum(case.predicted.startswith("invalid") for case in cases),
         "builder_crashed": [case.seed for case in cases if case.seen == CRASH],
         "refused": sum(case.predicted == "refused" for case in valid),
-        "products": dict(Counter(k for c in valid if c.seen.startswith("{") for k in json.loads(c.seen).values())),
-        "read_differently": sum(bool({"datatype", "blocks", "int4-blocks"} & set(c.rules)) and c.predicted != "refused" for c in valid),
+        "products": dict(
+            Counter(k for c in valid if c.seen.startswith("{") for k in json.loads(c.seen).values())
+        ),
+        "read_differently": sum(
+            bool({"datatype", "blocks", "int4-blocks"} & set(c.rules)) and c.predicted != "refused"
+            for c in valid
+        ),
         "rules": dict(Counter(rule for case in valid for rule in case.rules)),
         "disagreements": dict(kinds),
         "cases": [asdict(case) for case in valid if case.difference],

@@ -1,6 +1,7 @@
-"""Draw small quantized ONNX graphs: placement of Q/DQ, operators between, types, axes, shapes, subgraphs, ways to write a constant.
+"""Draw small quantized ONNX graphs.
 
-`draw(seed)` gives a valid ONNX file whose nodes that multiply are named `product<k>`. Most graphs have no fault; the others have one.
+Drawn are the placement of Q/DQ, operators between, types, axes, shapes, subgraphs, ways to write a constant. `draw(seed)` gives a
+valid ONNX file whose nodes that multiply are named `product<k>`. Most graphs have no fault; the others have one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ FLOATS: dict[int, Any] = {
     TensorProto.DOUBLE: np.float64,
 }
 FAULTS = (
-    *("zero_point", "zero_size", "zero_computed", "scale_sign", "scale_length", "scale_rank", "scale_computed"),
+    *(
+        "zero_point",
+        "zero_size",
+        "zero_computed",
+        "scale_sign",
+        "scale_length",
+        "scale_rank",
+        "scale_computed",
+    ),
     *("datatype", "axis", "twice", "operator", "activation_channels", "weight_axis", "scalar_constant"),
     *("codes_constant", "mixed_formats", "output_dtype", "weight_kind", "unread", "no_quantizer"),
 )
@@ -98,7 +107,9 @@ class Draw:
     def constant(self, value: Any) -> str:
         """A constant, written in one of the ways that there are."""
         array = np.asarray(value)
-        way = self.pick("plain", "plain", "plain", "node", "value", "identity", "cast", "input", "squeeze", "math")
+        way = self.pick(
+            "plain", "plain", "plain", "node", "value", "identity", "cast", "input", "squeeze", "math"
+        )
         if way == "node":
             return self._constant_node(value=numpy_helper.from_array(array))
         if way == "value" and array.dtype == np.float32 and array.ndim < 2 and self.opset >= 12:
@@ -139,7 +150,9 @@ class Draw:
         return np.asarray(value, FLOATS[self.float_type])
 
 
-def pair_inputs(d: Draw, shape: list[int], axis: int | None, format_: str) -> tuple[list[str], dict[str, Any]]:
+def pair_inputs(
+    d: Draw, shape: list[int], axis: int | None, format_: str
+) -> tuple[list[str], dict[str, Any]]:
     """Scale and zero point of a pair, and its attributes; with the graph's fault where it has one of these."""
     length = 1 if axis is None else shape[axis]
     flat = () if axis is None and d.chance(0.8) else (length,)
@@ -173,7 +186,11 @@ def zero_input(d: Draw, values: Array, format_: str) -> list[str]:
     elif d.fails("zero_size"):
         zero = np.zeros(() if np.size(values) > 1 else 2, dtype)
     elif d.fails("zero_computed"):
-        return [d.pick(d.squeeze, lambda n, _: d.node("Cast", d.node("ReduceMax", "x", keepdims=0), to=3))(d.plain(zero[None]), 0)]
+        return [
+            d.pick(d.squeeze, lambda n, _: d.node("Cast", d.node("ReduceMax", "x", keepdims=0), to=3))(
+                d.plain(zero[None]), 0
+            )
+        ]
     elif format_ == "int8" and d.chance(0.1):
         return []
     if d.chance(0.1):
@@ -181,7 +198,9 @@ def zero_input(d: Draw, values: Array, format_: str) -> list[str]:
     return [d.constant(zero)]
 
 
-def quantize(d: Draw, source: Tensor, format_: str, axis: int | None = None) -> tuple[Tensor, list[str], dict[str, Any]]:
+def quantize(
+    d: Draw, source: Tensor, format_: str, axis: int | None = None
+) -> tuple[Tensor, list[str], dict[str, Any]]:
     """Codes of a tensor, and what its DequantizeLinear reads besides them."""
     if axis is None and d.fails("activation_channels"):
         axis = int(d.rng.integers(len(source.shape)))
@@ -214,7 +233,9 @@ def _transpose(d: Draw, t: Tensor, _: bool) -> Tensor:
 
 
 def _reshape(d: Draw, t: Tensor, _: bool) -> Tensor:
-    shape = d.pick([*t.shape[:-1], 2, t.shape[-1] // 2] if t.shape[-1] % 2 == 0 else t.shape, [1, *t.shape], [*t.shape])
+    shape = d.pick(
+        [*t.shape[:-1], 2, t.shape[-1] // 2] if t.shape[-1] % 2 == 0 else t.shape, [1, *t.shape], [*t.shape]
+    )
     return Tensor(d.node("Reshape", t.name, d.plain(np.array(shape))), shape)
 
 
@@ -245,7 +266,10 @@ def _expand(d: Draw, t: Tensor, _: bool) -> Tensor:
 
 
 def _tile(d: Draw, t: Tensor, _: bool) -> Tensor:
-    return Tensor(d.node("Tile", t.name, d.plain(np.array([2] + [1] * (len(t.shape) - 1)))), [2 * t.shape[0], *t.shape[1:]])
+    return Tensor(
+        d.node("Tile", t.name, d.plain(np.array([2] + [1] * (len(t.shape) - 1)))),
+        [2 * t.shape[0], *t.shape[1:]],
+    )
 
 
 def _split(d: Draw, t: Tensor, _: bool) -> Tensor | None:
@@ -266,7 +290,9 @@ def _pad(d: Draw, t: Tensor, codes: bool) -> Tensor | None:
     pads[-1] = d.pick(0, 1, 1)
     mode = d.pick("constant", "reflect", "edge") if t.shape[-1] > 2 else "constant"
     value = [d.plain(np.int8(0) if codes else d.number(0))] if d.chance(0.3) and mode == "constant" else []
-    return Tensor(d.node("Pad", t.name, d.plain(pads), *value, mode=mode), [*t.shape[:-1], t.shape[-1] + int(pads[-1])])
+    return Tensor(
+        d.node("Pad", t.name, d.plain(pads), *value, mode=mode), [*t.shape[:-1], t.shape[-1] + int(pads[-1])]
+    )
 
 
 def _clip(d: Draw, t: Tensor, codes: bool) -> Tensor | None:
@@ -322,8 +348,27 @@ def _reduced(d: Draw, t: Tensor, codes: bool) -> Tensor | None:
 
 
 BETWEEN: tuple[Between, ...] = (
-    *(_unary("Identity"), _unary("Dropout"), _unary("Relu"), _unary("Neg"), _unary("Abs"), _unary("LeakyRelu")),
-    *(_transpose, _transpose, _reshape, _reshape, _round_trip, _slice, _concat, _gather, _expand, _tile, _split),
+    *(
+        _unary("Identity"),
+        _unary("Dropout"),
+        _unary("Relu"),
+        _unary("Neg"),
+        _unary("Abs"),
+        _unary("LeakyRelu"),
+    ),
+    *(
+        _transpose,
+        _transpose,
+        _reshape,
+        _reshape,
+        _round_trip,
+        _slice,
+        _concat,
+        _gather,
+        _expand,
+        _tile,
+        _split,
+    ),
     *(_flatten, _pad, _clip, _pool, _pool, _resize, _depth, _scaled, _scaled, _added, _reduced),
 )
 FLOAT_ONLY: tuple[Between, ...] = (_unary("Softmax"), _unary("Sigmoid"), _unary("Tanh"))
@@ -334,7 +379,11 @@ def between(d: Draw, tensor: Tensor, codes: bool) -> Tensor:
     choices = BETWEEN if codes and not d.chance(0.03) else (*BETWEEN, *FLOAT_ONLY)
     for _ in range(d.pick(0, 0, 0, 1, 1, 2)):
         found = d.pick(*choices)(d, tensor, codes)
-        tensor = found if found is not None and int(np.prod(found.shape)) < 4096 and len(found.shape) < 6 else tensor
+        tensor = (
+            found
+            if found is not None and int(np.prod(found.shape)) < 4096 and len(found.shape) < 6
+            else tensor
+        )
     return tensor
 
 
@@ -396,7 +445,11 @@ def product(d: Draw, tensor: Tensor) -> Tensor:
         b = activation(d, tensor) if d.chance(0.3) else a
         order = [*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2]
         turned = Tensor(d.node("Transpose", b.name, perm=order), [b.shape[i] for i in order])
-        if turned.shape[:-2] == a.shape[:-2] and turned.shape[-2] == a.shape[-1] and len(turned.shape) == len(a.shape):
+        if (
+            turned.shape[:-2] == a.shape[:-2]
+            and turned.shape[-2] == a.shape[-1]
+            and len(turned.shape) == len(a.shape)
+        ):
             return Tensor(d.node("MatMul", a.name, turned.name, name=name), [*a.shape[:-1], turned.shape[-1]])
     return _matrix_product(d, a, name)
 
@@ -468,7 +521,9 @@ def _finish(d: Draw, tensor: Tensor) -> onnx.ModelProto:
         value = d.node("DequantizeLinear", d.plain(np.int8(5)), d.plain(d.number(0.5)))
         tensor = Tensor(d.node("Mul", tensor.name, value), tensor.shape)
     if d.fails("operator"):
-        domain, op = d.pick(("com.microsoft", "QuickGelu"), ("com.microsoft", "Gelu"), ("ai.example", "Odd"), ("", "Det"))
+        domain, op = d.pick(
+            ("com.microsoft", "QuickGelu"), ("com.microsoft", "Gelu"), ("ai.example", "Odd"), ("", "Det")
+        )
         domains[domain] = 1
         tensor = Tensor(d.node(op, tensor.name, domain=domain), tensor.shape)
     wrap = d.pick(*[_main] * 12, _branches, _branches, _function, _loop)
@@ -491,7 +546,7 @@ Wrapped = tuple[list[Any], list[Any]]
 
 def _main(d: Draw, tensor: Tensor) -> Wrapped:
     rank = [f"d{i}" for i in range(len(tensor.shape))]
-    return d.nodes, [_value(d, tensor.name, d.pick(tensor.shape, rank))]  # type: ignore[arg-type]
+    return d.nodes, [_value(d, tensor.name, d.pick(tensor.shape, rank))]
 
 
 def _branches(d: Draw, tensor: Tensor) -> Wrapped:
@@ -521,8 +576,14 @@ def _function(d: Draw, tensor: Tensor) -> Wrapped:
 def _loop(d: Draw, tensor: Tensor) -> Wrapped:
     """The graph's tail in the body of a Loop that runs twice and gives its last result as a scan output."""
     cut = int(d.rng.integers(len(d.nodes)))
-    inputs = [helper.make_tensor_value_info(n, t, []) for n, t in (("i", TensorProto.INT64), ("go", TensorProto.BOOL))]
-    outputs = [helper.make_tensor_value_info("goes", TensorProto.BOOL, []), _value(d, tensor.name, tensor.shape)]
+    inputs = [
+        helper.make_tensor_value_info(n, t, [])
+        for n, t in (("i", TensorProto.INT64), ("go", TensorProto.BOOL))
+    ]
+    outputs = [
+        helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+        _value(d, tensor.name, tensor.shape),
+    ]
     onward = helper.make_node("Identity", ["go"], ["goes"], "n_goes")
     body = helper.make_graph([*d.nodes[cut:], onward], "body", inputs, outputs)
     trips, true = d.plain(np.int64(2)), d.plain(np.bool_(True))

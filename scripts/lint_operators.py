@@ -15,11 +15,15 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from ospq_export.export.lint import operators
+import ospq_export.export.lint as package
 from ospq_export.export.products import Product, load, recorder
 
 OWN = [
-    *(f"TRT_{kind}{way}" for kind in ("FP8", "INT4", "MXFP8") for way in ("QuantizeLinear", "DequantizeLinear")),
+    *(
+        f"TRT_{kind}{way}"
+        for kind in ("FP8", "INT4", "MXFP8")
+        for way in ("QuantizeLinear", "DequantizeLinear")
+    ),
     *("TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize", "TRT_BlockQuantize", "TRT_BlockDequantize"),
     *("TRT_DynamicQuantize", "GroupNormalization", "InstanceNormalization_TRT", "EfficientNMS_TRT"),
 ]
@@ -34,16 +38,20 @@ def main() -> None:
     table = {
         "made_with": f"tensorrt-rtx {trt.__version__}, onnx {onnx.__version__}",
         "operators": [name for name in asked if parser.supports_operator(name)],
-        "constants": [name for name, kind in TensorProto.DataType.items() if kind and takes(trt, builder, kind)],
+        "constants": [
+            name for name, kind in TensorProto.DataType.items() if kind and takes(trt, builder, kind)
+        ],
     }
-    Path(operators.__file__).with_name("operators.json").write_text(json.dumps(table, indent=1) + "\n")
+    Path(package.__file__).with_name("operators.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def takes(trt: object, builder: object, kind: int) -> bool:
     """Whether an unread initializer of this element type passes the parser."""
     if kind == TensorProto.STRING:
         return False
-    value = TensorProto(name="c", data_type=kind, dims=[2], raw_data=bytes(-(-2 * ir.DataType(kind).bitwidth // 8)))
+    value = TensorProto(
+        name="c", data_type=kind, dims=[2], raw_data=bytes(-(-2 * ir.DataType(kind).bitwidth // 8))
+    )
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y], [value])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

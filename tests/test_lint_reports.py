@@ -1,4 +1,4 @@
-"""What public bug reports said of files that TensorRT refuses, reads differently or takes: each kind, held to the real builder."""
+"""Kinds of files that public bug reports were about: lint held to what the real builder makes of each."""
 
 import importlib.util
 import sys
@@ -17,6 +17,7 @@ from ospq_export.export.lint import Severity, lint, predict
 FOLDER = Path(__file__).parent.parent / "scripts"
 F = np.float32
 FP8 = ml_dtypes.float8_e4m3fn
+SCALE, ZERO = F(0.05), np.int8(0)
 
 
 def script(name):
@@ -49,14 +50,18 @@ class Net:
         self.nodes.append(helper.make_node(op, inputs, [output], name or f"n{len(self.nodes)}", **attributes))
         return output
 
-    def pair(self, source, scale=F(0.05), zero=np.int8(0), **attributes):
+    def pair(self, source, scale=SCALE, zero=ZERO, **attributes):
         inputs = [self.c(scale), self.c(zero)]
-        return self.n("DequantizeLinear", self.n("QuantizeLinear", source, *inputs, **attributes), *inputs, **attributes)
+        return self.n(
+            "DequantizeLinear", self.n("QuantizeLinear", source, *inputs, **attributes), *inputs, **attributes
+        )
 
     def weight(self, shape=(8, 6), axis=1, kind=np.int8):
         codes = self.rng.integers(-100, 100, shape).astype(kind)
         scale = self.rng.uniform(0.01, 0.02, shape[axis]).astype(F)
-        return self.n("DequantizeLinear", self.c(codes), self.c(scale), self.c(np.zeros(shape[axis], kind)), axis=axis)
+        return self.n(
+            "DequantizeLinear", self.c(codes), self.c(scale), self.c(np.zeros(shape[axis], kind)), axis=axis
+        )
 
     def save(self, path, output=None, shape=None):
         out = helper.make_tensor_value_info(output or f"t{len(self.nodes) - 1}", TensorProto.FLOAT, shape)
@@ -131,7 +136,7 @@ def unknown(op, domain):
     return make
 
 
-def function(calls, zero=np.int8(0)):
+def function(calls, zero=ZERO):
     """A local function with a quantized product in it, called so many times in a row."""
 
     def make(net):
@@ -141,7 +146,9 @@ def function(calls, zero=np.int8(0)):
             helper.make_node("MatMul", ["d", "w"], ["b"], "product"),
         ]
         imports = [helper.make_opsetid("", 17)]
-        net.functions.append(helper.make_function("local", "Linear", ["a", "s", "z", "w"], ["b"], body, imports))
+        net.functions.append(
+            helper.make_function("local", "Linear", ["a", "s", "z", "w"], ["b"], body, imports)
+        )
         net.domains.append("local")
         source, inputs = "x", [net.c(F(0.05)), net.c(zero), net.weight((8, 8))]
         for _ in range(calls):
@@ -152,7 +159,12 @@ def function(calls, zero=np.int8(0)):
 
 def codes_constant(net):
     codes = net.n("Transpose", net.c(np.ones((6, 8), np.int8)))
-    net.n("MatMul", net.pair("x"), net.n("DequantizeLinear", codes, net.c(F(0.1)), net.c(np.int8(0))), name="product")
+    net.n(
+        "MatMul",
+        net.pair("x"),
+        net.n("DequantizeLinear", codes, net.c(F(0.1)), net.c(np.int8(0))),
+        name="product",
+    )
 
 
 def scalar(net):
@@ -182,9 +194,24 @@ KINDS = {
     "zero_point_128": (zero_of(np.uint8(128)), (4, 8), 17, "refused"),
     "two_zero_points": (zero_of(np.zeros(2, np.int8)), (4, 8), 17, "refused"),
     "int16": (zero_of(np.int16(0)), (4, 8), 21, "refused"),
-    "scale_of_rank_2": (matmul(lambda n: n.pair("x", F([[0.1]]), np.zeros((1, 1), np.int8))), (4, 8), 21, "refused"),
-    "scale_per_row": (matmul(lambda n: n.pair("x", np.full(4, 0.1, F), np.zeros(4, np.int8), axis=0)), (4, 8), 17, "int8"),
-    "scale_per_column": (matmul(lambda n: n.pair("x", np.full(8, 0.1, F), np.zeros(8, np.int8), axis=1)), (4, 8), 17, "float"),
+    "scale_of_rank_2": (
+        matmul(lambda n: n.pair("x", F([[0.1]]), np.zeros((1, 1), np.int8))),
+        (4, 8),
+        21,
+        "refused",
+    ),
+    "scale_per_row": (
+        matmul(lambda n: n.pair("x", np.full(4, 0.1, F), np.zeros(4, np.int8), axis=0)),
+        (4, 8),
+        17,
+        "int8",
+    ),
+    "scale_per_column": (
+        matmul(lambda n: n.pair("x", np.full(8, 0.1, F), np.zeros(8, np.int8), axis=1)),
+        (4, 8),
+        17,
+        "float",
+    ),
     "float_activation": (matmul(lambda net: "x"), (4, 8), 17, "float"),
     "relu_between": (moved("Relu"), (4, 8), 17, "float"),
     "relu_on_codes": (on_codes("Relu"), (4, 8), 17, "int8"),
@@ -265,7 +292,10 @@ def test_several_files(tmp_path):
     assert runner.invoke(app, ["lint", paths[0]]).exit_code == 0
     result = runner.invoke(app, ["lint", *paths])
     assert result.exit_code == 1
-    assert "a.onnx: 0 errors, 0 warnings" in result.stdout.replace("\n", "") and "zero-point-nonzero" in result.stdout
+    assert (
+        "a.onnx: 0 errors, 0 warnings" in result.stdout.replace("\n", "")
+        and "zero-point-nonzero" in result.stdout
+    )
     result = runner.invoke(app, ["lint", str(tmp_path / "c.onnx"), *paths])
     assert result.exit_code == 2 and "b.onnx: 2 errors" in result.stdout.replace("\n", "")
 

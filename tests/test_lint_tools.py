@@ -8,7 +8,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 from ospq_export.export.lint import predict
 
@@ -28,7 +34,11 @@ class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.one, self.two = torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(72, 16), torch.nn.Linear(16, 8)
+        self.conv, self.one, self.two = (
+            torch.nn.Conv2d(4, 8, 3),
+            torch.nn.Linear(72, 16),
+            torch.nn.Linear(16, 8),
+        )
 
     def forward(self, x):
         x = torch.max_pool2d(torch.relu(self.conv(x)), 2)
@@ -65,7 +75,9 @@ class Reader(CalibrationDataReader):
 
 
 def exported(path, module, shape):
-    torch.onnx.export(module.eval(), (torch.randn(*shape),), str(path), input_names=["x"], dynamo=False, opset_version=17)
+    torch.onnx.export(
+        module.eval(), (torch.randn(*shape),), str(path), input_names=["x"], dynamo=False, opset_version=17
+    )
     model = onnx.load(str(path))
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node{index}"
@@ -82,13 +94,23 @@ def agree(path):
 
 
 SETTINGS = {
-    "symmetric": ({"activation_type": QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}}, False),
+    "symmetric": (
+        {"activation_type": QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}},
+        False,
+    ),
     "per_channel": (
-        {"activation_type": QuantType.QInt8, "per_channel": True, "extra_options": {"ActivationSymmetric": True}},
+        {
+            "activation_type": QuantType.QInt8,
+            "per_channel": True,
+            "extra_options": {"ActivationSymmetric": True},
+        },
         False,
     ),
     "float_bias": (
-        {"activation_type": QuantType.QInt8, "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False}},
+        {
+            "activation_type": QuantType.QInt8,
+            "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False},
+        },
         False,
     ),
     "asymmetric": ({"activation_type": QuantType.QInt8}, True),

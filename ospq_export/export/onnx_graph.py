@@ -64,7 +64,9 @@ class OnnxGraph:
     def _flatten(self, graph: Any, inferred: Any, scope: tuple[str, ...], outer: dict[str, str]) -> None:
         names = dict(outer)
         for name in _defined(graph):
-            taken = name in self.shapes or name in self.dtypes or name in self.scopes or name in self.constants
+            taken = (
+                name in self.shapes or name in self.dtypes or name in self.scopes or name in self.constants
+            )
             names[name] = "/".join((*scope, name, str(len(self.nodes)))) if scope and taken else name
         for value in (*inferred.value_info, *inferred.input, *inferred.output):
             kind = value.type.tensor_type
@@ -107,7 +109,12 @@ class OnnxGraph:
         while stack:
             top = stack[-1]
             node = self.producer.get(top)
-            if top in known or top in self.constants or node is None or node.op_type in ("If", "Loop", "Scan"):
+            if (
+                top in known
+                or top in self.constants
+                or node is None
+                or node.op_type in ("If", "Loop", "Scan")
+            ):
                 known.setdefault(top, top in self.constants or not top)
                 stack.pop()
                 continue
@@ -191,5 +198,10 @@ def _constant_tensor(node: Any) -> Any:
     value = helper.get_attribute_value(node.attribute[0])
     if name == "value":
         return value
-    kind = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    kind = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
     return numpy_helper.from_array(np.asarray(value, kind[name]), node.output[0]) if name in kind else None

@@ -88,7 +88,11 @@ def _without_output_shapes(path: Path) -> Any:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    bare = [v for v in model.graph.output if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")]
+    bare = [
+        v
+        for v in model.graph.output
+        if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")
+    ]
     if not bare:
         return None
     # The checker finds external data by the file's path only, and by its path it would see the file as it is.

@@ -76,7 +76,7 @@ def predict(model: Path | Any) -> Prediction:
         InputError: the file cannot be read as ONNX, or contradicts itself.
     """
     path = model if isinstance(model, Path) else None
-    proto = read_model(path) if path is not None else model
+    proto: Any = read_model(path) if path is not None else model
     network = Network(proto, path)
     findings = tuple(_findings(network))
     refused = any(finding.refused for finding in findings)

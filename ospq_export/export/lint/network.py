@@ -13,13 +13,13 @@ from onnx import TensorProto
 from ospq_export.export.onnx_graph import DEQUANTIZE, QUANTIZE, OnnxGraph
 
 # TensorRT's own operators; the parser looks at the operator's name only, never at its domain.
-_OWN = {
+_OWN: dict[str, tuple[str, int]] = {
     "TRT_FP8QuantizeLinear": (QUANTIZE, TensorProto.FLOAT8E4M3FN),
     "TRT_FP8DequantizeLinear": (DEQUANTIZE, TensorProto.FLOAT8E4M3FN),
     "TRT_INT4QuantizeLinear": (QUANTIZE, TensorProto.INT4),
     "TRT_INT4DequantizeLinear": (DEQUANTIZE, TensorProto.INT4),
 }
-CODES = {
+CODES: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.INT4: "int4",
     TensorProto.FLOAT8E4M3FN: "fp8",
@@ -95,19 +95,22 @@ class Network:
         first = next((name for name in node.input if name), "")
         for name in node.output:
             kind = dtypes.get(name, TensorProto.UNDEFINED)
-            keeps = kind in (TensorProto.UNDEFINED, dtypes.get(first)) and node.op_type not in ("Cast", "Constant")
+            keeps = kind in (TensorProto.UNDEFINED, dtypes.get(first)) and node.op_type not in (
+                "Cast",
+                "Constant",
+            )
             self.types[name] = self.types.get(first, _as_parsed(kind)) if keeps else _as_parsed(kind)
 
     def _pair(self, node: Any) -> Pair | None:
         if len(node.input) < 2:
             return None
         if node.op_type in _OWN:
-            kind, code = _OWN[node.op_type]
-            return Pair(node, kind == QUANTIZE, code)
+            kind, own = _OWN[node.op_type]
+            return Pair(node, kind == QUANTIZE, own)
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             return None
         quantizes = node.op_type == QUANTIZE
-        code = TensorProto.INT8
+        code: int = TensorProto.INT8
         if len(node.input) > 2 and node.input[2]:
             zero = self.types.get(node.input[2], TensorProto.INT8)
             code = zero if zero in CODES else TensorProto.INT8

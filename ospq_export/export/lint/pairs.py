@@ -146,7 +146,9 @@ def scale_problem(shape: list[int], data: list[int], axis: int) -> str:
     axis %= len(data)
     if len(shape) == 1:
         wanted = data[axis]
-        return f"{shape[0]} scales along axis {axis} of length {wanted}" if wanted not in (0, shape[0]) else ""
+        return (
+            f"{shape[0]} scales along axis {axis} of length {wanted}" if wanted not in (0, shape[0]) else ""
+        )
     if len(shape) != len(data):
         return f"scales of rank {len(shape)} for a tensor of rank {len(data)}"
     if any(d and s != d for i, (s, d) in enumerate(zip(shape, data, strict=True)) if i != axis):

@@ -9,7 +9,7 @@ from typing import Any
 from onnx import TensorProto
 
 from ospq_export.export.lint.findings import Finding, refusal
-from ospq_export.export.lint.network import CODES, FLOATS, Network
+from ospq_export.export.lint.network import CODES, FLOATS, Network, Pair
 from ospq_export.export.lint.operators import constant_types, imported_operators
 from ospq_export.export.onnx_graph import DEQUANTIZE, QUANTIZE
 
@@ -20,14 +20,47 @@ _ONE_TYPE = {
 }
 # Operators that need a float: the parser, or the builder after it, refuses int8 there.
 _NOT_ON_CODES = {
-    *("Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Log", "Sqrt", "Gelu", "Mish", "Softplus", "Floor", "Ceil"),
+    *(
+        "Elu",
+        "Selu",
+        "Celu",
+        "Sigmoid",
+        "Tanh",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Gelu",
+        "Mish",
+        "Softplus",
+        "Floor",
+        "Ceil",
+    ),
     *("Round", "Not", "Sin", "Cos", "IsNaN", "Softmax", "LogSoftmax", "Hardmax", "ReduceMean", "ReduceL2"),
     *("NonZero", "LpNormalization", "GlobalAveragePool", "MeanVarianceNormalization", "BatchNormalization"),
-    *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "Pow", "And", "Or", "Mod", "CumSum"),
+    *(
+        "LayerNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "Pow",
+        "And",
+        "Or",
+        "Mod",
+        "CumSum",
+    ),
     *("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"),
 }
 # All that codes other than int8 may pass through.
-_SHUFFLES = {"Concat", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Dropout"}
+_SHUFFLES = {
+    "Concat",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Identity",
+    "Shape",
+    "Dropout",
+}
 _PARAMETER_INPUTS = {"Clip": (1, 2), "Pad": (2,), QUANTIZE: (2,), DEQUANTIZE: (2,)}
 
 
@@ -63,7 +96,9 @@ def names(network: Network) -> Iterator[Finding]:
     seen: set[str] = set()
     for kind, name in layers:
         if name and name in seen and kind.endswith((QUANTIZE, DEQUANTIZE)):
-            yield refusal("name-twice", name, f"a second operator of this name, a {kind}", "give it another name")
+            yield refusal(
+                "name-twice", name, f"a second operator of this name, a {kind}", "give it another name"
+            )
         seen.add(name)
     for pair in network.pairs.values():
         if pair.node.name and pair.node.name in network.graph.constants:
@@ -74,7 +109,9 @@ def outputs_computed_twice(network: Network) -> Iterator[Finding]:
     """No two constants have one name."""
     count = Counter(name for node in network.graph.nodes for name in node.output if name)
     for name, times in count.items():
-        if times > 1 or (name in network.graph.constants and network.graph.producer[name].op_type != "Constant"):
+        if times > 1 or (
+            name in network.graph.constants and network.graph.producer[name].op_type != "Constant"
+        ):
             yield refusal("name-twice", name, "computed twice", "give each tensor a name of its own")
 
 
@@ -137,6 +174,7 @@ def _is_zero_point(network: Network, node: Any) -> bool:
 def _code_constants(network: Network) -> Iterator[Finding]:
     graph = network.graph
     for pair in network.pairs.values():
+        yield from _codes_into_body(network, pair)
         maker = graph.producer.get(pair.data)
         computed = maker is not None and maker.op_type == "ConstantOfShape"
         scalar = graph.constants.get(pair.data) is not None and not network.shape(pair.data)
@@ -147,3 +185,18 @@ def _code_constants(network: Network) -> Iterator[Finding]:
                 "a quantized constant of rank 0" if scalar else "codes of ConstantOfShape",
                 "store it as float, or with a dimension",
             )
+
+
+def _codes_into_body(network: Network, pair: Pair) -> Iterator[Finding]:
+    """Codes of 4 bits or FP8 do not pass into the branch of an If."""
+    graph = network.graph
+    maker = graph.producer.get(pair.data)
+    if pair.quantizes or maker is None or pair.data in graph.constants or pair.format == TensorProto.INT8:
+        return
+    if any(level.startswith("If:") for level in graph.scope(pair.node)[len(graph.scope(maker)) :]):
+        yield refusal(
+            "codes-into-body",
+            pair.node,
+            f"{CODES[pair.format]} codes from outside of the If",
+            "put QuantizeLinear into the branch, or DequantizeLinear outside",
+        )

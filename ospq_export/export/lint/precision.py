@@ -52,9 +52,9 @@ def _kind(network: Network, node: Any) -> ProductKind:
     if node.op_type == "ConvTranspose" and not in_float:
         return ProductKind(node, "float", operands, reason="ConvTranspose runs in float")
     if in_float or len(operands) != 2:
-        bare = [
-            f"operand {i} {o.reason}" for i, o in enumerate(operands) if isinstance(o, InFloat)
-        ] or ["it has not two operands"]
+        bare = [f"operand {i} {o.reason}" for i, o in enumerate(operands) if isinstance(o, InFloat)] or [
+            "it has not two operands"
+        ]
         culprit = next((o.culprit for o in in_float if o.culprit is not None), None)
         return ProductKind(node, "float", operands, reason="; ".join(bare), culprit=culprit)
     return _both_quantized(network, node, [o for o in operands if isinstance(o, Operand)])
@@ -63,29 +63,13 @@ def _kind(network: Network, node: Any) -> ProductKind:
 def _both_quantized(network: Network, node: Any, operands: list[Operand]) -> ProductKind:
     both = tuple(operands)
     allowed = _free_axes(network, node, operands)
-    if all(o.outside for o in operands):
-        reason = "both operands are dequantized outside of the If that multiplies them"
-        return ProductKind(node, "float", both, reason=reason)
-    if node.op_type == "Conv" and network.shape(operands[0].pair.scale) == [1]:
-        reason = "operand 0: its one scale is written with shape [1], which a convolution takes for one of several"
-        return ProductKind(node, "float", both, reason=reason, culprit=operands[0].pair.node)
-    for index, operand in enumerate(operands):
-        stray = operand.axes - allowed[index]
-        if stray and not operand.blocked:
-            axis = min(stray)
-            reason = f"operand {index}: scales along its axis {axis}, which is not one of the output's own"
-            return ProductKind(node, "float", both, reason=reason, culprit=operand.pair.node)
-    computed = next((o for o in operands if o.computed), None)
-    if computed is not None and node.op_type == "Conv":
-        return ProductKind(node, "float", both, refused="a computed scale: it ends the builder's process", rule="scale-computed")
-    if computed is not None:
-        reason = f"operand {operands.index(computed)} has a computed scale"
-        return ProductKind(node, "float", both, reason=reason, culprit=computed.pair.node)
-    if any(o.joined for o in operands):
-        return ProductKind(node, "float", both, refused="Concat joins dequantized constants to an operand", rule="codes-joined")
+    reason, culprit = _kept_in_float(network, node, operands, allowed)
+    if reason:
+        return ProductKind(node, "float", both, reason=reason, culprit=culprit)
     wrong = any(o.blocked and o.axes - allowed[i] for i, o in enumerate(operands))
-    if wrong and len({len(network.shape(name) or ()) for name in node.input[:2]}) > 1:
-        return ProductKind(node, "float", both, refused="scales in blocks beside an operand of another rank", rule="blocks")
+    rule, refused = _unbuildable(network, node, operands, wrong)
+    if refused:
+        return ProductKind(node, "float", both, refused=refused, rule=rule)
     formats = {o.format for o in operands}
     if len(formats) > 1:
         return _mixed(node, operands)
@@ -93,6 +77,40 @@ def _both_quantized(network: Network, node: Any, operands: list[Operand]) -> Pro
     if format_ not in QUANTIZED:
         return ProductKind(node, "float", both, reason=f"there is no product of {format_} by {format_}")
     return ProductKind(node, format_, both, miscomputed=wrong)
+
+
+def _kept_in_float(
+    network: Network, node: Any, operands: list[Operand], allowed: tuple[frozenset[int], frozenset[int]]
+) -> tuple[str, Any]:
+    """Why two quantized operands are multiplied in float, and the node to blame; an empty reason where they are not."""
+    if all(o.outside for o in operands) and all(name in network.pairs for name in node.input[:2]):
+        return "both operands are dequantized outside of the If that multiplies them", None
+    if node.op_type == "Conv" and network.shape(operands[0].pair.scale) == [1]:
+        what = (
+            "operand 0: its one scale is written with shape [1], which a convolution takes for one of several"
+        )
+        return what, operands[0].pair.node
+    for index, operand in enumerate(operands):
+        stray = operand.axes - allowed[index]
+        if stray and not operand.blocked:
+            what = (
+                f"operand {index}: scales along its axis {min(stray)}, which is not one of the output's own"
+            )
+            return what, operand.pair.node
+        if operand.computed and node.op_type != "Conv":
+            return f"operand {index} has a computed scale", operand.pair.node
+    return "", None
+
+
+def _unbuildable(network: Network, node: Any, operands: list[Operand], wrong: bool) -> tuple[str, str]:
+    """The rule and the reason by which the builder refuses two quantized operands; an empty reason where it does not."""
+    if any(o.computed for o in operands):
+        return "scale-computed", "a computed scale: it ends the builder's process"
+    if any(o.joined for o in operands):
+        return "codes-joined", "Concat joins dequantized constants to an operand"
+    if wrong and len({len(network.shape(name) or ()) for name in node.input[:2]}) > 1:
+        return "blocks", "scales in blocks beside an operand of another rank"
+    return "", ""
 
 
 def _mixed(node: Any, operands: list[Operand]) -> ProductKind:

@@ -14,7 +14,12 @@ def products(network: Network) -> Iterator[Finding]:
     """Both operands of every product are quantized, in one format, with scales along the output's axes."""
     for product in product_kinds(network):
         if product.refused:
-            yield refusal(product.rule, product.node, product.refused, "quantize both operands to one format, with constant scales")
+            yield refusal(
+                product.rule,
+                product.node,
+                product.refused,
+                "quantize both operands to one format, with constant scales",
+            )
             continue
         yield from _scales_astray(network, product)
         yield from _four_bits(product)

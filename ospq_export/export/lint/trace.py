@@ -11,7 +11,18 @@ from ospq_export.export.lint.network import CODES, Network, Pair
 
 # What only moves values or picks some of them.
 _MOVES = {
-    *("Identity", "Dropout", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather"),
+    *(
+        "Identity",
+        "Dropout",
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Slice",
+        "Split",
+        "Gather",
+    ),
     *("GatherND", "GatherElements", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "TopK"),
 }
 # What is the same on codes as on the values that they stand for.
@@ -93,7 +104,9 @@ class Tracer:
             axes = frozenset({self.network.axis(pair) % len(data)})
         elif blocked:
             axes = frozenset(i for i, size in enumerate(scale) if size != 1)
-        return Operand(pair, CODES.get(pair.format, "int8"), axes, blocked, constant, outside=outside, computed=computed)
+        return Operand(
+            pair, CODES.get(pair.format, "int8"), axes, blocked, constant, outside=outside, computed=computed
+        )
 
     def _stopped(self, node: Any) -> InFloat:
         behind = any(isinstance(self.trace(name), Operand) for name in node.input if name)
