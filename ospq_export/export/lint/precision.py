@@ -85,6 +85,12 @@ def _kept_in_float(
     """Why two quantized operands are multiplied in float, and the node to blame; an empty reason where they are not."""
     if all(o.outside for o in operands) and all(name in network.pairs for name in node.input[:2]):
         return "both operands are dequantized outside of the If that multiplies them", None
+    inside = [o for o in operands if not o.outside]
+    if len(inside) == 1 and inside[0].pair.data in network.pairs:
+        return (
+            "one operand is dequantized outside of the If that multiplies it, the other is quantized inside",
+            None,
+        )
     if node.op_type == "Conv" and network.shape(operands[0].pair.scale) == [1]:
         what = (
             "operand 0: its one scale is written with shape [1], which a convolution takes for one of several"
