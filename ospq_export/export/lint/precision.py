@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from onnx import TensorProto
+
 from ospq_export.export.lint.network import PRODUCTS, Network
 from ospq_export.export.lint.trace import InFloat, Operand, Tracer
 
@@ -114,6 +116,12 @@ def _unbuildable(network: Network, node: Any, operands: list[Operand], wrong: bo
         return "scale-computed", "a computed scale: it ends the builder's process"
     if any(o.joined for o in operands):
         return "codes-joined", "Concat joins dequantized constants to an operand"
+    half = network.types.get(node.input[0]) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    if node.op_type == "Conv" and half and network.shape(operands[1].pair.scale) == [1]:
+        return (
+            "scale-shape",
+            "a convolution in 16 bits whose weight's one scale is written with shape [1], not []",
+        )
     if wrong and len({len(network.shape(name) or ()) for name in node.input[:2]}) > 1:
         return "blocks", "scales in blocks beside an operand of another rank"
     return "", ""
