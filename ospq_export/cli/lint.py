@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ospq_export.cli.options import console
 
+if TYPE_CHECKING:
+    from ospq_export.export.lint import Finding
 
-def lint(file: Annotated[Path, typer.Argument(help="Any QDQ ONNX file.")]) -> None:
-    """Say what in an ONNX file TensorRT refuses, reinterprets or runs in float; exit 1 on errors, 0 on warnings or nothing."""
+
+def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any number of them.")]) -> None:
+    """Say what in ONNX files TensorRT refuses, reinterprets or runs in float.
+
+    Exit status 2 if one is no ONNX file (the others are still linted), 1 if one has errors, 0 on warnings or nothing.
+    """
     from rich.markup import escape
-    from rich.table import Table
 
+    from ospq_export.errors import InputError
     from ospq_export.export.lint import Severity
     from ospq_export.export.lint import lint as run_lint
 
-    findings = run_lint(file)
-    errors = sum(finding.severity is Severity.ERROR for finding in findings)
-    if findings:
-        table = Table("", "rule", "node", "what", "mend")
-        for finding in findings:
-            table.add_row(
-                finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.mend
-            )
-        console().print(table)
-    console().print(f"{escape(str(file))}: {errors} errors, {len(findings) - errors} warnings")
-    raise typer.Exit(1 if errors else 0)
+    status = 0
+    for file in files:
+        try:
+            findings = run_lint(file)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            console().print(escape(str(error)), soft_wrap=True)
+            status = 2
+            continue
+        errors = sum(finding.severity is Severity.ERROR for finding in findings)
+        if findings:
+            console().print(_table(findings))
+        warnings = len(findings) - errors
+        console().print(f"{escape(str(file))}: {errors} errors, {warnings} warnings", soft_wrap=True)
+        status = max(status, 1 if errors else 0)
+    raise typer.Exit(status)
+
+
+def _table(findings: list[Finding]) -> object:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "rule", "node", "what", "fix")
+    for finding in findings:
+        table.add_row(
+            finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.mend
+        )
+    return table

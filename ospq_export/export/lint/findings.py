@@ -1,0 +1,58 @@
+"""What a rule reports."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Severity(StrEnum):
+    """What a finding costs."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Finding(BaseModel):
+    """One place where a rule is broken.
+
+    Attributes:
+        rule: its name.
+        severity: `error`: TensorRT refuses the file or computes something else; `warning`: it runs in float or is not fused.
+        node: the node's name, or its output's where it has none.
+        what: what is wrong there.
+        mend: what to do about it.
+        refused: whether TensorRT's parser or builder refuses the file; an error that is not refused is computed differently.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    rule: str
+    severity: Severity
+    node: str
+    what: str
+    mend: str
+    refused: bool = False
+
+
+def name_of(node: Any) -> str:
+    """A node's name, or its first output's where it has none."""
+    return str(node.name or node.output[0])
+
+
+def refusal(rule: str, node: Any, what: str, mend: str) -> Finding:
+    """TensorRT refuses the file here."""
+    where = node if isinstance(node, str) else name_of(node)
+    return Finding(rule=rule, severity=Severity.ERROR, node=where, what=what, mend=mend, refused=True)
+
+
+def different(rule: str, node: Any, what: str, mend: str) -> Finding:
+    """TensorRT takes the file and computes something else."""
+    return Finding(rule=rule, severity=Severity.ERROR, node=name_of(node), what=what, mend=mend)
+
+
+def warning(rule: str, node: Any, what: str, mend: str) -> Finding:
+    """TensorRT takes the file, but not as it seems to be meant."""
+    return Finding(rule=rule, severity=Severity.WARNING, node=name_of(node), what=what, mend=mend)

@@ -1,0 +1,81 @@
+"""Rules about products: which run in float, and which two formats cannot be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ospq_export.export.lint.findings import Finding, different, name_of, refusal, warning
+from ospq_export.export.lint.network import Network
+from ospq_export.export.lint.precision import ProductKind, product_kinds
+from ospq_export.export.lint.trace import InFloat, Operand
+
+
+def products(network: Network) -> Iterator[Finding]:
+    """Both operands of every product are quantized, in one format, with scales along the output's axes."""
+    for product in product_kinds(network):
+        if product.refused:
+            yield refusal(
+                product.rule,
+                product.node,
+                product.refused,
+                "quantize both operands to one format, with constant scales",
+            )
+            continue
+        yield from _scales_astray(network, product)
+        yield from _four_bits(product)
+        if product.kind == "float":
+            yield warning(
+                "product-in-float",
+                product.node,
+                product.reason,
+                "put Q and DQ directly on both operands, with one scale per tensor or per output channel",
+            )
+
+
+def _scales_astray(network: Network, product: ProductKind) -> Iterator[Finding]:
+    """Names the DequantizeLinear whose scales keep a product in float."""
+    operand = next(
+        (o for o in product.operands if isinstance(o, Operand) and o.pair.node is product.culprit), None
+    )
+    if operand is None or product.kind != "float":
+        return
+    count = sum(network.shape(operand.pair.scale) or [1])
+    if count == 1:
+        return
+    if operand.constant:
+        shape = network.shape(operand.pair.data)
+        axis = network.axis(operand.pair) % len(shape or [0])
+        yield warning(
+            "weight-axis",
+            operand.pair.node,
+            f"scales along axis {axis} of a {shape} weight, which is not its outputs'",
+            "use one scale per output channel",
+        )
+    else:
+        yield warning(
+            "activation-per-channel",
+            operand.pair.node,
+            f"{count} scales on an activation: the product {name_of(product.node)} runs in float",
+            "use one scale per tensor",
+        )
+
+
+def _four_bits(product: ProductKind) -> Iterator[Finding]:
+    quantized = [o for o in product.operands if isinstance(o, Operand)]
+    if len(quantized) < 2 or any(isinstance(o, InFloat) for o in product.operands):
+        return
+    for operand in quantized:
+        if operand.blocked and product.miscomputed:
+            yield different(
+                "int4-blocks" if operand.format == "int4" else "blocks",
+                operand.pair.node,
+                f"{operand.format} blocks beside a quantized operand: the scales are applied after the sum over all blocks",
+                "use one scale per output channel, or leave the other operand float",
+            )
+        elif operand.format == "int4":
+            yield warning(
+                "int4-beside-int8",
+                operand.pair.node,
+                "4-bit codes beside a quantized operand: unpacked in a kernel of its own",
+                "store the codes as int8",
+            )
