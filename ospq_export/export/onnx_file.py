@@ -19,6 +19,7 @@ from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.export import external, serialize
+from ospq_export.export.inner import describe_inner_only, hide_outputs
 from ospq_export.export.names import name_everything
 from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
 
@@ -58,12 +59,13 @@ def write_onnx(
     """
     model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
     if not expose_probes:
-        del model.graph.outputs[1:]
+        hide_outputs(model, 1)
     _tidy(model, metadata, {INPUT, OUTPUT, *probes})
     for change in passes:
         change(model)
     proto, tensors = serialize.split(model)
     del model
+    describe_inner_only(proto)
     serialize.check(proto, tensors, path)
     check_deployable(proto, path)
     external.save(proto, tensors, path)
