@@ -41,7 +41,10 @@ def preprocess(path: str, config: dict) -> np.ndarray:
 def main() -> None:
     """Print the five likeliest classes."""
     model, image = sys.argv[1:]
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # On x86 without VNNI the fast 8-bit kernels saturate; elsewhere this changes nothing.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     inputs = preprocess(image, json.loads(metadata["preprocessing"]))
     # A file with a fixed batch wants exactly that many images.

@@ -238,11 +238,13 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
 @pytest.mark.slow
 def test_backends_by_name(capsys, images, copy):
     assert run(capsys, "export", copy, "--quiet", "--batch-size", 4)[0] == 0
-    options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", "--batch-size", 7]
+    # Logits of random weights lie close together: on some processors rounding flips their order.
+    loose = ["--min-agreement", 50, "--max-top1-difference", 100]
+    options = ["validate", copy, "--data", images, "--workers", 0, "--quiet", "--batch-size", 7, *loose]
     for name, reference in (("onnxruntime-fp32", "float"), ("onnxruntime", "fake_quant")):
         status, stdout, _ = run(capsys, *options, "--backend", name)
         report = json.loads((copy / "report.json").read_text())
-        assert status in (1, 3) and "too few images" in stdout
+        assert status == 3 and "too few images to tell whether accuracy is kept" in stdout
         assert {b["name"] for b in report["backends"]} == {"float", reference, name}, (
             "it brings its references"
         )
@@ -257,7 +259,7 @@ def test_backends_by_name(capsys, images, copy):
 @pytest.mark.slow
 def test_labels_may_be_missing_but_must_fit(capsys, images, copy, tmp_path):
     assert run(capsys, "export", copy, "--quiet")[0] == 0
-    options = ["validate", copy, "--data", images / "a", "--workers", 0, "--quiet"]
+    options = ["validate", copy, "--data", images / "a", "--workers", 0, "--quiet", "--min-agreement", 50]
     status, stdout, _ = run(capsys, *options)
     report = json.loads((copy / "report.json").read_text())
     assert status == 3 and "images have no labels" in stdout and not report["labelled"]

@@ -100,7 +100,8 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     for name in wanted:
         _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
     # Where torch's side is not to be had, ONNX Runtime stands in for it.
-    if FAKE_QUANT not in result.names and UNOPTIMIZED not in result.names:
+    judged = [name for name in result.names if name in DEPLOYED]
+    if judged and FAKE_QUANT not in result.names and UNOPTIMIZED not in judged:
         _open(result, run, UNOPTIMIZED, device, must=False)
     if result.float_reference is None:
         _open(result, run, FP32, device, must=False)

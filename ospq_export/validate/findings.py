@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ospq_export.processor import examine_processor
+from ospq_export.processor import PRECISE_KERNELS, examine_processor
 from ospq_export.validate.executions import OPTIMIZED, QDQ_FP16, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
 
 if TYPE_CHECKING:
@@ -34,4 +34,5 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
     files = [file for name, file in _INTEGER_EXECUTIONS.items() if name in names]
     files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
-    return [line for line in said if line]
+    how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"
+    return [f"{line}; {how}" for line in said if line]

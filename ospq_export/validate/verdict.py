@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Outcome = Literal["met", "missed", "open"]
+# What a verdict that holds is shown by; the other criteria can only refute.
+_FIGURES = ("agreement", "accuracy")
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
 
 
@@ -142,7 +144,8 @@ def _judgement(criteria: Sequence[Criterion], shown: str, refuted: str, asked: s
     if undecided or not criteria:
         text = f"too few images to tell {asked}: {_listed(undecided) or 'nothing was compared'}"
         return Judgement(outcome="open", text=text, criteria=list(criteria))
-    return Judgement(outcome="met", text=f"{shown}: {_listed(criteria)}", criteria=list(criteria))
+    figures = [c for c in criteria if c.name in _FIGURES] or criteria
+    return Judgement(outcome="met", text=f"{shown}: {_listed(figures)}", criteria=list(criteria))
 
 
 def _listed(criteria: Sequence[Criterion]) -> str:
