@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -17,7 +18,7 @@ from ospq_export.calibrate import calibrate
 from ospq_export.cli.app import app
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
-from ospq_export.export import export, serialize
+from ospq_export.export import export, external, serialize
 from ospq_export.export.engine import build_engine
 from ospq_export.export.lint import lint
 from ospq_export.export.onnx_read import read_model
@@ -52,23 +53,20 @@ def logits(file: Path, x: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Files of many kinds in one piece, and the same with the weights beside it; do not change them."""
+    """Files of many kinds, put together by onnx, and the run with the weights beside them; do not change them."""
     folder = tmp_path_factory.mktemp("external")
     whole, beside = folder / "whole", folder / "beside"
     torch.manual_seed(0)
     model = create_model(SPEC)
     batch = Batch(IMAGES, torch.zeros(8, dtype=torch.int64), [str(i) for i in range(8)])
     config = resolve_data_config(model, SPEC, {})
-    calibrate(model, SPEC, batch, config, load_recipe("w4a8", SHORT), whole)
-    shutil.copytree(whole, beside)
-    export(whole)
+    calibrate(model, SPEC, batch, config, load_recipe("w4a8", SHORT), beside)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serialize, "MAX_BYTES", LIMIT)
         export(beside, extras=EXTRAS)
+    whole.mkdir()
     for path in beside.glob("*.onnx"):
-        if not (whole / path.name).exists():
-            # What an ordinary export does not have is put together by onnx.
-            onnx.save_model(onnx.load(str(path)), str(whole / path.name))
+        onnx.save_model(onnx.load(str(path)), str(whole / path.name))
     return whole, beside
 
 
@@ -117,7 +115,7 @@ def test_lint_validation_and_probes_read_them(pair: tuple[Path, Path]) -> None:
     sizes = [int(OnnxRuntimeBackend("x", run / "model.onnx", optimize=True).detail["bytes"]) for run in pair]
     assert sizes[0] <= sizes[1] < 2 * sizes[0]
     wanted = frozenset(
-        f"{r.name}.codes" for r in Run.open(whole).manifest.quantizers if r.kind == "activation"
+        f"{r.name}.codes" for r in Run.open(beside).manifest.quantizers if r.kind == "activation"
     )
     seen = [open_probed(run / "model.onnx", wanted, optimize=False, provider="cpu").run(x) for run in pair]
     assert len(seen[0]) > 8 and seen[0].keys() == seen[1].keys()
@@ -127,16 +125,28 @@ def test_lint_validation_and_probes_read_them(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.slow
 def test_an_export_that_needs_them_no_more_removes_them(copy: Path) -> None:
-    before = (copy / "model_fp32.onnx.data").read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialize, "MAX_BYTES", LIMIT)
-        export(copy, overwrite=True)
-    assert (copy / "model_fp32.onnx.data").read_bytes() == before, "replaced, not appended to"
+    beside = logits(copy / "model.onnx", IMAGES.numpy())
     done = export(copy, overwrite=True)
+    np.testing.assert_array_equal(logits(copy / "model.onnx", IMAGES.numpy()), beside)
     for name in ("model.onnx", "model_fp32.onnx"):
         assert not (copy / f"{name}.data").exists() and f"{name}.data" not in done.manifest.files
     assert "model_int4.onnx.data" in Run.open(copy).manifest.files, "another file's weights stay"
     assert not [p for p in copy.iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_replaced_and_never_appended_to(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(limit: int) -> dict[str, bytes]:
+        monkeypatch.setattr(serialize, "MAX_BYTES", limit)
+        external.save(*serialize.split(onnx_ir.load(str(pair[0] / "model.onnx"))), tmp_path / "m.onnx")
+        return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    first = save(LIMIT)
+    assert sorted(first) == ["m.onnx", "m.onnx.data"] and save(LIMIT) == first
+    assert list(save(1 << 30)) == ["m.onnx"]
+    assert save(LIMIT) == first
 
 
 @pytest.mark.slow
@@ -175,13 +185,11 @@ def runner_error() -> Any:
 def test_no_space_for_the_weights_leaves_what_was_there(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ospq_export.export import external
-
     def full(_tensors: Any, path: Path) -> list[int]:
         path.write_bytes(b"the first half")
         raise OSError(28, "No space left on device")
 
-    run_copy = Path(shutil.copytree(pair[0], tmp_path / "run"))
+    run_copy = Path(shutil.copytree(pair[1], tmp_path / "run"))
     monkeypatch.setattr(serialize, "MAX_BYTES", LIMIT)
     monkeypatch.setattr(external, "_write", full)
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
@@ -193,10 +201,6 @@ def test_no_space_for_the_weights_leaves_what_was_there(
 def test_too_large_without_its_weights(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnx_ir
-
-    from ospq_export.export import external
-
     monkeypatch.setattr(serialize, "MAX_BYTES", 10_000)
     proto, tensors = serialize.split(onnx_ir.load(str(pair[0] / "model.onnx")))
     with pytest.raises(InputError, match="one ONNX file holds"):
@@ -207,8 +211,6 @@ def test_too_large_without_its_weights(
 def test_the_size_is_known_beforehand(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnx_ir
-
     for streamed in (100, 10_000, 1 << 40):
         monkeypatch.setattr(serialize, "STREAMED_BYTES", streamed)
         proto, tensors = serialize.split(onnx_ir.load(str(pair[0] / "model.onnx")))
