@@ -26,7 +26,7 @@ def describe_inner_only(proto: Any) -> None:
     graph = proto.graph
     inner = {name for node in graph.node for name in node.output if name}
     inner -= {value.name for value in graph.output}
-    kept = {}
+    kept: dict[str, Any] = {}
     for info in graph.value_info:
         if info.name in inner:
             kept.setdefault(info.name, info.SerializeToString())
