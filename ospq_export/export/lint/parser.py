@@ -99,7 +99,9 @@ def names(network: Network) -> Iterator[Finding]:
             yield refusal(
                 "name-twice", name, f"a second operator of this name, a {kind}", "give it another name"
             )
-        seen.add(name)
+        # A constant is no layer.
+        if kind != "Constant":
+            seen.add(name)
     for pair in network.pairs.values():
         if pair.node.name and pair.node.name in network.graph.constants:
             yield refusal("name-twice", pair.node, "a constant has the same name", "give it another name")
