@@ -16,6 +16,7 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
+from ospq_export.export.stage import Extras
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantize import Levels
@@ -125,6 +126,20 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             with contextlib.suppress(Timeout), FileLock(f"{run}.lock", timeout=timeout):
                 _make_once(recipe, run)
     return runs
+
+
+@pytest.fixture(scope="session")
+def every_file(finished_runs: dict[str, Path]) -> Path:
+    """The W4A4 run with every extra file, all of them with a dynamic batch; do not change it."""
+    run = finished_runs["w4a4"].with_name("w4a4_every_file")
+    extras = Extras(fp16=True, debug=True, int4=True, uint8_input=True, uint8_activations=True)
+    finished = run.with_suffix(".finished")
+    with FileLock(f"{run}.lock"):
+        if not finished.exists():
+            shutil.copytree(finished_runs["w4a4"], run)
+            export(run, extras=extras, deploy_batch_size=None, overwrite=True)
+            finished.touch()
+    return run
 
 
 def _make_once(recipe: str, run: Path) -> None:

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,15 +37,9 @@ RTX = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def run(finished_runs, tmp_path_factory):
+def run(every_file):
     """The W4A4 Swin with every extra file."""
-    folder = Path(shutil.copytree(finished_runs["w4a4"], tmp_path_factory.mktemp("extras") / "run"))
-    return export(
-        folder,
-        extras=Extras(fp16=True, debug=True, int4=True, uint8_input=True, uint8_activations=True),
-        deploy_batch_size=None,
-        overwrite=True,
-    )
+    return Run.open(every_file)
 
 
 @pytest.fixture(scope="module")

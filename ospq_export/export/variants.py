@@ -138,7 +138,7 @@ def take_uint8(model: Any, data: DataConfig) -> None:
         graph.insert_before(first, node)
         value = node.outputs[0]
         value.name, value.dtype = f"preprocessing.{operator.lower()}", ir.DataType.FLOAT
-    value.shape = images.shape
+        value.shape = raw.shape if operator == "Cast" else images.shape
     images.replace_all_uses_with(value)
     graph.inputs[0] = raw
 
