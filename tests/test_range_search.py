@@ -80,3 +80,11 @@ def test_weight_scale_against_brute_force(bits):
         brute = min(row_error(row, full * share / 400) for share in range(80, 441))
         assert row_error(row, float(scale)) <= row_error(row, full) + 1e-6
         assert row_error(row, float(scale)) <= 1.5 * brute
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (7, 3, 5, 5), (1, 1000)])
+def test_weights_in_parts_have_the_same_scales(shape, monkeypatch):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole = search_weight_scale(weight, 4)
+    monkeypatch.setattr("ospq_export.graph.range_search._ELEMENTS_AT_ONCE", 3 * 96)
+    assert torch.equal(search_weight_scale(weight, 4), whole)

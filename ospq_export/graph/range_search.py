@@ -20,6 +20,7 @@ _TAIL = 512
 # Scales are positive; below this a float32 product of two of them is no normal number. Zeros alone take the second.
 _SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
 _GROUPS = 4096
+_ELEMENTS_AT_ONCE = 1 << 18
 _SHRINK_STEPS = 64
 # A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
 _SHIFT_MUST_GAIN = 0.9
@@ -171,8 +172,14 @@ def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
     Returns:
         float32 (out_channels,), positive.
     """
-    levels = symmetric_levels(bits)
     rows = weight.detach().flatten(1)
+    # A few rows at a time: every candidate passes over them, and small parts stay in a processor's cache. A GPU has few launches.
+    count = len(rows) if rows.is_cuda else max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
+    parts = rows.split(count)
+    return torch.cat([_search_rows(part, symmetric_levels(bits)) for part in parts])
+
+
+def _search_rows(rows: Tensor, levels: Levels) -> Tensor:
     full = _positive(torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo))
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for share in torch.linspace(1.0, 0.3, 57).tolist():
