@@ -15,7 +15,7 @@ from ospq_export import artifact
 from ospq_export.calibrate.activations import SliceData
 from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.stage import _check_processes
+from ospq_export.calibrate.stage import check_processes
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
@@ -131,7 +131,7 @@ def test_shares_of_the_observation_are_the_observation():
 def test_a_batch_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match=r"32 images cannot be shared evenly by 3 processes.*batch_size=30"):
-        _check_processes(load_recipe("w4a4"))
+        check_processes(load_recipe("w4a4"))
 
 
 def test_alone(monkeypatch):
