@@ -40,7 +40,7 @@ def test_demo_is_faithful(tmp_path, model, recipe):
         "--set",
         "observation_images=64",
     ]
-    arguments = ["demo", "--model", model, "--recipe", recipe, "--limit", 3000, "--out", tmp_path / "run"]
+    arguments = ["demo", "--model", model, "--recipe", recipe, "--limit", 1500, "--out", tmp_path / "run"]
     # What five steps of reconstruction at 4 bits lose lies around the point that is allowed.
     out = command(*arguments, *short, expect=(0,) if recipe == "w8a8" else (0, 1, 3))
     lines = out[out.index("the deployment is") :].splitlines()
