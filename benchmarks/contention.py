@@ -51,7 +51,7 @@ def measured(args: argparse.Namespace) -> None:
     run_calibrate(
         demo_spec("vit"),
         demo_data_overrides(),
-        lambda config: demo_images("calibration", config),
+        lambda: lambda config, _: demo_images("calibration", config),
         load_recipe(args.recipe, args.overrides),
         args.run,
         device="cpu",

@@ -91,11 +91,13 @@ def calibrate(
     choice = class_choice(class_map, class_order, class_from)
     from ospq_export.data import ImageSet, number_classes, scan_folder
 
-    # Before the network is made: a folder that cannot be used is said at once.
-    scan = scan_folder(data, choice.level)
+    def images() -> Any:
+        scan = scan_folder(data, choice.level)
 
-    def images(config: DataConfig, outputs: int) -> ImageSet:
-        return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
+        def prepared(config: DataConfig, outputs: int) -> ImageSet:
+            return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
+
+        return prepared
 
     run_calibrate(
         spec,
@@ -126,7 +128,10 @@ def run_calibrate(
     memory_budget: str | None = None,
     log_json: str | None = None,
 ) -> None:
-    """Build the model, read the images and calibrate, with progress bars and a line at the end."""
+    """Build the model, read the images and calibrate, with progress bars and a line at the end.
+
+    `images` finds them and returns a function of the preprocessing and the network's number of outputs that gives the set.
+    """
     from ospq_export.calibrate.events import json_lines, no_events
     from ospq_export.calibrate.stage import calibrate, check_output_folder
     from ospq_export.calibrate.store import parse_bytes
@@ -136,11 +141,13 @@ def run_calibrate(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     events = no_events if log_json is None else json_lines(log_json)
     _check_before(spec, recipe, out, device, log_json)
+    # Before the network is made: a folder that cannot be used is said at once.
+    prepared = images()
     network = _create_model(spec, seed)
     from ospq_export.data import resolve_data_config
 
     config = resolve_data_config(network, spec, settings)
-    image_set: ImageSet = images(config, network.num_classes)
+    image_set: ImageSet = prepared(config, network.num_classes)
     _check_images(len(image_set), config, recipe, budget, network)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"

@@ -63,7 +63,7 @@ def demo(
         run_calibrate(
             spec,
             demo_data_overrides(),
-            lambda config, _: demo_images("calibration", config),
+            lambda: lambda config, _: demo_images("calibration", config),
             chosen,
             folder,
             device=device,
