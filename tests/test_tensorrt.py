@@ -179,7 +179,7 @@ def test_no_space_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
 
 @RTX
 def test_no_space_for_the_log_keeps_what_was_there(tiny, tmp_path, monkeypatch):
-    def full(self, data, *_args):
+    def full(self, data, *_args, **_options):
         if ".log." in self.name:
             raise OSError(28, "No space left on device")
         return write(self, data)
