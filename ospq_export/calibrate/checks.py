@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.artifact import tensor_sha256
+from ospq_export.artifact import image_digests
 from ospq_export.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def check_images(images: Tensor) -> int:
             where="--data",
             mend="give images like those that the network will see",
         )
-    distinct = len({tensor_sha256(image) for image in images})
+    distinct = len(set(image_digests(images.cpu().numpy())))
     if distinct < len(images):
         log.warning("only %d of the %d calibration images are distinct", distinct, len(images))
     return distinct

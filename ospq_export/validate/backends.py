@@ -93,7 +93,7 @@ class OnnxRuntimeBackend:
             "file": path.name,
             "bytes": str(stored_bytes(path)),
         }
-        if optimize and provider == "cpu" and examine_processor().saturates:
+        if _needs_exact_kernels(optimize, provider):
             self.detail["session options"] = f"{PRECISE_KERNELS}=1"
 
     def __call__(self, images: FloatArray) -> FloatArray:
@@ -152,6 +152,11 @@ def check_provider(provider: str) -> str:
     return wanted
 
 
+def _needs_exact_kernels(optimize: bool, provider: str) -> bool:
+    """Whether ONNX Runtime's fast 8-bit kernels would be taken, and saturate on this processor."""
+    return optimize and provider == "cpu" and bool(examine_processor().saturates)
+
+
 def open_session(
     model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
 ) -> onnxruntime.InferenceSession:
@@ -176,7 +181,7 @@ def open_session(
         options.add_session_config_entry(_DATA_FOLDER, str(where.parent.resolve()))
     # Left to itself, ONNX Runtime takes every core and ties its threads to them, whatever share of the processor there is.
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    if optimize and provider == "cpu" and examine_processor().saturates:
+    if _needs_exact_kernels(optimize, provider):
         # The file is judged, and has to be deployed, with kernels that add exactly; the report says so.
         options.add_session_config_entry(PRECISE_KERNELS, "1")
     try:

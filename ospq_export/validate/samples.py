@@ -71,7 +71,8 @@ class Samples:
             self.first = images[:_LATENCY_IMAGES].copy()
         if self.meter is not None:
             self.meter.add(images[: self.per_batch], logits[FAKE_QUANT][: self.per_batch])
-        self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
+        if self.calibrated_on:
+            self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
         room = self.wanted - sum(map(len, self.kept))
         if self.batches % self.every == 0 and room > 0:
             self.kept.append(images[: min(room, self.codes_per_batch)].copy())
