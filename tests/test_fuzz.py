@@ -1,19 +1,13 @@
 """Damaged files are read or refused in one line; the long run of the same is scripts/fuzz.py."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-path = Path(__file__).parent.parent / "scripts" / "fuzz.py"
-spec = importlib.util.spec_from_file_location("fuzz", path)
-fuzz = importlib.util.module_from_spec(spec)
-sys.modules["fuzz"] = fuzz
-spec.loader.exec_module(fuzz)
+import fuzz
+
 pytestmark = pytest.mark.slow
 
 

@@ -1,9 +1,5 @@
 """Kinds of files that public bug reports were about: lint held to what the real builder makes of each."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import onnx
@@ -11,25 +7,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+import lint_difference as difference
 from ospq_export.cli.app import app
 from ospq_export.export.lint import Severity, lint, predict
 
-FOLDER = Path(__file__).parent.parent / "scripts"
 F = np.float32
 FP8 = ml_dtypes.float8_e4m3fn
 SCALE, ZERO = F(0.05), np.int8(0)
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.insert(0, str(FOLDER))
-difference = script("lint_difference")
 
 
 class Net:

@@ -1,9 +1,5 @@
 """Lint's prediction on what other tools write, held to the real builder: ONNX Runtime's quantizers and torch's exporter."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -16,14 +12,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+import lint_difference as difference
 from ospq_export.export.lint import predict
-
-FOLDER = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(FOLDER))
-spec = importlib.util.spec_from_file_location("lint_difference", FOLDER / "lint_difference.py")
-difference = importlib.util.module_from_spec(spec)
-sys.modules["lint_difference"] = difference
-spec.loader.exec_module(difference)
 
 pytestmark = pytest.mark.slow
 

@@ -1,38 +1,15 @@
 """The whole path over timm's families at reduced size: capture, round to nearest at W8A8, export, ONNX Runtime, TensorRT-RTX."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import models
 import pytest
+from families import FAMILIES
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # The largest graphs take as long as all others; benchmarks/models.py has them.
 LEFT_OUT = {"MaxViT", "CoAtNet", "MobileViT", "MobileViT v2", "GC ViT", "CrossViT", "MViT v2"}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def models():
-    """benchmarks/models.py, whose functions the test shares."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("models_benchmark", BENCHMARKS / "models.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-def names():
-    spec = importlib.util.spec_from_file_location("families", BENCHMARKS / "families.py")
-    module = sys.modules["families"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [name for name in module.FAMILIES if name not in LEFT_OUT]
-
-
-NAMES = names()
+NAMES = [name for name in FAMILIES if name not in LEFT_OUT]
 
 
 def test_enough_families():
@@ -40,7 +17,7 @@ def test_enough_families():
 
 
 @pytest.mark.parametrize("label", NAMES)
-def test_family(models, label):
+def test_family(label):
     family = models.FAMILIES[label]
     images = models.random_images(2, (3, family.side, family.side))
     quantized = models.quantized_family(family, models.BITS["W8A8"], images)

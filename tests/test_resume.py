@@ -64,7 +64,7 @@ def finished_bytes(out):
 def test_killed_twice_ends_in_the_same_bytes(tmp_path):
     whole = start(tmp_path / "whole")
     output = whole.communicate(timeout=400)
-    assert whole.returncode in (0, 1), output
+    assert whole.returncode in (0, 1, 3), output
     killed = tmp_path / "killed"
     kill_after(killed, 2)
     assert artifact.read_manifest(killed).status == "calibrating"
@@ -79,5 +79,5 @@ def test_killed_twice_ends_in_the_same_bytes(tmp_path):
 
     resumed = start(killed)
     output = resumed.communicate(timeout=400)
-    assert resumed.returncode in (0, 1), output
+    assert resumed.returncode in (0, 1, 3), output
     assert finished_bytes(killed) == finished_bytes(tmp_path / "whole")

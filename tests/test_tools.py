@@ -1,13 +1,11 @@
 """Our files under other people's tools, as docs/tools.md has it; and what the files say of their tensors."""
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import tools
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
@@ -15,36 +13,24 @@ from ospq_export.export.inner import describe_inner_only, hide_outputs
 from ospq_export.export.onnx_file import write_onnx
 
 
-def _benchmark():
-    path = Path(__file__).parents[1] / "benchmarks" / "tools.py"
-    spec = importlib.util.spec_from_file_location("tools_benchmark", path)
-    # Dataclasses look their module up by its name.
-    module = sys.modules["tools_benchmark"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOLS = _benchmark()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("file", TOOLS.FILES)
-@pytest.mark.parametrize("name", TOOLS.TOOLS)
+@pytest.mark.parametrize("file", tools.FILES)
+@pytest.mark.parametrize("name", tools.TOOLS)
 def test_tool_takes_file(name, file, every_file, tmp_path):
-    tool = TOOLS.TOOLS[name]
+    tool = tools.TOOLS[name]
     pytest.importorskip(tool.module)
-    row = TOOLS.try_tool(name, every_file / file, tmp_path)
+    row = tools.try_tool(name, every_file / file, tmp_path)
     moved = row.get("difference", 0.0)
-    if file in TOOLS.NOT_MEANT.get(name, {}):
-        assert row["outcome"] == "error" or moved > TOOLS.TOLERANCE, "the table says that this does not work"
+    if file in tools.NOT_MEANT.get(name, {}):
+        assert row["outcome"] == "error" or moved > tools.TOLERANCE, "the table says that this does not work"
         return
     assert row["outcome"] == "ok", row.get("detail")
-    exact = tool.promise == TOOLS.SAME or (name == "onnx.reference" and file not in TOOLS.HALVES)
-    assert moved <= (TOOLS.TOLERANCE if exact else 0.5)
+    exact = tool.promise == tools.SAME or (name == "onnx.reference" and file not in tools.HALVES)
+    assert moved <= (tools.TOLERANCE if exact else 0.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", TOOLS.FILES)
+@pytest.mark.parametrize("file", tools.FILES)
 def test_inner_tensors_are_described_once_and_nothing_else(file, every_file):
     model = onnx.load(str(every_file / file))
     graph = model.graph
@@ -124,5 +110,5 @@ def test_input_of_another_size(every_file, tmp_path):
     inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     onnx.save(inferred, str(tmp_path / "three.onnx"))
     feed = {"images": np.random.default_rng(0).standard_normal((3, 1, 28, 28), dtype=np.float32)}
-    changed = TOOLS.execute(tmp_path / "three.onnx", feed)
-    assert TOOLS.difference(TOOLS.execute(every_file / "model.onnx", feed), changed) == 0
+    changed = tools.execute(tmp_path / "three.onnx", feed)
+    assert tools.difference(tools.execute(every_file / "model.onnx", feed), changed) == 0
