@@ -42,35 +42,63 @@ def infer_shapes(
 def hollow(model: Any) -> Any:
     """A copy of an `onnx.ModelProto` whose large constants have a name, a shape and a type, but no values.
 
-    They are marked as external data that nobody reads, which is what inference of shapes takes for "not known".
+    They are marked as external data that nobody reads, which inference of shapes takes for "not known". Bodies of If, Loop
+    and Scan get their own copies of small integers from outside: inference looks for axes and shapes in the same graph only.
     """
     from onnx import ModelProto
 
     result = ModelProto()
     for field, value in model.ListFields():
         if field.name == "graph":
-            _hollow_graph(value, result.graph)
+            _hollow_graph(value, result.graph, {})
         elif field.name == "functions":
             for function in value:
-                _hollow_graph(function, result.functions.add())
+                _hollow_graph(function, result.functions.add(), {})
         else:
             _take(result, field.name, value)
     return result
 
 
-def _hollow_graph(source: Any, target: Any) -> None:
-    """Of a graph or of a function."""
+def _hollow_graph(source: Any, target: Any, outer: dict[str, Any]) -> None:
+    """Of a graph or of a function; `outer` has the small integers of the graphs around it by name."""
+    known = {**outer, **_small_integers(source)}
     for field, value in source.ListFields():
         if field.name == "initializer":
             target.initializer.extend(_stand_in(tensor) for tensor in value)
         elif field.name == "node":
             for node in value:
-                _hollow_node(node, target.node.add())
+                _hollow_node(node, target.node.add(), known)
         else:
             _take(target, field.name, value)
+    if outer:
+        read = {name for node in source.node for name in node.input}
+        own = {value.name for value in (*source.input, *source.initializer)}
+        own.update(name for node in source.node for name in node.output)
+        target.initializer.extend(outer[name] for name in sorted(read & outer.keys() - own))
 
 
-def _hollow_node(source: Any, target: Any) -> None:
+def _small_integers(graph: Any) -> dict[str, Any]:
+    """Integer constants of a graph that inference may ask for, by name, each under its own name."""
+    from onnx import TensorProto
+
+    tensors = {tensor.name: tensor for tensor in getattr(graph, "initializer", ())}
+    for node in graph.node:
+        if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
+            tensors[node.output[0]] = node.attribute[0].t
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and _is_small(tensor):
+            result[name] = TensorProto()
+            result[name].CopyFrom(tensor)
+            result[name].name = name
+    return result
+
+
+def _is_small(tensor: Any) -> bool:
+    return not is_external(tensor) and tensor.ByteSize() <= SMALL_BYTES
+
+
+def _hollow_node(source: Any, target: Any, known: dict[str, Any]) -> None:
     from onnx import GraphProto
 
     target.CopyFrom(source)
@@ -79,7 +107,7 @@ def _hollow_node(source: Any, target: Any) -> None:
             attribute.t.CopyFrom(_stand_in(attribute.t))
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
             emptied = GraphProto()
-            _hollow_graph(graph, emptied)
+            _hollow_graph(graph, emptied, known)
             graph.CopyFrom(emptied)
 
 
@@ -93,7 +121,7 @@ def _take(target: Any, name: str, value: Any) -> None:
 def _stand_in(tensor: Any) -> Any:
     from onnx import StringStringEntryProto, TensorProto
 
-    if is_external(tensor) or tensor.ByteSize() <= SMALL_BYTES:
+    if is_external(tensor) or _is_small(tensor):
         return tensor
     return TensorProto(
         name=tensor.name,

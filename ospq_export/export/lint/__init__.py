@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ospq_export.export.lint.attention import attention, doubled, key_transpose
+from ospq_export.export.lint.branches import reshaped_into_branch
 from ospq_export.export.lint.findings import Finding, Severity, name_of
 from ospq_export.export.lint.network import Network
 from ospq_export.export.lint.pairs import datatypes, scales, zero_points
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     scales,
     types,
     codes,
+    reshaped_into_branch,
     products,
     doubled,
     attention,

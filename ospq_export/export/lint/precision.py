@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from ospq_export.export.lint.network import PRODUCTS, Network
-from ospq_export.export.lint.trace import InFloat, Operand, Tracer
+from ospq_export.export.lint.trace import InFloat, Operand, Tracer, is_layer
 
 QUANTIZED = ("int8", "fp8", "fp4")
 
@@ -85,14 +86,9 @@ def _kept_in_float(
     network: Network, node: Any, operands: list[Operand], allowed: tuple[frozenset[int], frozenset[int]]
 ) -> tuple[str, Any]:
     """Why two quantized operands are multiplied in float, and the node to blame; an empty reason where they are not."""
-    if all(o.outside for o in operands) and all(name in network.pairs for name in node.input[:2]):
-        return "both operands are dequantized outside of the If that multiplies them", None
-    inside = [o for o in operands if not o.outside]
-    if len(inside) == 1 and inside[0].pair.data in network.pairs:
-        return (
-            "one operand is dequantized outside of the If that multiplies it, the other is quantized inside",
-            None,
-        )
+    computed = [index for index, operand in enumerate(operands) if not operand.constant]
+    if computed and all(_enters_unchanged(network, node, operands, index) for index in computed):
+        return "dequantized outside of the If that multiplies it, with no operator between", None
     if node.op_type == "Conv" and network.shape(operands[0].pair.scale) == [1]:
         what = (
             "operand 0: its one scale is written with shape [1], which a convolution takes for one of several"
@@ -108,6 +104,51 @@ def _kept_in_float(
         if operand.computed and node.op_type != "Conv":
             return f"operand {index} has a computed scale", operand.pair.node
     return "", None
+
+
+def _enters_unchanged(network: Network, node: Any, operands: list[Operand], index: int) -> bool:
+    """Whether an operand comes into the branch of an If dequantized, and no layer lies before the product there.
+
+    TensorRT moves a DequantizeLinear into the branch together with such a layer only (some products bring one, a reshape), or
+    where the branch reads something else from outside as well.
+    """
+    graph = network.graph
+    if not operands[index].outside or _reads_more(network, node):
+        return False
+    mine, other = (network.shape(node.input[i]) or [] for i in (index, 1 - index))
+    if node.op_type == "Conv":
+        return len(mine) != 3
+    if node.op_type == "Gemm":
+        return not any(graph.attribute(node, name, 0) for name in ("transA", "transB"))
+    flattened = index == 0 and len(mine) > 2 and int(np.prod(other[:-2])) == 1
+    return len(other) <= len(mine) < 4 and not flattened
+
+
+def _reads_more(network: Network, node: Any) -> bool:
+    """Whether the branch of an If that a product lies in reads more from outside than the product's operands."""
+    graph, scope = network.graph, network.graph.scope(node)
+    operands = {_entry(network, name, scope) for name in node.input[:2]}
+    inside = [other for other in graph.nodes if graph.scope(other) == scope]
+    for name in {name for other in inside for name in other.input} - operands:
+        maker = graph.producer.get(name)
+        if name in graph.constants:
+            scales = any(
+                pair.scale == name and graph.scope(pair.node) == scope for pair in network.pairs.values()
+            )
+            if scales and any(graph.scope(reader) != scope for reader in graph.readers[name]):
+                return True
+        elif maker is not None and graph.scope(maker) != scope:
+            return True
+    return False
+
+
+def _entry(network: Network, name: str, scope: tuple[str, ...]) -> str:
+    """The tensor from outside of a branch that becomes `name` in it, past operators that are no layers."""
+    maker = network.graph.producer.get(name)
+    while maker is not None and network.graph.scope(maker) == scope and not is_layer(network, maker):
+        name = maker.input[0]
+        maker = network.graph.producer.get(name)
+    return name
 
 
 def _unbuildable(network: Network, node: Any, operands: list[Operand], wrong: bool) -> tuple[str, str]:

@@ -25,6 +25,7 @@ _MOVES = {
     ),
     *("GatherND", "GatherElements", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "TopK"),
 }
+_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile"}
 # What is the same on codes as on the values that they stand for.
 _SAME_ON_CODES = {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg", "Abs"}
 _CHOICES = {"Where": slice(1, 3), "Max": slice(None), "Min": slice(None)}
@@ -41,7 +42,7 @@ class Operand:
         blocked: whether the scale varies in blocks.
         constant: whether the codes are known when the engine is built.
         joined: whether constant codes are concatenated to it, which the builder cannot do.
-        outside: whether it is dequantized outside of the If whose branch multiplies it.
+        outside: whether it is dequantized outside of the If whose branch multiplies it, and no layer in the branch changes it.
         computed: whether its scale is.
         scaled: whether it is multiplied by a constant of several elements after it is dequantized.
     """
@@ -73,6 +74,18 @@ class Tracer:
 
     def trace(self, name: str) -> Operand | InFloat:
         """What is known of the tensor `name` as an operand."""
+        found = self._found(name)
+        if isinstance(found, Operand) and found.outside and self._changes_inside(name):
+            return replace(found, outside=False)
+        return found
+
+    def _changes_inside(self, name: str) -> bool:
+        """Whether the node that computes a tensor is a layer in the product's own branch."""
+        graph = self.network.graph
+        node = graph.producer[name]
+        return graph.scope(node) == self.scope and is_layer(self.network, node)
+
+    def _found(self, name: str) -> Operand | InFloat:
         node = self.network.graph.producer.get(name)
         pair = self.network.pairs.get(name)
         if pair is not None and not pair.quantizes:
@@ -210,6 +223,13 @@ class Tracer:
         if len(parts) == len(found) and len({part.pair.node.output[0] for part in parts}) == 1:
             return parts[0]
         return self._stopped(node)
+
+
+def is_layer(network: Network, node: Any) -> bool:
+    """Whether TensorRT keeps a layer of an operator in front of a product: not of a scaling, nor of a reshape to the same."""
+    if node.op_type in ("Identity", "Dropout", "Cast", "Mul", "Div"):
+        return False
+    return node.op_type not in _RESHAPES or network.shape(node.input[0]) != network.shape(node.output[0])
 
 
 def _regrouped(before: list[int], after: list[int], axes: frozenset[int]) -> frozenset[int] | None:
