@@ -67,7 +67,7 @@ class _Half:
         if target == int(self.float) and not self._is_real(node.inputs[0]):
             # Integers or truth values become real numbers here: they may as well become FP16.
             node.attributes["to"] = self.ir.AttrInt64("to", int(self.half))
-            node.outputs[0].dtype = self.half
+            node.outputs[0].type = self.ir.TensorType(self.half)
             return
         keeps = self._keeps_float(node) or self._needs_range(node)
         wanted = self.float if keeps or target is not None else self.half
@@ -76,7 +76,7 @@ class _Half:
                 node.replace_input_with(index, self._as(value, wanted, node))
         for value in node.outputs:
             if value.dtype == self.float:
-                value.dtype = wanted
+                value.type = self.ir.TensorType(wanted)
         self._constant(node, wanted)
 
     def _keeps_float(self, node: Any) -> bool:

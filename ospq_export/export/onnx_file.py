@@ -41,23 +41,40 @@ def write_onnx(
     expose_probes: bool = False,
     passes: Sequence[Callable[[Any], None]] = (),
 ) -> None:
-    """Translate a graph to ONNX and write it atomically.
+    """Translate a graph to ONNX and write it atomically: `translate` and `write_translated` in one.
+
+    Raises:
+        InputError: an operator has no translation, or the file cannot be written.
+    """
+    model = translate(module, input_size=input_size, batch_size=batch_size, probes=probes)
+    write_translated(
+        model, path, metadata=metadata, probes=probes, expose_probes=expose_probes, passes=passes
+    )
+
+
+def write_translated(
+    model: Any,
+    path: Path,
+    *,
+    metadata: Mapping[str, str],
+    probes: Sequence[str] = (),
+    expose_probes: bool = False,
+    passes: Sequence[Callable[[Any], None]] = (),
+) -> None:
+    """Finish a translated graph and write it atomically.
 
     Args:
-        module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
+        model: what `translate` returned, or a clone of it; it is changed.
         path: the file; replaced only by a complete and checked one. Where it would be too large, its weights lie beside it in
             `artifact.data_file(path)`.
-        input_size: (channels, height, width) in pixels.
-        batch_size: a fixed batch, or None for a dynamic one.
         metadata: key-value pairs for the model's metadata.
         probes: names of what the graph returns beside the logits; tensors inside the file are called so.
         expose_probes: whether they are outputs of the file too, for debugging.
         passes: changes of the finished onnx_ir model, in order: other precisions, storage or inputs.
 
     Raises:
-        InputError: an operator has no translation, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    model = _translate(module, input_size, batch_size, [OUTPUT, *probes])
     if not expose_probes:
         hide_outputs(model, 1)
     _tidy(model, metadata, {INPUT, OUTPUT, *probes})
@@ -71,9 +88,27 @@ def write_onnx(
     external.save(proto, tensors, path)
 
 
-def _translate(
-    module: fx.GraphModule, input_size: tuple[int, int, int], batch_size: int | None, outputs: list[str]
+def translate(
+    module: fx.GraphModule,
+    *,
+    input_size: tuple[int, int, int],
+    batch_size: int | None,
+    probes: Sequence[str] = (),
 ) -> Any:
+    """Translate a graph to ONNX.
+
+    Args:
+        module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
+        input_size: (channels, height, width) in pixels.
+        batch_size: a fixed batch, or None for a dynamic one.
+        probes: names of what the graph returns beside the logits.
+
+    Returns:
+        An `onnx_ir.Model`, whose tensors are the module's.
+
+    Raises:
+        InputError: an operator has no translation.
+    """
     example = torch.zeros(batch_size or 2, *input_size)
     dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
     try:
@@ -87,7 +122,7 @@ def _translate(
                 opset_version=OPSET,
                 dynamic_shapes=dynamic,
                 input_names=[INPUT],
-                output_names=outputs,
+                output_names=[OUTPUT, *probes],
                 verbose=False,
             )
     except Exception as error:

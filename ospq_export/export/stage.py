@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from ospq_export.errors import InputError
 from ospq_export.export.half import to_half
 from ospq_export.export.kernels import Kernels, integer_kernels
 from ospq_export.export.lower import lower, probe_names
-from ospq_export.export.onnx_file import write_onnx
+from ospq_export.export.metadata import float_metadata, quantized_metadata
+from ospq_export.export.onnx_file import translate, write_translated
 from ospq_export.export.scales import describe_scales
 from ospq_export.export.staging import staging, take
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
@@ -115,8 +115,8 @@ def export(
 
 def _write(run: Run, jobs: Sequence[_Job], folder: Path, advance: Callable[[], None]) -> None:
     writer = _Writer(run, folder)
-    for job in jobs:
-        writer.write(job)
+    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+        writer.write(job, following)
         advance()
     described = describe_scales(run.manifest, writer.network())
     # ONNX Runtime loads the weights a few times over: the networks make room first.
@@ -180,6 +180,11 @@ class _Job:
     passes: tuple[Pass, ...] = ()
     metadata: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def graph(self) -> tuple[bool, int | None]:
+        """What it is translated from: jobs with the same share a translation."""
+        return self.quantized, self.batch_size
+
 
 def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None) -> list[_Job]:
     half = (("precision", "float16"),)
@@ -228,6 +233,7 @@ class _Writer:
         self.quantized: QuantizedGraph | None = None
         self.lowered: fx.GraphModule | None = None
         self.probes: dict[str, str] = {}
+        self.translated: Any = None
 
     def network(self) -> QuantizedGraph:
         """The fake-quantized network; the float one is gone then."""
@@ -246,50 +252,25 @@ class _Writer:
             self.lowered = lower(self.network(), self.probes)
         return self.lowered
 
-    def write(self, job: _Job) -> None:
+    def write(self, job: _Job, following: _Job | None) -> None:
+        """Write one file; where the following one is made of the same graph, its translation is kept for it."""
         module = self._lowered() if job.quantized else self._float()
-        metadata = _metadata(self.run) if job.quantized else _float_metadata(self.run)
-        write_onnx(
-            module,
+        probes, model = list(self.probes.values()), self.translated
+        if model is None:
+            size = self.run.manifest.data.input_size
+            model = translate(module, input_size=size, batch_size=job.batch_size, probes=probes)
+        again = following is not None and following.graph == job.graph
+        # Values of a clone share their type's object with it: a pass gives a value another type, and changes none in place.
+        self.translated = model.clone() if again else None
+        metadata = quantized_metadata(self.run) if job.quantized else float_metadata(self.run)
+        write_translated(
+            model,
             self.folder / job.file,
-            input_size=self.run.manifest.data.input_size,
-            batch_size=job.batch_size,
             metadata={**metadata, **dict(job.metadata)},
-            probes=list(self.probes.values()),
+            probes=probes,
             expose_probes=job.expose_probes,
             passes=job.passes,
         )
         # torch's exporter leaves cyclic garbage that holds on to the weights.
+        del model
         gc.collect()
-
-
-def _metadata(run: Run) -> dict[str, str]:
-    manifest = run.manifest
-    bits = {record.name: record.bits for record in manifest.quantizers}
-    return {
-        **_common_metadata(run),
-        "weight_bits": str(manifest.recipe.weight_bits),
-        "activation_bits": str(manifest.recipe.activation_bits),
-        "first_last_bits": str(manifest.recipe.first_last_bits),
-        "bits": json.dumps(bits),
-        "slicing": json.dumps([s.name for s in manifest.slices]),
-        "quantized_sha256": manifest.files[artifact.QUANTIZED_TENSORS],
-    }
-
-
-def _float_metadata(run: Run) -> dict[str, str]:
-    return {**_common_metadata(run), "weight_bits": "32", "activation_bits": "32"}
-
-
-def _common_metadata(run: Run) -> dict[str, str]:
-    manifest = run.manifest
-    classes: Sequence[str] = sorted(manifest.class_to_idx, key=manifest.class_to_idx.__getitem__)
-    return {
-        "producer": f"ospq-export {manifest.versions['ospq-export']}",
-        "model": manifest.model.name,
-        "recipe": manifest.recipe.name,
-        "graph_fingerprint": manifest.graph_fingerprint,
-        "preprocessing": manifest.data.model_dump_json(),
-        **({"classes": json.dumps(classes)} if classes else {}),
-        **({"classes_source": manifest.classes_source} if manifest.classes_source else {}),
-    }

@@ -36,7 +36,7 @@ def store_int4(model: Any, weights: Set[str]) -> None:
             continue
         codes, zero_point = node.inputs[0], node.inputs[2]
         codes.const_value = ir.tensor(codes.const_value.numpy().astype(ml_dtypes.int4), name=codes.name)
-        codes.dtype = ir.DataType.INT4
+        codes.type = ir.TensorType(ir.DataType.INT4)
         node.replace_input_with(2, _int4_zeros(model.graph, zero_point, zero_points))
     _drop_unread(model.graph)
     model.graph.opset_imports[""] = INT4_OPSET
@@ -77,17 +77,20 @@ def shift_activations(model: Any) -> None:
             constant = _scalar(model.graph, "activation.zero_point", np.array(UINT8_ZERO, np.uint8))
         node.replace_input_with(2, constant)
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
-        codes.dtype = ir.DataType.UINT8
-    _retype_moves(model.graph, ir.DataType)
+        codes.type = ir.TensorType(ir.DataType.UINT8)
+    _retype_moves(model.graph)
     _drop_unread(model.graph)
 
 
-def _retype_moves(graph: Any, types: Any) -> None:
+def _retype_moves(graph: Any) -> None:
     """Codes that are moved about between Q and DQ have the type they are read with."""
+    import onnx_ir as ir
+
+    types = ir.DataType
     for node in graph:
         source = node.inputs[0] if node.inputs else None
         if source is not None and source.dtype == types.UINT8 and node.outputs[0].dtype == types.INT8:
-            node.outputs[0].dtype = types.UINT8
+            node.outputs[0].type = ir.TensorType(types.UINT8)
 
 
 def _scalar(graph: Any, name: str, array: Any) -> Any:
