@@ -124,6 +124,10 @@ def types(network: Network) -> Iterator[Finding]:
             continue
         found = [network.types.get(name, 0) for name in node.input if name]
         known = {kind for kind in found if kind in FLOATS or kind in CODES}
+        if node.op_type == "ConvTranspose" and known == {TensorProto.BFLOAT16}:
+            yield refusal(
+                "types-differ", node, "a ConvTranspose in bfloat16", "compute it in float16 or float32"
+            )
         if len(known) > 1:
             shown = " and ".join(sorted(TensorProto.DataType.Name(kind).lower() for kind in known))
             yield refusal(
@@ -140,6 +144,7 @@ def codes(network: Network) -> Iterator[Finding]:
     for node in graph.nodes:
         if node.output and node.output[0] in network.pairs:
             continue
+        yield from _padded_codes(network, node)
         parameters = _PARAMETER_INPUTS.get(node.op_type, ())
         for index, name in enumerate(node.input):
             kind = network.types.get(name, 0)
@@ -164,6 +169,16 @@ def _code_reader(network: Network, node: Any, name: str, kind: int) -> Iterator[
         yield refusal(
             "codes-read", node, f"{node.op_type} of {shown} codes", "put DequantizeLinear in front of it"
         )
+
+
+def _padded_codes(network: Network, node: Any) -> Iterator[Finding]:
+    """Codes are padded with 0 as long as nobody writes that 0 down."""
+    written = node.op_type == "Pad" and len(node.input) > 2 and node.input[2]
+    if not written or network.types.get(node.input[0], 0) not in CODES:
+        return
+    pads = network.values(node.input[1])
+    if network.graph.attribute(node, "mode", b"constant") == b"constant" and (pads is None or pads.any()):
+        yield refusal("codes-constant", node, "Pad of codes with a constant", "leave the value 0 out")
 
 
 def _is_zero_point(network: Network, node: Any) -> bool:

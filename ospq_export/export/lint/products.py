@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from ospq_export.export.lint.findings import Finding, different, name_of, refusal, warning
 from ospq_export.export.lint.network import Network
 from ospq_export.export.lint.precision import ProductKind, product_kinds
-from ospq_export.export.lint.trace import InFloat, Operand
+from ospq_export.export.lint.trace import MOVES, SAME_ON_CODES, InFloat, Operand
 
 
 def products(network: Network) -> Iterator[Finding]:
     """Both operands of every product are quantized, in one format, with scales along the output's axes."""
-    for product in product_kinds(network):
+    kinds = product_kinds(network)
+    for product in kinds:
         if product.refused:
             yield refusal(
                 product.rule,
@@ -30,6 +31,27 @@ def products(network: Network) -> Iterator[Finding]:
                 product.reason,
                 "put Q and DQ directly on both operands, with one scale per tensor or per output channel",
             )
+    yield from _requantized_by_computed(network, kinds)
+
+
+def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iterator[Finding]:
+    """The builder fails to fold a computed scale into a quantized product in front of it, but for a convolution or a bias."""
+    folded = {
+        product.node.output[0]: product.kind
+        for product in kinds
+        if product.kind != "float" and len(product.node.input) == 2 and product.node.op_type != "Conv"
+    }
+    for pair in network.pairs.values():
+        if not pair.quantizes or network.graph.is_constant(pair.scale):
+            continue
+        name, maker = pair.data, network.graph.producer.get(pair.data)
+        while maker is not None and maker.op_type in MOVES | SAME_ON_CODES:
+            name, maker = maker.input[0], network.graph.producer.get(maker.input[0])
+        if name in folded:
+            what = (
+                f"a computed scale behind the {folded[name]} product {name_of(network.graph.producer[name])}"
+            )
+            yield refusal("scale-computed", pair.node, what, "make the scale a constant")
 
 
 def _scales_astray(network: Network, product: ProductKind) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import numpy as np
 from ospq_export.export.lint.network import CODES, Network, Pair
 
 # What only moves values or picks some of them.
-_MOVES = {
+MOVES = {
     *(
         "Identity",
         "Dropout",
@@ -27,7 +27,7 @@ _MOVES = {
 }
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile"}
 # What is the same on codes as on the values that they stand for.
-_SAME_ON_CODES = {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg", "Abs"}
+SAME_ON_CODES = {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg", "Abs"}
 _CHOICES = {"Where": slice(1, 3), "Max": slice(None), "Min": slice(None)}
 
 
@@ -92,9 +92,9 @@ class Tracer:
             return self._dequantized(pair)
         if node is None or not node.input:
             return InFloat("is not quantized")
-        if node.op_type in _MOVES or self._keeps_type(node) or self._pads(node):
+        if node.op_type in MOVES or self._keeps_type(node) or self._pads(node):
             return self._moved(node)
-        if node.op_type in _SAME_ON_CODES:
+        if node.op_type in SAME_ON_CODES:
             return self._same_on_codes(node)
         if node.op_type == "Concat":
             return self._concatenated(node)
