@@ -94,8 +94,7 @@ class Run:
         spec = self.manifest.model
         given = self.manifest.outputs or spec.kwargs.get("num_classes")
         if given is None:
-            config = timm.get_pretrained_cfg(spec.name)
-            given = None if config is None else config.num_classes
+            given = getattr(timm.get_pretrained_cfg(spec.name), "num_classes", None)
         return given if isinstance(given, int) else None
 
     def slices(self) -> list[Slice]:
@@ -134,11 +133,9 @@ class Run:
         gc.collect()
         if fingerprint(graph) != self.manifest.graph_fingerprint:
             made, here = self.manifest.versions, artifact.installed_versions()
-            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v] or [
-                "no version"
-            ]
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v]
             raise InputError(
-                f"the model's graph is not the calibrated one (changed since: {', '.join(changed)})",
+                f"the model's graph is not the calibrated one (changed since: {', '.join(changed) or 'no version'})",
                 where=self.path,
                 mend="install the versions named in the manifest, or calibrate again",
             )

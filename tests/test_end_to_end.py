@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from ospq_export.data import ImageSet
+from ospq_export.demo import demo_images
 from ospq_export.run import Run
+from ospq_export.validate import validate
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,8 +31,7 @@ def command(*arguments, expect=(0,)):
     return done.stdout
 
 
-@pytest.mark.parametrize("model", ["vit", "swin"])
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+@pytest.mark.parametrize(("model", "recipe"), [("vit", "w8a8"), ("swin", "w4a4")])
 def test_demo_is_faithful(tmp_path, model, recipe):
     short = [
         "--set",
@@ -40,7 +41,7 @@ def test_demo_is_faithful(tmp_path, model, recipe):
         "--set",
         "observation_images=64",
     ]
-    arguments = ["demo", "--model", model, "--recipe", recipe, "--limit", 1500, "--out", tmp_path / "run"]
+    arguments = ["demo", "--model", model, "--recipe", recipe, "--limit", 1000, "--out", tmp_path / "run"]
     # What five steps of reconstruction at 4 bits lose lies around the point that is allowed.
     out = command(*arguments, *short, expect=(0,) if recipe == "w8a8" else (0, 1, 3))
     lines = out[out.index("the deployment is") :].splitlines()
@@ -50,6 +51,29 @@ def test_demo_is_faithful(tmp_path, model, recipe):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     top1 = {b["name"]: b["top1"] for b in report["backends"]}
     assert top1["float"] > 85 and top1["fake_quant"] > (top1["float"] - 1 if recipe == "w8a8" else 75)
+
+
+def test_lost_accuracy_is_said_at_every_size_that_shows_it(tmp_path):
+    """Two bits by round to nearest lose tens of points; five images show nothing."""
+    values = ["weight_bits=2", "activation_bits=2", "reconstruction.iterations=0", "equalization=none"]
+    values += ["calibration_images=64", "observation_images=64"]
+    broken = [part for value in values for part in ("--set", value)]
+    folder = tmp_path / "run"
+    out = command(
+        *("demo", "--model", "vit", "--recipe", "w4a4", "--limit", 1000, "--out", folder),
+        *broken,
+        expect=(1,),
+    )
+    line = next(line for line in out.splitlines() if line.startswith("accuracy is not kept"))
+    report = json.loads((folder / "report.json").read_text())
+    top1 = {b["name"]: b["top1"] for b in report["backends"]}
+    assert f"{top1['onnxruntime']:.2f} %" in line and f"float {top1['float']:.2f} %" in line
+    assert top1["float"] - top1["onnxruntime"] > 10 and report["verdict"]["exit_status"] == 1
+    run = Run.open(folder)
+    images = demo_images("test", run.manifest.data)
+    for limit, status, outcome in ((5, 3, "open"), (250, 1, "missed")):
+        verdict = validate(run, images, backends=["onnxruntime"], limit=limit, floor_images=0).verdict
+        assert verdict.exit_status == status and verdict.accuracy.outcome == outcome, verdict.text
 
 
 @pytest.fixture
@@ -77,8 +101,7 @@ def noise_floor(folder, images):
     return float((single - double).abs().mean())
 
 
-@pytest.mark.parametrize("model", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_224_px_with_random_weights(tmp_path, jpegs, model):
+def test_224_px_with_random_weights(tmp_path, jpegs):
     values = [
         "reconstruction.iterations=1",
         "reconstruction.refinement_images=0",
@@ -87,7 +110,7 @@ def test_224_px_with_random_weights(tmp_path, jpegs, model):
     values += ["calibration_images=4", "observation_images=4"]
     short = [part for value in values for part in ("--set", value)]
     run, data = tmp_path / "run", ["--data", jpegs, "--class-map", tmp_path / "classes.txt", "--workers", 0]
-    command("calibrate", model, *data, "--out", run, "--random-weights", *short)
+    command("calibrate", "deit_tiny_patch16_224", *data, "--out", run, "--random-weights", *short)
     command("export", run)
     # Random weights give a thousand near-equal logits: their order says nothing, their values do.
     loose = ["--min-agreement", 0, "--max-top1-difference", 100, "--max-drop", 100]
