@@ -10,7 +10,8 @@ from ospq_export.export.lint.findings import Finding, refusal
 from ospq_export.export.lint.network import Network
 
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "SpaceToDepth", "DepthToSpace"}
-_POINTWISE = {
+_NO_LAYERS = {"Identity", "Dropout"}
+ELEMENTWISE = {
     *(
         "Identity",
         "Dropout",
@@ -44,37 +45,47 @@ _POINTWISE = {
 
 
 def reshaped_into_branch(network: Network) -> Iterator[Finding]:
-    """A branch that holds elementwise operators only does not read what was reshaped outside, by an operator or for a product."""
-    branches: dict[tuple[str, ...], list[Any]] = defaultdict(list)
-    for node in network.graph.nodes:
-        scope = network.graph.scope(node)
-        if scope and scope[-1].startswith("If:") and node.op_type != "Constant":
-            branches[scope].append(node)
-    for scope, nodes in branches.items():
-        if all(node.op_type in _POINTWISE for node in nodes):
-            yield from _reshaped_inputs(network, scope, nodes)
+    """No elementwise operator of a branch is the first to read what was reshaped outside, by an operator or for a product."""
+    graph = network.graph
+    readers: dict[tuple[tuple[str, ...], str], list[Any]] = defaultdict(list)
+    for node in graph.nodes:
+        scope = graph.scope(node)
+        if scope and scope[-1].startswith("If:") and node.op_type not in _NO_LAYERS:
+            for maker in (_source(network, name, _NO_LAYERS) for name in node.input):
+                if maker is not None and graph.scope(maker) != scope:
+                    readers[scope, maker.output[0]].append(node)
+    for (_, name), nodes in readers.items():
+        if graph.is_constant(name):
+            continue
+        maker = _source(network, name, ELEMENTWISE | _NO_LAYERS)
+        if all(node.op_type in ELEMENTWISE for node in nodes) and _ends_in_reshape(network, maker):
+            yield refusal(
+                "reshaped-into-branch",
+                nodes[0],
+                f"an elementwise operator in the branch of an If reads what {maker.op_type} reshaped outside",
+                "put the reshape into the branch, or the elementwise operator outside",
+            )
 
 
-def _reshaped_inputs(network: Network, scope: tuple[str, ...], nodes: list[Any]) -> Iterator[Finding]:
-    for node in nodes:
-        for name in node.input:
-            maker = network.graph.producer.get(name)
-            if maker is None or network.graph.scope(maker) == scope:
-                continue
-            while maker is not None and maker.op_type in _POINTWISE:
-                maker = network.graph.producer.get(maker.input[0])
-            if maker is not None and _reshapes(network, maker):
-                yield refusal(
-                    "reshaped-into-branch",
-                    node,
-                    f"an If's branch of elementwise operators reads what {maker.op_type} reshaped outside",
-                    "put the reshape into the branch, or the elementwise operators outside",
-                )
+def _source(network: Network, name: str, past: set[str]) -> Any:
+    """The node that computes a tensor, past others of these types; None for a constant or an input."""
+    maker = network.graph.producer.get(name)
+    while maker is not None and maker.op_type in past:
+        maker = network.graph.producer.get(maker.input[0])
+    return maker
 
 
-def _reshapes(network: Network, node: Any) -> bool:
-    """Whether a layer ends in a reshape: TensorRT flattens the rows of a product by a matrix, and pads a convolution in 1-D."""
+def _ends_in_reshape(network: Network, node: Any) -> bool:
+    """Whether a layer's last step is a reshape: TensorRT flattens the rows of products, and makes 1-D convolutions 2-D.
+
+    A reshape of dequantized values goes where the DequantizeLinear goes, and does no harm.
+    """
+    if node is None:
+        return False
     ranks = [len(network.shape(name) or ()) for name in node.input[:2]]
     if node.op_type in ("MatMul", "Einsum"):
         return max(ranks) > 3 or (ranks[0] > 2 and ranks[1] == 2)
-    return node.op_type in _RESHAPES or (node.op_type == "Conv" and ranks[0] == 3)
+    if node.op_type in _RESHAPES:
+        source = _source(network, node.input[0], ELEMENTWISE | _RESHAPES | _NO_LAYERS)
+        return source is None or source.output[0] not in network.pairs
+    return bool(node.op_type == "Conv" and ranks[0] == 3)

@@ -49,7 +49,8 @@ def product_kinds(network: Network) -> list[ProductKind]:
 
 
 def _kind(network: Network, node: Any) -> ProductKind:
-    tracer = Tracer(network, network.graph.scope(node), node.op_type.startswith("Conv"))
+    spatial = len(network.shape(node.input[0]) or ()) - 2 if node.op_type.startswith("Conv") else 0
+    tracer = Tracer(network, network.graph.scope(node), spatial)
     operands = tuple(tracer.trace(name) for name in node.input[:2])
     in_float = [o for o in operands if isinstance(o, InFloat)]
     if node.op_type == "ConvTranspose" and not in_float:
@@ -186,7 +187,7 @@ def _free_axes(network: Network, node: Any, operands: list[Operand]) -> tuple[fr
     if node.op_type == "MatMul":
         # Rows of a batch are scaled apart only where no operand is broadcast, and never by a constant behind the DQ.
         rows = ranks[0] == 2 or (ranks[0] > 2 and ranks[0] == ranks[1] and not operands[0].scaled)
-        columns = ranks[1] == 2 or (ranks[1] > 2 and not operands[1].scaled)
+        columns = ranks[1] > 1 and (not operands[1].scaled or (ranks[1] == 2 and operands[1].constant))
         return frozenset({ranks[0] - 2} if rows else ()), frozenset({ranks[1] - 1} if columns else ())
     if node.op_type == "Gemm":
         turned = attribute(node, "transA", 0), attribute(node, "transB", 0)

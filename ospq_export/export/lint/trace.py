@@ -67,10 +67,16 @@ class InFloat:
 
 
 class Tracer:
-    """Walks from an operand back to its DequantizeLinear."""
+    """Walks from an operand back to its DequantizeLinear.
 
-    def __init__(self, network: Network, scope: tuple[str, ...], convolution: bool) -> None:
-        self.network, self.scope, self.convolution = network, scope, convolution
+    Args:
+        network: what the product lies in.
+        scope: its scope.
+        spatial: how many axes a convolution moves along; 0 for another product.
+    """
+
+    def __init__(self, network: Network, scope: tuple[str, ...], spatial: int) -> None:
+        self.network, self.scope, self.spatial = network, scope, spatial
 
     def trace(self, name: str) -> Operand | InFloat:
         """What is known of the tensor `name` as an operand."""
@@ -145,7 +151,7 @@ class Tracer:
         """Whether a Pad of zeros becomes the padding of the convolution behind it."""
         value = node.input[2] if len(node.input) > 2 and node.input[2] else None
         filled = self.network.values(value) if value else np.zeros(())
-        if not self.convolution or pads is None or filled is None or filled.any() or len(node.input) > 3:
+        if self.spatial < 2 or pads is None or filled is None or filled.any() or len(node.input) > 3:
             return False
         half = len(pads) // 2
         return not (pads[:2].any() or pads[half : half + 2].any() or (pads < 0).any())
