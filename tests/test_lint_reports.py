@@ -172,6 +172,68 @@ def zero_of(values):
 
 
 IMAGE = (1, 4, 8, 8)
+
+
+def branch(outside, inside, shape):
+    """What `inside` adds lies in one branch of an If, and reads what `outside` gave."""
+
+    def make(net):
+        given = outside(net)
+        start = len(net.nodes)
+        inside(net, given)
+        body, net.nodes = net.nodes[start:], net.nodes[:start]
+        value = helper.make_tensor_value_info(body[-1].output[0], TensorProto.FLOAT, shape)
+        then = helper.make_graph(body, "then", [], [value])
+        zero = numpy_helper.from_array(np.zeros(shape, F), "zero")
+        other = [helper.make_node("Relu", ["zero"], ["otherwise"], "n_otherwise")]
+        value = helper.make_tensor_value_info("otherwise", TensorProto.FLOAT, shape)
+        otherwise = helper.make_graph(other, "else", [], [value], [zero])
+        net.inputs.append(helper.make_tensor_value_info("condition", TensorProto.BOOL, []))
+        net.n("If", "condition", name="n_if", then_branch=then, else_branch=otherwise)
+
+    return make
+
+
+def product_inside(*between):
+    def add(net, source):
+        for op in between:
+            source = net.n(op, source)
+        net.n("MatMul", source, net.weight(), name="product")
+
+    return add
+
+
+def reshaped(net):
+    return net.n("Reshape", "x", net.c(np.array([4, 8])))
+
+
+def scaled_by_input(per_channel):
+    def make(net):
+        codes = net.c(net.rng.integers(-100, 100, (8, 6)).astype(np.int8))
+        weight = net.weight() if per_channel else net.n("DequantizeLinear", codes, net.c(SCALE), net.c(ZERO))
+        source = net.n("MatMul", net.pair("x"), weight, name="product")
+        scale = net.n("ReduceMax", "x", keepdims=0)
+        codes = net.n("QuantizeLinear", source, scale, net.c(ZERO))
+        net.n("DequantizeLinear", codes, scale, net.c(ZERO))
+
+    return make
+
+
+def padded_codes(*value):
+    def make(net):
+        inputs = [net.c(SCALE), net.c(ZERO)]
+        codes = net.n("QuantizeLinear", "x", *inputs)
+        padded = net.n("Pad", codes, net.c(np.array([0, 0, 1, 0])), *map(net.c, value))
+        net.n("MatMul", net.n("DequantizeLinear", padded, *inputs), net.weight(), name="product")
+
+    return make
+
+
+def scaled_columns(net):
+    scaled = net.n("Mul", net.pair("x"), net.c(np.linspace(0.5, 2, 8, dtype=F)))
+    net.n("MatMul", net.weight((6, 4), 0), scaled, name="product")
+
+
 KINDS = {
     "plain": (matmul(lambda net: net.pair("x")), (4, 8), 17, "int8"),
     "weight_first": (first, (4, 8), 17, "int8"),
@@ -215,6 +277,31 @@ KINDS = {
     "fp8_by_int8": (mixed, (4, 8), 19, "refused"),
     "unknown_domain": (unknown("FusedMatMul", "com.microsoft"), (4, 8), 17, "refused"),
     "no_importer": (unknown("Det", ""), (4, 4), 17, "refused"),
+    "scale_computed_behind_product": (scaled_by_input(False), (4, 8), 17, "refused"),
+    "scale_computed_behind_channels": (scaled_by_input(True), (4, 8), 17, "int8"),
+    "pad_of_codes": (padded_codes(), (4, 8), 17, "int8"),
+    "pad_of_codes_with_a_value": (padded_codes(np.int8(0)), (4, 8), 17, "refused"),
+    "scaled_columns": (scaled_columns, (4, 8), 17, "float"),
+    "branch": (
+        branch(lambda net: "x", lambda net, x: matmul(lambda n: n.pair(x))(net), (4, 6)),
+        (4, 8),
+        17,
+        "int8",
+    ),
+    "branch_dequantized_outside": (
+        branch(lambda net: net.pair("x"), product_inside(), (4, 6)),
+        (4, 8),
+        17,
+        "float",
+    ),
+    "branch_with_a_layer": (
+        branch(lambda net: net.pair("x"), product_inside("Neg"), (4, 6)),
+        (4, 8),
+        17,
+        "int8",
+    ),
+    "branch_reads_a_reshape": (branch(reshaped, product_inside("Relu"), (4, 6)), (2, 16), 17, "refused"),
+    "branch_multiplies_a_reshape": (branch(reshaped, product_inside(), (4, 6)), (2, 16), 17, "float"),
     "function_once": (function(1), (4, 8), 17, "int8"),
     "function_twice": (function(2), (4, 8), 17, "refused"),
     "function_uint8": (function(1, np.uint8(128)), (4, 8), 17, "refused"),
@@ -262,10 +349,10 @@ def test_drawn_graphs():
     cases = list(difference.run(range(7_000, 7_200)))
     assert sum(case.predicted.startswith("invalid") for case in cases) < 10
     differences = [case for case in cases if case.difference]
-    # The aim is none of the first kind, and below 1 % of the second; docs/lint.md names what is left.
     hard = [case for case in differences if case.difference in ("false error", "missed refusal")]
-    assert len(hard) <= 3, hard
-    assert len(differences) <= 8, differences
+    assert not hard
+    # docs/lint.md names what is left: the precision of about 1 in 400 is predicted wrong.
+    assert len(differences) <= 4, differences
 
 
 def test_several_files(tmp_path):

@@ -126,10 +126,12 @@ def _enters_unchanged(network: Network, node: Any, operands: list[Operand], inde
 
 
 def _reads_more(network: Network, node: Any) -> bool:
-    """Whether the branch of an If that a product lies in reads more from outside than the product's operands."""
+    """Whether the branch of an If that a product lies in reads more from outside than its operands, or quantizes for others."""
     graph, scope = network.graph, network.graph.scope(node)
     operands = {_entry(network, name, scope) for name in node.input[:2]}
     inside = [other for other in graph.nodes if graph.scope(other) == scope]
+    if any(_quantizes_for_others(network, other, node) for other in inside):
+        return True
     for name in {name for other in inside for name in other.input} - operands:
         maker = graph.producer.get(name)
         if name in graph.constants:
@@ -141,6 +143,21 @@ def _reads_more(network: Network, node: Any) -> bool:
         elif maker is not None and graph.scope(maker) != scope:
             return True
     return False
+
+
+def _quantizes_for_others(network: Network, node: Any, product: Any) -> bool:
+    """Whether a node is a QuantizeLinear that a product does not depend on."""
+    pair = network.pairs.get(node.output[0]) if node.output else None
+    if pair is None or not pair.quantizes:
+        return False
+    known, waiting = set(), list(product.input)
+    while waiting:
+        name = waiting.pop()
+        maker = network.graph.producer.get(name)
+        if maker is not None and name not in known:
+            known.add(name)
+            waiting.extend(maker.input)
+    return node.output[0] not in known
 
 
 def _entry(network: Network, name: str, scope: tuple[str, ...]) -> str:

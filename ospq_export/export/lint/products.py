@@ -35,11 +35,15 @@ def products(network: Network) -> Iterator[Finding]:
 
 
 def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iterator[Finding]:
-    """The builder fails to fold a computed scale into a quantized product in front of it, but for a convolution or a bias."""
+    """The builder fails to fold a computed scale into a quantized product in front of it.
+
+    It does not try with a convolution, a bias or scales per channel.
+    """
     folded = {
         product.node.output[0]: product.kind
         for product in kinds
         if product.kind != "float" and len(product.node.input) == 2 and product.node.op_type != "Conv"
+        if not any(isinstance(operand, Operand) and operand.axes for operand in product.operands)
     }
     for pair in network.pairs.values():
         if not pair.quantizes or network.graph.is_constant(pair.scale):
