@@ -50,6 +50,18 @@ def kill_after(out, slices):
     pytest.fail("the calibration was over before it could be killed")
 
 
+def calibrate_whole(out):
+    """Let a calibration end; what `demo` does next is not needed here."""
+    process = start(out)
+    deadline = time.monotonic() + 400
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / artifact.MANIFEST).is_file() and artifact.read_manifest(out).status == "calibrated":
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+
+
 def finished_bytes(out):
     manifest = json.loads((out / artifact.MANIFEST).read_text())
     assert manifest["status"] == "calibrated" and not (out / artifact.CHECKPOINTS).exists()
@@ -62,9 +74,7 @@ def finished_bytes(out):
 
 @pytest.mark.slow
 def test_killed_twice_ends_in_the_same_bytes(tmp_path):
-    whole = start(tmp_path / "whole")
-    output = whole.communicate(timeout=400)
-    assert whole.returncode in (0, 1, 3), output
+    calibrate_whole(tmp_path / "whole")
     killed = tmp_path / "killed"
     kill_after(killed, 2)
     assert artifact.read_manifest(killed).status == "calibrating"
