@@ -8,6 +8,7 @@ from typing import Any
 
 from ospq_export.export.lint.findings import Finding, refusal
 from ospq_export.export.lint.network import Network
+from ospq_export.export.onnx_graph import QUANTIZE
 
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "SpaceToDepth", "DepthToSpace"}
 _NO_LAYERS = {"Identity", "Dropout"}
@@ -58,7 +59,10 @@ def reshaped_into_branch(network: Network) -> Iterator[Finding]:
         if graph.is_constant(name):
             continue
         maker = _source(network, name, ELEMENTWISE | _NO_LAYERS)
-        if all(node.op_type in ELEMENTWISE for node in nodes) and _ends_in_reshape(network, maker):
+        # Behind a convolution in 1-D, elementwise operators on both sides become one; a QuantizeLinear is one of them.
+        joins = maker is not None and maker.op_type == "Conv" and graph.producer[name] is not maker
+        first = ELEMENTWISE | {QUANTIZE} if joins else ELEMENTWISE
+        if all(node.op_type in first for node in nodes) and _ends_in_reshape(network, maker):
             yield refusal(
                 "reshaped-into-branch",
                 nodes[0],
