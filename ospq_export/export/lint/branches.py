@@ -13,35 +13,8 @@ from ospq_export.export.onnx_graph import QUANTIZE
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "SpaceToDepth", "DepthToSpace"}
 _NO_LAYERS = {"Identity", "Dropout"}
 ELEMENTWISE = {
-    *(
-        "Identity",
-        "Dropout",
-        "Relu",
-        "LeakyRelu",
-        "Elu",
-        "Sigmoid",
-        "Tanh",
-        "HardSigmoid",
-        "HardSwish",
-        "Gelu",
-    ),
-    *(
-        "Neg",
-        "Abs",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Erf",
-        "Clip",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Max",
-        "Min",
-        "Pow",
-        "Cast",
-    ),
+    *("Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Neg", "Abs", "Exp"),
+    *("Log", "Sqrt", "Erf", "Clip", "Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Cast"),
 }
 
 
