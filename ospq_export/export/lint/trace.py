@@ -214,6 +214,8 @@ class Tracer:
                 continue
             if isinstance(self.trace(factor), Operand):
                 continue
+            if found.computed:
+                return InFloat("is multiplied by a constant behind a computed scale", node)
             shape, rank = self.network.shape(factor), len(self.network.shape(node.output[0]) or [])
             if shape is None or len(self.network.shape(node.input[index]) or []) != rank:
                 continue
