@@ -219,6 +219,13 @@ def scaled_by_input(per_channel):
     return make
 
 
+def joined_by_computed(net):
+    scale = net.n("ReduceMax", "x", keepdims=0)
+    codes = net.n("QuantizeLinear", "x", scale, net.c(ZERO))
+    source = net.n("DequantizeLinear", codes, scale, net.c(ZERO))
+    net.n("MatMul", net.n("Concat", source, source, axis=0), net.weight(), name="product")
+
+
 def padded_codes(*value):
     def make(net):
         inputs = [net.c(SCALE), net.c(ZERO)]
@@ -279,6 +286,7 @@ KINDS = {
     "no_importer": (unknown("Det", ""), (4, 4), 17, "refused"),
     "scale_computed_behind_product": (scaled_by_input(False), (4, 8), 17, "refused"),
     "scale_computed_behind_channels": (scaled_by_input(True), (4, 8), 17, "int8"),
+    "concat_of_computed_scales": (joined_by_computed, (4, 8), 17, "refused"),
     "pad_of_codes": (padded_codes(), (4, 8), 17, "int8"),
     "pad_of_codes_with_a_value": (padded_codes(np.int8(0)), (4, 8), 17, "refused"),
     "scaled_columns": (scaled_columns, (4, 8), 17, "float"),

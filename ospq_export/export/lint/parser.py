@@ -99,8 +99,8 @@ def names(network: Network) -> Iterator[Finding]:
             yield refusal(
                 "name-twice", name, f"a second operator of this name, a {kind}", "give it another name"
             )
-        # A constant is no layer.
-        if kind != "Constant":
+        # These are no layers.
+        if kind not in ("Constant", "Dropout"):
             seen.add(name)
     for pair in network.pairs.values():
         if pair.node.name and pair.node.name in network.graph.constants:
