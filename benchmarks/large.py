@@ -1,6 +1,6 @@
 """A network with more than 2 GB of weights, for real: calibrated, exported, linted, validated; sizes and peak memory.
 
-    python benchmarks/large.py                       # 574 M random weights in one block: 2.3 GB; needs 14 GB of memory
+    python benchmarks/large.py                       # 574 M random weights in one block: 2.3 GB; needs 24 GB of memory
     python benchmarks/large.py --width 1536          # the same path with 0.1 GB, to try it out
     python benchmarks/large.py --engine              # and TensorRT-RTX builds an engine of it
 
