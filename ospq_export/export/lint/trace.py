@@ -163,7 +163,9 @@ class Tracer:
         axes = self._axes_after(node, found.axes)
         if axes is None:
             return InFloat(f"has scales that {node.op_type} does not keep apart", found.pair.node)
-        return replace(found, axes=axes)
+        # A scaling along rows that a transposition made one along columns joins the scale; one along columns does not.
+        turned = node.op_type == "Transpose" and len(self.network.shape(node.input[0]) or ()) == 2
+        return replace(found, axes=axes, scaled=found.scaled and not turned)
 
     def _axes_after(self, node: Any, axes: frozenset[int]) -> frozenset[int] | None:
         before, after = self.network.shape(node.input[0]), self.network.shape(node.output[0])
