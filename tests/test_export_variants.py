@@ -47,6 +47,12 @@ def images(run):
     return next(demo_images("test", run.manifest.data).batches(32)).images.numpy()
 
 
+@pytest.mark.parametrize("file", ["model.onnx", "model_fp32.onnx"])
+def test_other_files_change_nothing_in_it(every_file, finished_runs, file):
+    """Files of one graph are made of one translation; none of their passes reaches the others."""
+    assert (every_file / file).read_bytes() == (finished_runs["w4a4"] / file).read_bytes()
+
+
 def execute(path, images, names=None):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -18,7 +18,7 @@ def test_enough_families():
 
 @pytest.mark.parametrize("label", NAMES)
 def test_family(label):
-    family = models.FAMILIES[label]
+    family = FAMILIES[label]
     images = models.random_images(2, (3, family.side, family.side))
     quantized = models.quantized_family(family, models.BITS["W8A8"], images)
     seen = models.compare(quantized, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,15 @@ class OnnxGraph:
 
     def source(self, name: str) -> Any:
         """The node that computes a tensor, past what only moves it; None for an input or a constant."""
+        return self.producer.get(self.behind(name, MOVES))
+
+    def behind(self, name: str, operators: Collection[str]) -> str:
+        """The tensor that a tensor is made of, past operators of these types, each followed to its first input."""
         node = self.producer.get(name)
-        while node is not None and node.op_type in MOVES:
-            node = self.producer.get(node.input[0])
-        return node
+        while node is not None and node.op_type in operators:
+            name = node.input[0]
+            node = self.producer.get(name)
+        return name
 
     def attribute(self, node: Any, name: str, default: Any = None) -> Any:
         """An attribute's value."""

@@ -25,31 +25,24 @@ def reshaped_into_branch(network: Network) -> Iterator[Finding]:
     for node in graph.nodes:
         scope = graph.scope(node)
         if scope and scope[-1].startswith("If:") and node.op_type not in _NO_LAYERS:
-            for maker in (_source(network, name, _NO_LAYERS) for name in node.input):
+            for name in (graph.behind(name, _NO_LAYERS) for name in node.input):
+                maker = graph.producer.get(name)
                 if maker is not None and graph.scope(maker) != scope:
-                    readers[scope, maker.output[0]].append(node)
+                    readers[scope, name].append(node)
     for (_, name), nodes in readers.items():
-        if graph.is_constant(name):
+        source = graph.producer.get(graph.behind(name, ELEMENTWISE | _NO_LAYERS))
+        if source is None or graph.is_constant(name):
             continue
-        maker = _source(network, name, ELEMENTWISE | _NO_LAYERS)
         # Behind a convolution in 1-D, elementwise operators on both sides become one; a QuantizeLinear is one of them.
-        joins = maker is not None and maker.op_type == "Conv" and graph.producer[name] is not maker
+        joins = source.op_type == "Conv" and graph.producer[name] is not source
         first = ELEMENTWISE | {QUANTIZE} if joins else ELEMENTWISE
-        if all(node.op_type in first for node in nodes) and _ends_in_reshape(network, maker):
+        if all(node.op_type in first for node in nodes) and _ends_in_reshape(network, source):
             yield refusal(
                 "reshaped-into-branch",
                 nodes[0],
-                f"an elementwise operator in the branch of an If reads what {maker.op_type} reshaped outside",
+                f"an elementwise operator in the branch of an If reads what {source.op_type} reshaped outside",
                 "put the reshape into the branch, or the elementwise operator outside",
             )
-
-
-def _source(network: Network, name: str, past: set[str]) -> Any:
-    """The node that computes a tensor, past others of these types; None for a constant or an input."""
-    maker = network.graph.producer.get(name)
-    while maker is not None and maker.op_type in past:
-        maker = network.graph.producer.get(maker.input[0])
-    return maker
 
 
 def _ends_in_reshape(network: Network, node: Any) -> bool:
@@ -57,12 +50,9 @@ def _ends_in_reshape(network: Network, node: Any) -> bool:
 
     A reshape of dequantized values goes where the DequantizeLinear goes, and does no harm.
     """
-    if node is None:
-        return False
     ranks = [len(network.shape(name) or ()) for name in node.input[:2]]
     if node.op_type in ("MatMul", "Einsum"):
         return max(ranks) > 3 or (ranks[0] > 2 and ranks[1] == 2)
     if node.op_type in _RESHAPES:
-        source = _source(network, node.input[0], ELEMENTWISE | _RESHAPES | _NO_LAYERS)
-        return source is None or source.output[0] not in network.pairs
+        return network.graph.behind(node.input[0], ELEMENTWISE | _RESHAPES | _NO_LAYERS) not in network.pairs
     return bool(node.op_type == "Conv" and ranks[0] == 3)

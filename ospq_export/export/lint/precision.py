@@ -88,7 +88,8 @@ def _kept_in_float(
 ) -> tuple[str, Any]:
     """Why two quantized operands are multiplied in float, and the node to blame; an empty reason where they are not."""
     computed = [index for index, operand in enumerate(operands) if not operand.constant]
-    if computed and all(_enters_unchanged(network, node, operands, index) for index in computed):
+    entering = computed and all(_enters_unchanged(network, node, operands, index) for index in computed)
+    if entering and not _reads_more(network, node):
         return "dequantized outside of the If that multiplies it, with no operator between", None
     if node.op_type == "Conv" and network.shape(operands[0].pair.scale) == [1]:
         what = (
@@ -110,11 +111,10 @@ def _kept_in_float(
 def _enters_unchanged(network: Network, node: Any, operands: list[Operand], index: int) -> bool:
     """Whether an operand comes into the branch of an If dequantized, and no layer lies before the product there.
 
-    TensorRT moves a DequantizeLinear into the branch together with such a layer only (some products bring one, a reshape), or
-    where the branch reads something else from outside as well.
+    TensorRT moves a DequantizeLinear into the branch together with such a layer; some products bring one, a reshape.
     """
     graph = network.graph
-    if not operands[index].outside or _reads_more(network, node):
+    if not operands[index].outside:
         return False
     mine, other = (network.shape(node.input[i]) or [] for i in (index, 1 - index))
     if node.op_type == "Conv":
@@ -126,38 +126,39 @@ def _enters_unchanged(network: Network, node: Any, operands: list[Operand], inde
 
 
 def _reads_more(network: Network, node: Any) -> bool:
-    """Whether the branch of an If that a product lies in reads more from outside than its operands, or quantizes for others."""
+    """Whether the branch of an If that a product lies in reads more from outside than its operands, or quantizes for others.
+
+    TensorRT moves a DequantizeLinear into such a branch without any layer, too.
+    """
     graph, scope = network.graph, network.graph.scope(node)
     operands = {_entry(network, name, scope) for name in node.input[:2]}
     inside = [other for other in graph.nodes if graph.scope(other) == scope]
-    if any(_quantizes_for_others(network, other, node) for other in inside):
+    pairs = [pair for pair in network.pairs.values() if graph.scope(pair.node) == scope]
+    own = _depends_on(network, node)
+    if any(pair.quantizes and pair.node.output[0] not in own for pair in pairs):
         return True
+    scales = {pair.scale for pair in pairs}
     for name in {name for other in inside for name in other.input} - operands:
         maker = graph.producer.get(name)
         if name in graph.constants:
-            scales = any(
-                pair.scale == name and graph.scope(pair.node) == scope for pair in network.pairs.values()
-            )
-            if scales and any(graph.scope(reader) != scope for reader in graph.readers[name]):
+            if name in scales and any(graph.scope(reader) != scope for reader in graph.readers[name]):
                 return True
         elif maker is not None and graph.scope(maker) != scope:
             return True
     return False
 
 
-def _quantizes_for_others(network: Network, node: Any, product: Any) -> bool:
-    """Whether a node is a QuantizeLinear that a product does not depend on."""
-    pair = network.pairs.get(node.output[0]) if node.output else None
-    if pair is None or not pair.quantizes:
-        return False
-    known, waiting = set(), list(product.input)
+def _depends_on(network: Network, node: Any) -> set[str]:
+    """Names of all computed tensors that a node's result depends on."""
+    known: set[str] = set()
+    waiting = list(node.input)
     while waiting:
         name = waiting.pop()
         maker = network.graph.producer.get(name)
         if maker is not None and name not in known:
             known.add(name)
             waiting.extend(maker.input)
-    return node.output[0] not in known
+    return known
 
 
 def _entry(network: Network, name: str, scope: tuple[str, ...]) -> str:

@@ -49,7 +49,7 @@ def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iter
     for pair in network.pairs.values():
         if not pair.quantizes or network.graph.is_constant(pair.scale):
             continue
-        name = _unmoved(network, pair.data)
+        name = network.graph.behind(pair.data, MOVES | SAME_ON_CODES)
         if name in folded:
             what = (
                 f"a computed scale behind the {folded[name]} product {name_of(network.graph.producer[name])}"
@@ -60,22 +60,13 @@ def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iter
 def _joined_by_computed(network: Network) -> Iterator[Finding]:
     """The builder fails on a Concat of values that computed scales dequantize."""
     for node in network.graph.nodes:
-        pairs = [network.pairs.get(_unmoved(network, name)) for name in node.input]
+        pairs = [network.pairs.get(network.graph.behind(name, MOVES | SAME_ON_CODES)) for name in node.input]
         if node.op_type == "Concat" and all(
             pair is not None and not pair.quantizes and not network.graph.is_constant(pair.scale)
             for pair in pairs
         ):
             what = "Concat of values that were dequantized with a computed scale"
             yield refusal("scale-computed", node, what, "make the scale a constant")
-
-
-def _unmoved(network: Network, name: str) -> str:
-    """The tensor that `name` is made of, past operators that only move it or are the same on codes."""
-    maker = network.graph.producer.get(name)
-    while maker is not None and maker.op_type in MOVES | SAME_ON_CODES:
-        name = maker.input[0]
-        maker = network.graph.producer.get(name)
-    return name
 
 
 def _scales_astray(network: Network, product: ProductKind) -> Iterator[Finding]:

@@ -25,7 +25,8 @@ MOVES = {
     ),
     *("GatherND", "GatherElements", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "TopK"),
 }
-_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile"}
+# What vanishes where it leaves the shape as it is.
+_SHAPES_ONLY = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile"}
 # What is the same on codes as on the values that they stand for.
 SAME_ON_CODES = {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg", "Abs"}
 _CHOICES = {"Where": slice(1, 3), "Max": slice(None), "Min": slice(None)}
@@ -239,7 +240,7 @@ def is_layer(network: Network, node: Any) -> bool:
     """Whether TensorRT keeps a layer of an operator in front of a product: not of a scaling, nor of a reshape to the same."""
     if node.op_type in ("Identity", "Dropout", "Cast", "Mul", "Div"):
         return False
-    return node.op_type not in _RESHAPES or network.shape(node.input[0]) != network.shape(node.output[0])
+    return node.op_type not in _SHAPES_ONLY or network.shape(node.input[0]) != network.shape(node.output[0])
 
 
 def _regrouped(before: list[int], after: list[int], axes: frozenset[int]) -> frozenset[int] | None:
