@@ -1,0 +1,68 @@
+"""Digests of what a calibration and an export give, bit for bit, on any x86-64 processor.
+
+    python tests/digests.py > tests/digests.json
+
+Float sums depend on the instructions that a processor has. The libraries are therefore told to use what all have, which has to be
+said before torch is imported: run this file in a process of its own.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+COMMON_ARITHMETIC = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def tensors_digest(path: Path) -> str:
+    """Of names, types, shapes and values; not of the file's header, which may say more one day."""
+    from safetensors.numpy import load_file
+
+    parts = sorted(load_file(path).items())
+    return digest(b"".join(f"{n} {t.dtype} {t.shape}".encode() + t.tobytes() for n, t in parts))
+
+
+def run_digests(model: str, recipe: str, folder: Path) -> dict[str, str]:
+    from conftest import calibrated_demo
+
+    from ospq_export.export import export
+    from ospq_export.export.stage import Extras
+
+    run = folder / f"{model}-{recipe}"
+    calibrated = calibrated_demo(model, recipe, run, "slicing=block", "reconstruction.refinement_images=8")
+    extras = Extras(fp16=True, int4=recipe == "w4a4", uint8_activations=True, uint8_input=True)
+    export(run, extras=extras)
+    manifest = calibrated.manifest
+    result = {
+        "graph": manifest.graph_fingerprint,
+        "slices": digest(json.dumps([(s.name, s.start, s.end) for s in manifest.slices]).encode()),
+        "float.safetensors": tensors_digest(run / "float.safetensors"),
+        "quantized.safetensors": tensors_digest(run / "quantized.safetensors"),
+    }
+    for path in sorted(run.glob("*.onnx")):
+        result[path.name] = digest(path.read_bytes())
+    return result
+
+
+def main() -> None:
+    os.environ.update(COMMON_ARITHMETIC)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [(model, recipe) for model in ("vit", "swin") for recipe in ("w8a8", "w4a4")]
+        digests = {f"{m} {r}": run_digests(m, r, Path(folder)) for m, r in runs}
+    json.dump(digests, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
