@@ -34,7 +34,7 @@ KEY = ("stage", "code", "recipe", "overrides", "threads", "machine")
 def measured(args: argparse.Namespace) -> None:
     """One stage on the packaged network, in this process, which has not imported torch yet."""
     try:
-        from ospq_export.threads import use_threads, wait_passively
+        from ospq_export.world.threads import use_threads, wait_passively
 
         wait_passively()
         use_threads(args.threads)
@@ -63,7 +63,7 @@ def measured(args: argparse.Namespace) -> None:
 
 def _validate(folder: Path, limit: int) -> None:
     from ospq_export.demo import demo_images
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
     from ospq_export.validate import validate
 
     run = Run.open(folder)
@@ -108,7 +108,7 @@ def rows_of(args: argparse.Namespace, codes: dict[str, str]) -> list[dict[str, A
 
 
 def _row(args: argparse.Namespace, code: str, found: dict[str, list[float]]) -> dict[str, Any]:
-    from ospq_export.processor import machine_name
+    from ospq_export.world.processor import machine_name
 
     ratios = [busy / idle for idle, busy in zip(found["idle"], found["busy"], strict=True)]
     return {

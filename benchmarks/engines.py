@@ -21,19 +21,19 @@ import torch
 from networks import percent, quantize, random_images, table
 from rich.console import Console
 
-from ospq_export.artifact import FLOAT_TENSORS
 from ospq_export.calibrate import calibrate
 from ospq_export.data import resolve_data_config
 from ospq_export.data.images import Batch
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.export.build import BuildSettings
-from ospq_export.export.engine import EngineRecord, build_engine
-from ospq_export.export.kernels import Kernels, integer_kernels
-from ospq_export.export.products import Product
+from ospq_export.engines.build import BuildSettings
+from ospq_export.engines.products import Product
+from ospq_export.engines.record import EngineRecord, build_engine
 from ospq_export.graph.insertion import Bits
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.recipes import load_recipe
-from ospq_export.validate.report import machine_name
+from ospq_export.runs.files import FLOAT_TENSORS
+from ospq_export.validate.report.model import machine_name
 
 RECIPES = {"W8A8": Bits(8, 8), "W6A6": Bits(6, 6), "W4A8": Bits(4, 8), "W4A4": Bits(4, 4)}
 LARGE = {
@@ -51,7 +51,7 @@ import atexit, pathlib, sys
 peak_file = pathlib.Path(sys.argv.pop(1))
 def note():
     import torch
-    from ospq_export.calibrate.memory import peak_memory
+    from ospq_export.world.memory import peak_memory
     peak_file.write_text(str(peak_memory(torch.device("cpu"))))
 atexit.register(note)
 from ospq_export.cli.app import main

@@ -18,10 +18,10 @@ from horizon import image_set
 from networks import table
 from torch import Tensor
 
-from ospq_export.calibrate.objective import fisher_weights
+from ospq_export.calibrate.objectives.objective import fisher_weights
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.run import Run
-from ospq_export.validate.report import machine_name
+from ospq_export.runs.run import Run
+from ospq_export.validate.report.model import machine_name
 
 _EVERY = 4
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from ospq_export.calibrate.activations import SliceData
-from ospq_export.calibrate.graphed import Graphed
+from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.calibrate.reconstruct.graphed import Graphed
 from ospq_export.graph.capture import QUANTIZABLE
 
 

@@ -34,13 +34,14 @@ from networks import device_name
 from networks import table as markdown
 from results import HERE, Network, correct, demo_network, finished_run, own_network
 
-from ospq_export.artifact import write_json, write_tensors
 from ospq_export.calibrate import calibrate
 from ospq_export.graph.outliers import twin_state_dict
-from ospq_export.models import create_model
+from ospq_export.models.timm import create_model
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import write_json
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import write_tensors
 
 ROWS = HERE / "granularity"
 DOCUMENT = HERE.parent / "docs" / "granularity.md"

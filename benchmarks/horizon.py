@@ -20,12 +20,12 @@ import torch
 from networks import table
 from results import observed_network
 
-from ospq_export.calibrate.auto import Candidate, Trials, candidate_of
+from ospq_export.calibrate.slicing.auto import Candidate, Trials, candidate_of
 from ospq_export.data import DataConfig, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.run import Run
-from ospq_export.validate.report import machine_name
+from ospq_export.runs.run import Run
+from ospq_export.validate.report.model import machine_name
 
 
 def image_set(folder: Path | None, split: Literal["calibration", "test"], config: DataConfig) -> ImageSet:

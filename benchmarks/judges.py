@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from ospq_export.calibrate.losses import kl_divergence, total_variation
+from ospq_export.calibrate.objectives.losses import kl_divergence, total_variation
 from ospq_export.demo import demo_images
-from ospq_export.run import Run
+from ospq_export.runs.run import Run
 
 _DRAWS = 300
 _TEMPERATURES = (1.0, 2.0, 4.0)

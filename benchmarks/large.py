@@ -47,7 +47,7 @@ def write_one_message(path: Path, size: int) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from ospq_export.export.doctor import tiny_model
+    from ospq_export.engines.doctor import tiny_model
 
     model = onnx.load_from_string(tiny_model())
     rows = size // 16
@@ -112,7 +112,7 @@ def measure(width: int, engine: bool, scratch: Path | None) -> dict[str, Any]:
         files = {p.name: p.stat().st_size for p in sorted((folder / "run").glob("*")) if p.is_file()}
     weights = files.get("float.safetensors", 0)
     # Not before: what this process holds when it starts another counts as the other's.
-    from ospq_export.validate.report import machine_name
+    from ospq_export.validate.report.model import machine_name
 
     return {
         "width": width,
@@ -142,7 +142,7 @@ def main() -> None:
     if args.one_message is not None:
         write_one_message(args.one_message, ONE_MESSAGE)
         return
-    from ospq_export.artifact import write_json
+    from ospq_export.runs.files import write_json
 
     ROWS.mkdir(exist_ok=True)
     write_json(ROWS / f"{args.width}.json", measure(args.width, args.engine, args.folder))

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from networks import table as markdown
 
-from ospq_export.artifact import write_json
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.memory import process_bytes
-from ospq_export.calibrate.store import parse_bytes
+from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.data import Batch, resolve_data_config
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.recipes import load_recipe
-from ospq_export.validate.report import machine_name
+from ospq_export.runs.files import write_json
+from ospq_export.validate.report.model import machine_name
+from ospq_export.world.memory import process_bytes
 
 ROWS = Path(__file__).parent / "memory.json"
 # A row takes the place of one with the same model, images and budget.

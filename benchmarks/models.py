@@ -23,17 +23,17 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
 
-from ospq_export.artifact import write_json
+from ospq_export.engines.build import BuildSettings
+from ospq_export.engines.fusion import Fusion
+from ospq_export.engines.products import Product
+from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
-from ospq_export.export.build import BuildSettings
-from ospq_export.export.engine import build_engine
-from ospq_export.export.fusion import Fusion
-from ospq_export.export.products import Product
 from ospq_export.graph.insertion import Bits
-from ospq_export.models import ModelSpec
-from ospq_export.validate.locate import Locator, Reference
-from ospq_export.validate.probes import open_probed
-from ospq_export.validate.report import machine_name
+from ospq_export.models.timm import ModelSpec
+from ospq_export.runs.files import write_json
+from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.executions.probes import open_probed
+from ospq_export.validate.report.model import machine_name
 
 HERE = Path(__file__).parent
 ROWS, DOCUMENT = HERE / "models", HERE.parent / "docs" / "models.md"

@@ -12,15 +12,15 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ospq_export.calibrate.observe import observe
-from ospq_export.export.half import to_half
 from ospq_export.export.lower import lower, probe_names
-from ospq_export.export.onnx_file import write_onnx
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.models import ModelSpec, create_model
-from ospq_export.validate.report import machine_name
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.half import to_half
+from ospq_export.onnx.write import write_onnx
+from ospq_export.validate.report.model import machine_name
 
 _VALUES_PER_TENSOR = 1 << 14
 

@@ -21,8 +21,8 @@ from judges import measures
 from networks import table
 from torch import Tensor
 
-from ospq_export.run import Run
-from ospq_export.validate.report import machine_name
+from ospq_export.runs.run import Run
+from ospq_export.validate.report.model import machine_name
 
 _FEW = 256
 

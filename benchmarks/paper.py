@@ -19,19 +19,19 @@ import torch
 from floor import Machine, Work, synchronize, unrecorded, work_of
 from networks import device_name, table
 
-from ospq_export.artifact import write_json
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.activations import SliceData, forward
-from ospq_export.calibrate.engine import Learner
-from ospq_export.calibrate.losses import Objective
-from ospq_export.calibrate.reconstruct import weight_quantizers
+from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.learner import Learner
+from ospq_export.calibrate.reconstruct.reconstructor import weight_quantizers
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import Slice, extract
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Reconstruction, load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import write_json
+from ospq_export.runs.run import Run
 
 ROWS = Path(__file__).parent / "paper"
 

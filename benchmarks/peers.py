@@ -34,17 +34,17 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 
-from ospq_export.artifact import write_json
 from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.engines.build import BuildSettings
+from ospq_export.engines.products import Product
+from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
-from ospq_export.export.build import BuildSettings
-from ospq_export.export.engine import build_engine
-from ospq_export.export.kernels import integer_kernels
-from ospq_export.export.products import Product
 from ospq_export.graph.insertion import Bits
-from ospq_export.models import ModelSpec, create_model
-from ospq_export.validate.report import machine_name
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.kernels import integer_kernels
+from ospq_export.runs.files import write_json
+from ospq_export.validate.report.model import machine_name
 
 HERE = Path(__file__).parent
 ROWS, DOCUMENT, PEER_ENVIRONMENT = HERE / "peers", HERE.parent / "docs" / "peers.md", HERE / ".modelopt"

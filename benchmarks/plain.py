@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.calibrate.activations import SliceData
+from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer, own_quantizers
 from ospq_export.recipes import Reconstruction
 

@@ -27,20 +27,21 @@ from networks import device_name
 from networks import table as markdown
 from plain import PlainLoop
 
-from ospq_export.artifact import installed_versions, write_json
-from ospq_export.calibrate.activations import SliceData, forward
-from ospq_export.calibrate.engine import Learner
-from ospq_export.calibrate.losses import Objective
+from ospq_export.calibrate.objectives.losses import Objective
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.learner import Learner
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
 from ospq_export.demo import demo_spec
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import Reconstruction, load_recipe
+from ospq_export.runs.files import write_json
+from ospq_export.runs.manifest import installed_versions
 
 ROWS = Path(__file__).parent / "reconstruction"
 _TOLERANCE = 0.05

@@ -23,7 +23,6 @@ import torch
 from networks import table as markdown
 from torch import Tensor
 
-from ospq_export.artifact import FLOAT_TENSORS, write_json
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
@@ -32,14 +31,15 @@ from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import FLOAT_TENSORS, write_json
+from ospq_export.runs.run import Run
+from ospq_export.tasks.statistics import BoolArray, mcnemar
 from ospq_export.validate import validate
-from ospq_export.validate.report import machine_name
+from ospq_export.validate.report.model import machine_name
 from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
-from ospq_export.validate.statistics import BoolArray, mcnemar
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ospq_export.validate.paired import below
+from ospq_export.tasks.paired import below
 
 SIZES = (100, 300, 500, 1000, 2000, 5000, 10_000)
 MARGIN, CONFIDENCE = 0.01, 0.95

@@ -23,7 +23,7 @@ from ospq_export.data import ImageSet, resolve_data_config
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 
 
 def relative_error(network: QuantizedGraph, images: Tensor, reference: Tensor) -> float:

@@ -15,15 +15,15 @@ from granularity import BITS
 from networks import quantize, table
 from results import demo_network
 
-from ospq_export.calibrate.auto import choose_slicing
-from ospq_export.calibrate.objective import objectives
-from ospq_export.calibrate.reconstruct import Reconstructor
-from ospq_export.calibrate.walk import walk
+from ospq_export.calibrate.objectives.objective import objectives
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+from ospq_export.calibrate.reconstruct.walk import walk
+from ospq_export.calibrate.slicing.auto import choose_slicing
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits
 from ospq_export.graph.slicing import atoms
 from ospq_export.recipes import load_recipe
-from ospq_export.validate.report import machine_name
+from ospq_export.validate.report.model import machine_name
 
 
 def measure(name: str, overrides: list[str]) -> list[object]:

@@ -26,13 +26,13 @@ import torch
 from networks import table
 from rich.console import Console
 
-from ospq_export.calibrate.memory import peak_memory
 from ospq_export.data import Batch, ImageSet
 from ospq_export.demo import demo_images
-from ospq_export.run import Run
+from ospq_export.runs.run import Run
 from ospq_export.validate import Report, validate, write_documents
-from ospq_export.validate.executions import OPTIMIZED, open_executions
-from ospq_export.validate.report import machine_name
+from ospq_export.validate.executions.table import OPTIMIZED, open_executions
+from ospq_export.validate.report.model import machine_name
+from ospq_export.world.memory import peak_memory
 
 _MIB = 1 << 20
 _PROCESSES = 3

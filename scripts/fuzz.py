@@ -29,19 +29,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ospq_export import artifact
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.job import _parsed
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.lint import lint
 from ospq_export.graph.quantizers import QuantizedGraph
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.weights import load_checkpoint
+from ospq_export.onnx.lint import lint
 from ospq_export.progress import stage_progress, stepper
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run, load_bias, load_quantizers
-from ospq_export.weights import load_checkpoint
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS
+from ospq_export.runs.manifest import SliceRecord, read_manifest, record_files
+from ospq_export.runs.run import Run, load_bias, load_quantizers
+from ospq_export.runs.tensors import read_tensors, write_tensors
 
 SPEC = ModelSpec(
     name="vit_tiny_patch16_224",
@@ -168,9 +170,9 @@ class Material:
         packaged = Path(sys.modules[load_recipe.__module__].__file__ or "").parent / "w4a4.toml"
         shutil.copy(packaged, folder / "recipe.toml")
         torch.save(model.state_dict(), folder / "weights.pt")
-        artifact.write_tensors(folder / "weights.safetensors", model.state_dict())
+        write_tensors(folder / "weights.safetensors", model.state_dict())
         record = run.manifest.slices[0].model_dump_json()
-        artifact.write_tensors(folder / "000.safetensors", {"x": torch.zeros(3)}, {"record": record})
+        write_tensors(folder / "000.safetensors", {"x": torch.zeros(3)}, {"record": record})
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         return cls(folder, files, run.quantized_graph(), model)
 
@@ -182,8 +184,8 @@ class Material:
 
     def forge(self, name: str) -> None:
         """Make the manifest's hash of a file match its damaged content."""
-        manifest = artifact.read_manifest(self.folder)
-        artifact.record_files(self.folder, manifest, name)
+        manifest = read_manifest(self.folder)
+        record_files(self.folder, manifest, name)
 
     def restore(self) -> None:
         """Undo all damage."""
@@ -193,8 +195,8 @@ class Material:
     def load(self) -> None:
         """Open the run and load its tensors into the network, as the later stages do."""
         run = Run.open(self.folder)
-        path = run.file(artifact.QUANTIZED_TENSORS)
-        tensors, _ = artifact.read_tensors(path)
+        path = run.file(QUANTIZED_TENSORS)
+        tensors, _ = read_tensors(path)
         load_quantizers(self.network, run.manifest.quantizers, tensors, path)
         for bias in self.network.biases.values():
             load_bias(bias, tensors.get(bias.constant), path)
@@ -205,27 +207,27 @@ Case = Callable[[Material, random.Random], object]
 
 def manifest_bytes(material: Material, random_: random.Random) -> None:
     """A manifest with damaged bytes."""
-    material.write(artifact.MANIFEST, damage_bytes(material.files[artifact.MANIFEST], random_))
+    material.write(MANIFEST, damage_bytes(material.files[MANIFEST], random_))
     material.load()
 
 
 def manifest_values(material: Material, random_: random.Random) -> None:
     """A manifest that is JSON with wrong values."""
-    value = json.loads(material.files[artifact.MANIFEST])
+    value = json.loads(material.files[MANIFEST])
     for _ in range(random_.choice([1, 1, 4])):
         value = damage_value(value, random_)
-    material.write(artifact.MANIFEST, _json(value))
+    material.write(MANIFEST, _json(value))
     material.load()
 
 
 def tensors(material: Material, random_: random.Random) -> None:
     """Damaged tensors, half of the time with a matching hash."""
-    name = random_.choice([artifact.QUANTIZED_TENSORS, artifact.FLOAT_TENSORS])
+    name = random_.choice([QUANTIZED_TENSORS, FLOAT_TENSORS])
     material.write(name, damage_bytes(material.files[name], random_))
     if random_.random() < 0.7:
         material.forge(name)
     material.load()
-    artifact.read_tensors(material.folder / name)
+    read_tensors(material.folder / name)
 
 
 def scales(material: Material, random_: random.Random) -> None:
@@ -237,8 +239,8 @@ def scales(material: Material, random_: random.Random) -> None:
 def slice_checkpoint(material: Material, random_: random.Random) -> None:
     """A damaged checkpoint of a slice, as a resumed calibration reads it."""
     path = material.write("000.safetensors", damage_bytes(material.files["000.safetensors"], random_))
-    _, header = artifact.read_tensors(path)
-    _parsed(artifact.SliceRecord, header.get("record", ""), path)
+    _, header = read_tensors(path)
+    _parsed(SliceRecord, header.get("record", ""), path)
 
 
 def recipe_bytes(material: Material, random_: random.Random) -> None:

@@ -27,11 +27,11 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lint_graphs import draw
+from ospq_export.engines.build import BuildSettings, build
+from ospq_export.engines.plan import PlanLayer, layers_from_log
+from ospq_export.engines.products import Message, Product
 from ospq_export.errors import InputError
-from ospq_export.export.build import BuildSettings, build
-from ospq_export.export.lint import Prediction, predict
-from ospq_export.export.plan import PlanLayer, layers_from_log
-from ospq_export.export.products import Message, Product
+from ospq_export.onnx.lint import Prediction, predict
 
 CRASH = "the builder's process ended"
 TARGET = "SM89"

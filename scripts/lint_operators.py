@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-import ospq_export.export.lint as package
-from ospq_export.export.products import Product, load, recorder
+import ospq_export.onnx.lint as package
+from ospq_export.engines.products import Product, load, recorder
 
 OWN = [
     *(

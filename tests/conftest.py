@@ -21,13 +21,13 @@ from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
 from ospq_export.export.stage import Extras
+from ospq_export.formats.integer import Levels
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.graph.quantize import Levels
 from ospq_export.graph.quantizers import QuantizedGraph
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.run import Run
 
 torch.set_num_threads(1)
 

@@ -60,8 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [(model, recipe) for model in ("vit", "swin") for recipe in ("w8a8", "w4a4")]
         digests = {f"{m} {r}": run_digests(m, r, Path(folder)) for m, r in runs}
-    json.dump(digests, sys.stdout, indent=2)
-    print()
+    sys.stdout.write(json.dumps(digests, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ from conftest import CUDA, straight_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ospq_export.calibrate.activations import SliceData, forward
-from ospq_export.calibrate.engine import Learner, arithmetic
-from ospq_export.calibrate.graphed import Graphed
-from ospq_export.calibrate.losses import Objective
-from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
+from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.graphed import Graphed
+from ospq_export.calibrate.reconstruct.learner import Learner, arithmetic
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
+from ospq_export.formats import integer as q
 from ospq_export.graph import fused
-from ospq_export.graph import quantize as q
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.recipes import load_recipe
-from ospq_export.run import quantizer_tensors
+from ospq_export.runs.run import quantizer_tensors
 
 CPU = torch.device("cpu")
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")

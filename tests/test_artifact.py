@@ -7,24 +7,26 @@ import pytest
 import torch
 from conftest import SHORT
 
-from ospq_export import artifact
 from ospq_export.calibrate import calibrate
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS, replacing
+from ospq_export.runs.manifest import read_manifest, record_files
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import read_tensors, write_tensors
 
 
 def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
     target = tmp_path / "file.bin"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError), artifact.replacing(target) as temporary:
+    with pytest.raises(RuntimeError), replacing(target) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError("interrupted")
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
-    with artifact.replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
 
@@ -32,7 +34,7 @@ def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
 def test_full_disk_is_bad_input(tmp_path):
     with (
         pytest.raises(InputError, match="cannot be written: No space left"),
-        artifact.replacing(tmp_path / "x"),
+        replacing(tmp_path / "x"),
     ):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
@@ -41,16 +43,16 @@ def test_full_disk_is_bad_input(tmp_path):
 def test_tensors_round_trip_and_truncation(tmp_path):
     path = tmp_path / "t.safetensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(6, dtype=torch.int8)}
-    artifact.write_tensors(path, tensors, {"k": "v"})
-    loaded, header = artifact.read_tensors(path)
+    write_tensors(path, tensors, {"k": "v"})
+    loaded, header = read_tensors(path)
     assert header == {"k": "v"} and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="cannot be read as safetensors"):
-        artifact.read_tensors(path)
+        read_tensors(path)
 
 
 def edit(folder, change):
-    path = folder / artifact.MANIFEST
+    path = folder / MANIFEST
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
@@ -78,12 +80,12 @@ def test_edited_manifest(run_copy, change, message):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
 def test_damaged_manifest(run_copy, text):
-    (run_copy / artifact.MANIFEST).write_text(text)
+    (run_copy / MANIFEST).write_text(text)
     with pytest.raises(InputError):
         Run.open(run_copy)
 
 
-@pytest.mark.parametrize("name", [artifact.FLOAT_TENSORS, artifact.QUANTIZED_TENSORS, "model.onnx"])
+@pytest.mark.parametrize("name", [FLOAT_TENSORS, QUANTIZED_TENSORS, "model.onnx"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damaged_files(run_copy, name, damage):
     path = run_copy / name
@@ -101,10 +103,10 @@ def test_damaged_files(run_copy, name, damage):
 
 def with_tensors(folder, change):
     """Change tensors and write the matching hash, as a careful forger would."""
-    tensors, _ = artifact.read_tensors(folder / artifact.QUANTIZED_TENSORS)
+    tensors, _ = read_tensors(folder / QUANTIZED_TENSORS)
     change(tensors)
-    artifact.write_tensors(folder / artifact.QUANTIZED_TENSORS, tensors)
-    artifact.record_files(folder, artifact.read_manifest(folder), artifact.QUANTIZED_TENSORS)
+    write_tensors(folder / QUANTIZED_TENSORS, tensors)
+    record_files(folder, read_manifest(folder), QUANTIZED_TENSORS)
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,21 @@ import pytest
 import torch
 from conftest import CUDA, calibrated_demo
 
-from ospq_export import artifact
 from ospq_export.calibrate import auto
-from ospq_export.calibrate.auto import choose_slicing, division, image_steps, plan
 from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.outlier_slicing import cut_dominance
 from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.slicing.auto import choose_slicing, division, image_steps, plan
+from ospq_export.calibrate.slicing.outlier_aware import cut_dominance
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.run import Run
 
 CPU = torch.device("cpu")
 VALUES = ["slicing=auto", "pilot.held_out=16", "pilot.budget=0.5"]
@@ -173,7 +173,7 @@ def test_a_run_records_its_slicing_and_resumes_after_the_trials(tmp_path, device
     assert len(resumed.manifest.slices) > 3 and resumed.manifest.status == "calibrated"
     if device == "cpu":  # a GPU adds in any order
         assert resumed.manifest.slicing == whole.manifest.slicing
-        for name in (artifact.FLOAT_TENSORS, artifact.QUANTIZED_TENSORS):
+        for name in (FLOAT_TENSORS, QUANTIZED_TENSORS):
             assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 

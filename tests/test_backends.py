@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.errors import InputError
-from ospq_export.validate.backends import OnnxRuntimeBackend, TorchBackend
+from ospq_export.validate.executions.backends import OnnxRuntimeBackend, TorchBackend
 
 WEIGHT = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 

@@ -12,8 +12,11 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from ospq_export import artifact, cli
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export import cli
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
+from ospq_export.runs.manifest import read_manifest, record_files
+from ospq_export.runs.tensors import read_tensors
 
 KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
 MODEL = "vit_tiny_patch16_224"
@@ -227,7 +230,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     bias.CopyFrom(numpy_helper.from_array(np.float32([50, 0, 0, 0]), bias.name))
     onnx.save(model, str(copy / "model.onnx"))
     assert_refused(run(capsys, *options), "model.onnx was changed or truncated")
-    artifact.record_files(copy, artifact.read_manifest(copy), "model.onnx")
+    record_files(copy, read_manifest(copy), "model.onnx")
     assert_refused(run(capsys, *options, "--baseline", images), "not a run directory")
     assert_refused(run(capsys, *options, "--significance", 1), "--significance 1")
     status, stdout, _ = run(capsys, *options)
@@ -285,15 +288,15 @@ def test_the_checkpoints_entry_is_chosen_said_and_recorded(images, tmp_path, cap
     status, _, said = run(capsys, "calibrate", MODEL, *fixed, "--out", tmp_path / "run", *SHORT, *chosen)
     assert status == 0, said
     assert "weights taken from 'state_dict'; prefix 'module.' stripped" in caplog.text
-    record = artifact.read_manifest(tmp_path / "run").checkpoint
+    record = read_manifest(tmp_path / "run").checkpoint
     assert (record.entry, record.prefix, record.chosen) == ("state_dict", "module.", "option")
-    written, _ = artifact.read_tensors(tmp_path / "run" / artifact.FLOAT_TENSORS)
+    written, _ = read_tensors(tmp_path / "run" / FLOAT_TENSORS)
     assert torch.equal(written["cls_token"], state["module.cls_token"])
-    path = tmp_path / "run" / artifact.MANIFEST
+    path = tmp_path / "run" / MANIFEST
     values = json.loads(path.read_text())
     del values["checkpoint"], values["model"]["checkpoint_key"]
     path.write_text(json.dumps(values))
-    assert artifact.read_manifest(tmp_path / "run").checkpoint is None, "older manifests have none"
+    assert read_manifest(tmp_path / "run").checkpoint is None, "older manifests have none"
     missing = [*fixed, "--checkpoint-key", "ema"]
     for command in (["calibrate", "--out", tmp_path / "none"], ["inspect"]):
         status, _, said = run(capsys, command[0], MODEL, *missing, *command[1:], "--workers", 0)

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import nn
 
 from ospq_export import cli
-from ospq_export.artifact import read_manifest
 from ospq_export.cli.options import class_choice
 from ospq_export.cli.validate import _images
 from ospq_export.data import ClassChoice, DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.models import create_model
+from ospq_export.models.timm import create_model
+from ospq_export.runs.manifest import read_manifest
 
 PLAIN = sorted(str(number) for number in range(1, 11))
 TINY = "img_size=28 patch_size=14 embed_dim=24 depth=1 num_heads=3 in_chans=1 num_classes="

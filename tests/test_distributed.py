@@ -11,19 +11,21 @@ import pytest
 import torch
 from test_robust import finished, tiny
 
-from ospq_export import artifact
-from ospq_export.calibrate.activations import SliceData
-from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.observe import observe
+from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.calibrate.reconstruct.batches import Batches
 from ospq_export.calibrate.stage import check_processes
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
+from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.manifest import read_manifest
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import read_tensors
 from ospq_export.validate.shards import share_of
-from ospq_export.world import SOLO, World, joined
+from ospq_export.world.processes import SOLO, World, joined
 
 CPU = torch.device("cpu")
 SCRIPT = """
@@ -34,11 +36,14 @@ sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from test_robust import tiny
 if sys.argv[3] == "interrupted":
-    from ospq_export import artifact
-    from ospq_export.calibrate.reconstruct import Reconstructor
+    from ospq_export.runs.files import CHECKPOINTS
+    from ospq_export.runs.files import QUANTIZED_TENSORS
+    from ospq_export.runs.manifest import read_manifest
+    from ospq_export.runs.tensors import read_tensors
+    from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
     run = Reconstructor.run
     def interrupted(self, piece, data, seed, objective):
-        assert not list((Path(sys.argv[2]) / artifact.CHECKPOINTS).glob("001.*")), "interrupted"
+        assert not list((Path(sys.argv[2]) / CHECKPOINTS).glob("001.*")), "interrupted"
         return run(self, piece, data, seed, objective)
     Reconstructor.run = interrupted
 tiny(Path(sys.argv[2]), *sys.argv[4:])
@@ -54,13 +59,13 @@ def two_processes(tmp_path, out, *overrides, mode="whole"):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     if mode == "interrupted":
         assert done.returncode != 0 and "interrupted" in done.stderr
-        return artifact.read_manifest(out)
+        return read_manifest(out)
     assert done.returncode == 0, done.stderr[-3000:]
     return Run.open(out)
 
 
 def tensors(run):
-    return artifact.read_tensors(run.path / artifact.QUANTIZED_TENSORS)[0]
+    return read_tensors(run.path / QUANTIZED_TENSORS)[0]
 
 
 @pytest.mark.slow
@@ -150,7 +155,7 @@ import torch
 torch.set_num_threads(1)
 from ospq_export.cli.validate import run_validate
 from ospq_export.demo import demo_images
-from ospq_export.run import Run
+from ospq_export.runs.run import Run
 run = Run.open(Path(sys.argv[1]))
 images = demo_images("test", run.manifest.data)
 report = run_validate(run, images, quiet=True, batch_size=40, limit=int(sys.argv[2]), floor_images=100, code_images=8)

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.export.lower import lower
-from ospq_export.export.onnx_file import write_onnx
 from ospq_export.graph.capture import capture, operator_names, quantizable_nodes
 from ospq_export.graph.einsum import expand_einsums, parse_equation
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
+from ospq_export.onnx.write import write_onnx
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ospq_export.data import ImageSet
 from ospq_export.demo import demo_images
-from ospq_export.run import Run
+from ospq_export.runs.run import Run
 from ospq_export.validate import validate
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from ospq_export.calibrate.losses import rounding_regularizer
-from ospq_export.calibrate.rounding import SoftRounding
-from ospq_export.graph import quantize as q
-from ospq_export.graph.fused import BLOCK, blocks, lerp_mask
+from ospq_export.calibrate.objectives.losses import rounding_regularizer
+from ospq_export.calibrate.reconstruct.rounding import SoftRounding
+from ospq_export.formats import integer as q
+from ospq_export.formats.kernels import BLOCK, blocks, lerp_mask
 from ospq_export.graph.quantizers import WeightQuantizer
 
 

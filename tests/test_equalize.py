@@ -8,11 +8,11 @@ from torch import nn
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.observe import observe
 from ospq_export.graph.capture import capture, fingerprint
-from ospq_export.graph.channels import find_sites
-from ospq_export.graph.equalize import rescale
+from ospq_export.graph.equalization.rescale import rescale
+from ospq_export.graph.equalization.sites import find_sites
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 
 FAMILIES = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from ospq_export import artifact
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.stage import Extras
-from ospq_export.run import Run
+from ospq_export.runs.files import sha256
+from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate, write_documents
-from ospq_export.validate.backends import TorchBackend
-from ospq_export.validate.executions import (
+from ospq_export.validate.executions.backends import TorchBackend
+from ospq_export.validate.executions.half import HalfNetwork
+from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
     BASELINES,
     FAKE_QUANT,
@@ -29,7 +30,6 @@ from ospq_export.validate.executions import (
     open_executions,
 )
 from ospq_export.validate.floor import FloorMeter
-from ospq_export.validate.half import HalfNetwork
 
 IMAGES = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype(np.float32)
 
@@ -219,7 +219,7 @@ def test_the_float_baseline_is_the_float_network(finished_runs):
 
 def plant_engine(folder, content=b"an engine", **sidecar):
     (folder / "model.engine").write_bytes(content)
-    sidecar = {"engine_sha256": artifact.sha256(folder / "model.engine"), "onnx": "model.onnx", **sidecar}
+    sidecar = {"engine_sha256": sha256(folder / "model.engine"), "onnx": "model.onnx", **sidecar}
     (folder / "model.engine.json").write_text(json.dumps(sidecar))
 
 
@@ -249,7 +249,7 @@ def test_an_engine_without_its_sidecar(run_copy):
 def test_a_sound_engine_without_a_gpu_is_skipped_with_the_reason(run_copy, monkeypatch):
     for network in ("float_network", "fake_quant_network"):
         monkeypatch.setattr(Run, network, lambda self: nn.Identity())
-    plant_engine(run_copy, onnx_sha256=artifact.sha256(run_copy / "model.onnx"))
+    plant_engine(run_copy, onnx_sha256=sha256(run_copy / "model.onnx"))
     found = open_executions(Run.open(run_copy), None, "cpu", "fp32")
     assert {"tensorrt", "tensorrt-rtx"} <= set(found.skipped)
     assert all(

@@ -9,14 +9,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ospq_export import artifact
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.lower import lower, probe_names
-from ospq_export.export.onnx_file import check_deployable
 from ospq_export.graph.slicing import Slice
-from ospq_export.run import Run
+from ospq_export.onnx.write import check_deployable
+from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import read_tensors
 
 BOTH = pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 
@@ -66,7 +67,7 @@ def test_file_is_standard_and_deployable(finished_runs, recipe):
 @BOTH
 def test_initializers_are_the_artifacts_codes(finished_runs, recipe):
     run = Run.open(finished_runs[recipe])
-    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    tensors, _ = read_tensors(run.file(QUANTIZED_TENSORS))
     model = onnx.load(str(run.file("model.onnx")))
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     weights = [r for r in run.manifest.quantizers if r.kind == "weight"]
@@ -174,7 +175,7 @@ def test_metadata_and_no_local_paths(finished_runs):
 def test_scales_json_is_complete_and_exact(finished_runs):
     run = Run.open(finished_runs["w4a4"])
     described = json.loads(run.file("scales.json").read_text())
-    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    tensors, _ = read_tensors(run.file(QUANTIZED_TENSORS))
     assert [s["name"] for s in described["slices"]] == [s.name for s in run.manifest.slices]
     entries = [(s["index"], q) for s in described["slices"] for q in s["quantizers"]]
     assert {q["name"] for _, q in entries} == {r.name for r in run.manifest.quantizers}

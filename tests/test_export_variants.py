@@ -16,20 +16,21 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
 
-from ospq_export import artifact
 from ospq_export.cli.app import app
 from ospq_export.data import ImageSet
 from ospq_export.demo import demo_images
+from ospq_export.engines.build import BuildSettings
+from ospq_export.engines.products import Product
+from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.build import BuildSettings
-from ospq_export.export.engine import build_engine
-from ospq_export.export.kernels import Kernels, integer_kernels
-from ospq_export.export.lint import lint
-from ospq_export.export.products import Product
 from ospq_export.export.stage import Extras
 from ospq_export.graph.quantizers import ActivationQuantizer
-from ospq_export.run import Run
+from ospq_export.onnx.kernels import Kernels, integer_kernels
+from ospq_export.onnx.lint import lint
+from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import read_tensors
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"
@@ -71,7 +72,7 @@ def constants(path):
 @pytest.mark.slow
 def test_fp16_keeps_codes_scales_and_predictions(run, images):
     exact, half = constants(run.file("model.onnx")), constants(run.file("model_qdq_fp16.onnx"))
-    tensors, _ = artifact.read_tensors(run.file(artifact.QUANTIZED_TENSORS))
+    tensors, _ = read_tensors(run.file(QUANTIZED_TENSORS))
     weights = [r.name for r in run.manifest.quantizers if r.kind == "weight"]
     for name in weights:
         codes = tensors[f"{name}.codes"].numpy()

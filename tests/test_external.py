@@ -17,17 +17,17 @@ from test_tensorrt import RTX, SETTINGS
 from ospq_export.calibrate import calibrate
 from ospq_export.cli.app import app
 from ospq_export.data import Batch, resolve_data_config
+from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export, external, serialize
-from ospq_export.export.engine import build_engine
-from ospq_export.export.lint import lint
-from ospq_export.export.onnx_read import read_model
 from ospq_export.export.stage import Extras
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.lint import lint
+from ospq_export.onnx.read import read_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import Run
-from ospq_export.validate.backends import OnnxRuntimeBackend
-from ospq_export.validate.probes import open_probed
+from ospq_export.runs.run import Run
+from ospq_export.validate.executions.backends import OnnxRuntimeBackend
+from ospq_export.validate.executions.probes import open_probed
 
 LIMIT = 120_000
 EXTRAS = Extras(fp16=True, int4=True, uint8_activations=True)

@@ -7,11 +7,11 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from ospq_export.cli.app import app
+from ospq_export.engines.build import BuildSettings, build
+from ospq_export.engines.plan import layers_from_log
+from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
-from ospq_export.export.build import BuildSettings, build
-from ospq_export.export.lint import Severity, lint
-from ospq_export.export.plan import layers_from_log
-from ospq_export.export.products import Product
+from ospq_export.onnx.lint import Severity, lint
 
 RNG = np.random.default_rng(0)
 OPSET = 21

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import lint_difference as difference
 from ospq_export.cli.app import app
-from ospq_export.export.lint import Severity, lint, predict
+from ospq_export.onnx.lint import Severity, lint, predict
 
 F = np.float32
 FP8 = ml_dtypes.float8_e4m3fn

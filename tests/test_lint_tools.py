@@ -13,7 +13,7 @@ from onnxruntime.quantization import (
 )
 
 import lint_difference as difference
-from ospq_export.export.lint import predict
+from ospq_export.onnx.lint import predict
 
 pytestmark = pytest.mark.slow
 

@@ -12,18 +12,18 @@ import torch
 from test_robust import SPEC, finished, tiny
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.activations import SliceData
-from ospq_export.calibrate.batches import Batches
 from ospq_export.calibrate.cost import cost_of
 from ospq_export.calibrate.events import json_lines
-from ospq_export.calibrate.memory import peak_memory, process_bytes
-from ospq_export.calibrate.store import Store, parse_bytes
+from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.calibrate.reconstruct.batches import Batches
+from ospq_export.calibrate.reconstruct.store import Store, parse_bytes
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.models import create_model
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
+from ospq_export.world.memory import peak_memory, process_bytes
 
 CPU = torch.device("cpu")
 
@@ -159,7 +159,9 @@ def test_batches_depend_on_their_seed_alone():
 def test_the_peak_is_this_processs_and_not_its_parents():
     held = bytearray(600 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    code = "import torch; from ospq_export.calibrate.memory import peak_memory as p; print(p(torch.device('cpu')))"
+    code = (
+        "import torch; from ospq_export.world.memory import peak_memory as p; print(p(torch.device('cpu')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     mine = process_bytes("VmRSS")
     assert len(held) < mine <= peak_memory(CPU)

@@ -15,7 +15,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch.overrides import TorchFunctionMode
 
 from ospq_export.errors import InputError
-from ospq_export.models import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 SPEC = ModelSpec(name="vit_tiny_patch16_224", kwargs=SMALL)
@@ -290,7 +290,7 @@ def test_torch_file_without_a_state_dictionary(tmp_path: Path, content: object) 
 @pytest.mark.slow
 def test_pretrained_weights_that_cannot_be_had(tmp_path: Path) -> None:
     program = (
-        "from ospq_export.models import ModelSpec, create_model\n"
+        "from ospq_export.models.timm import ModelSpec, create_model\n"
         "create_model(ModelSpec(name='vit_tiny_patch16_224', pretrained=True))"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -7,20 +7,20 @@ import torch.nn.functional as F
 from scipy.special import softmax
 
 from ospq_export.calibrate import objective
-from ospq_export.calibrate.activations import SliceData, forward, rows_of
-from ospq_export.calibrate.bias import correct_biases
 from ospq_export.calibrate.cost import kept_bytes_per_image
-from ospq_export.calibrate.losses import Objective, channel_weight, kl_divergence, total_variation
-from ospq_export.calibrate.objective import channel_axis, fisher_weights, objectives
+from ospq_export.calibrate.objectives.losses import Objective, channel_weight, kl_divergence, total_variation
+from ospq_export.calibrate.objectives.objective import channel_axis, fisher_weights, objectives
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct import Reconstructor, weight_quantizers
-from ospq_export.calibrate.walk import walk
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward, rows_of
+from ospq_export.calibrate.reconstruct.bias import correct_biases
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
+from ospq_export.calibrate.reconstruct.walk import walk
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, quantizers_of
 from ospq_export.graph.slicing import extract, run_slice
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 
 CPU = torch.device("cpu")

@@ -9,15 +9,15 @@ from torch.distributions import Bernoulli
 from torch.distributions import kl_divergence as divergence_of
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.losses import class_logits, kl_divergence, total_variation
-from ospq_export.calibrate.objective import fisher_weights
+from ospq_export.calibrate.objectives.losses import class_logits, kl_divergence, total_variation
+from ospq_export.calibrate.objectives.objective import fisher_weights
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 
 SPEC = ModelSpec(

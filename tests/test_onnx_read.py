@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.errors import InputError
 from ospq_export.export import onnx_read
-from ospq_export.export.lint import lint
-from ospq_export.export.onnx_graph import OnnxGraph
-from ospq_export.export.onnx_read import read_model, values
-from ospq_export.export.onnx_shapes import hollow, infer_shapes
+from ospq_export.onnx.lint import lint
+from ospq_export.onnx.read import read_model, values
+from ospq_export.onnx.shapes import hollow, infer_shapes
+from ospq_export.onnx.view import OnnxGraph
 
 WIDE = 300
 

@@ -10,17 +10,17 @@ import torch
 from test_tensorrt import RTX
 from typer.testing import CliRunner
 
-from ospq_export import preflight
-from ospq_export.calibrate.memory import available_memory, group_memory
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_images
+from ospq_export.engines.build import BuildSettings, check_settings
+from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.build import BuildSettings, check_settings
-from ospq_export.export.products import Product
-from ospq_export.models import ModelSpec, create_model
-from ospq_export.run import Run
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.runs.run import Run
 from ospq_export.validate import validate
+from ospq_export.world import room
+from ospq_export.world.memory import available_memory, group_memory
 
 GB = 10**9
 
@@ -41,7 +41,7 @@ def test_room_on_the_disk(
 ) -> None:
     caplog.set_level(logging.WARNING)
     try:
-        preflight.check_disk(tmp_path, "the files", certain=10 * GB, likely=20 * GB, free=free * GB)
+        room.check_disk(tmp_path, "the files", certain=10 * GB, likely=20 * GB, free=free * GB)
     except InputError as error:
         assert refused and "the files take at least 10.0 GB of disk, 9.0 GB are free" in str(error)
         assert "free some space" in str(error)
@@ -59,46 +59,46 @@ def test_room_on_the_disk(
 
 def test_room_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InputError, match=r"weights take at least 3\.0 GB of memory, 2\.0 GB are available"):
-        preflight.check_memory("weights", certain=3 * GB, likely=4 * GB, mend="less", available=2 * GB)
-    preflight.check_memory("weights", certain=1 * GB, likely=3 * GB, mend="less", available=2 * GB)
+        room.check_memory("weights", certain=3 * GB, likely=4 * GB, mend="less", available=2 * GB)
+    room.check_memory("weights", certain=1 * GB, likely=3 * GB, mend="less", available=2 * GB)
     assert "weights take about 3.0 GB of memory, 2.0 GB are available: less" in caplog.text
 
 
 def test_free_disk_of_a_folder_to_come(tmp_path: Path) -> None:
-    assert preflight.free_disk(tmp_path / "a" / "b") == pytest.approx(preflight.free_disk(tmp_path), rel=0.2)
-    assert preflight.nearest_folder(tmp_path / "a" / "b") == tmp_path
+    assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.2)
+    assert room.nearest_folder(tmp_path / "a" / "b") == tmp_path
 
 
 def test_images_and_budget() -> None:
     size = (3, 224, 224)
     image = 4 * 3 * 224 * 224
-    preflight.check_images(1000, size, None, 32, available=1000 * image)
+    room.check_images(1000, size, None, 32, available=1000 * image)
     with pytest.raises(
         InputError, match=r"1,000 calibration images of 3x224x224.*--data.*calibration_images"
     ):
-        preflight.check_images(1000, size, None, 32, available=1000 * image - 1)
-    preflight.check_images(1000, size, 64 * image, 32, available=GB)
+        room.check_images(1000, size, None, 32, available=1000 * image - 1)
+    room.check_images(1000, size, 64 * image, 32, available=GB)
     with pytest.raises(InputError, match=r"one batch of 32 images takes .*--memory-budget"):
-        preflight.check_images(1000, size, 64 * image - 1, 32, available=GB)
+        room.check_images(1000, size, 64 * image - 1, 32, available=GB)
 
 
 def test_what_the_files_weigh() -> None:
-    line = preflight.files_summary(2_300_000_000, 570_000_000, preflight.ONNX_BYTES)
+    line = room.files_summary(2_300_000_000, 570_000_000, room.ONNX_BYTES)
     assert line == (
         "files: float.safetensors 2.3 GB, quantized.safetensors 0.6 GB; of an export: model.onnx 0.6 GB, "
         "model_fp32.onnx 2.3 GB (its weights in a file beside it)"
     )
-    assert preflight.gigabytes(4_200_000) == "0.0042 GB"
+    assert room.gigabytes(4_200_000) == "0.0042 GB"
 
 
 def test_network_bytes_without_the_network() -> None:
     kwargs = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "img_size": 32}
     spec = ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)
     state = torch.random.get_rng_state()
-    found = preflight.network_bytes(spec)
+    found = room.network_bytes(spec)
     assert torch.equal(torch.random.get_rng_state(), state), "the seeded weights stay what they are"
     assert found == sum(4 * p.numel() for p in create_model(spec).parameters())
-    assert preflight.network_bytes(ModelSpec(name="no_such_model")) is None
+    assert room.network_bytes(ModelSpec(name="no_such_model")) is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_calibrate_refuses_before_the_network_is_built(
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "cannot be shared evenly by 3 processes" in command(*words)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(preflight, "free_disk", lambda _: 1000)
+    monkeypatch.setattr(room, "free_disk", lambda _: 1000)
     assert "take at least 0.0" in (line := command(*words)) and "GB of disk" in line
     assert not (tmp_path / "run").exists()
 
@@ -203,9 +203,9 @@ def test_calibrate_refuses_a_closed_folder(tmp_path: Path) -> None:
 def test_access_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(InputError, match="cannot be written to"):
-        preflight.check_folder(tmp_path / "run", "--out")
+        room.check_folder(tmp_path / "run", "--out")
     with pytest.raises(InputError, match="permission denied"):
-        preflight.check_file(tmp_path / "log", "--log-json")
+        room.check_file(tmp_path / "log", "--log-json")
 
 
 def test_images_are_not_decoded_for_what_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_export_and_validate_refuse_before_work(run_copy: Path, monkeypatch: pyt
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("ospq_export.run.create_model", worked)
+    monkeypatch.setattr("ospq_export.runs.run.create_model", worked)
     monkeypatch.setattr("ospq_export.data.ImageSet.batches", worked)
     for options, message in (
         ({"backends": ["nothing"]}, "there is no execution 'nothing'"),
@@ -302,11 +302,11 @@ def test_export_and_validate_refuse_before_work(run_copy: Path, monkeypatch: pyt
         with pytest.raises(InputError, match=message):
             validate(run, images, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("ospq_export.calibrate.memory.available_memory", lambda: 1000)
+        patch.setattr("ospq_export.world.memory.available_memory", lambda: 1000)
         with pytest.raises(InputError, match=r"100 images of 1x28x28 take at least .*--batch-size"):
             validate(run, images)
     with monkeypatch.context() as patch:
-        patch.setattr(preflight, "free_disk", lambda _: 1000)
+        patch.setattr(room, "free_disk", lambda _: 1000)
         with pytest.raises(InputError, match="the exported files take at least"):
             export(run_copy, overwrite=True)
     assert Run.open(run_copy).manifest == run.manifest

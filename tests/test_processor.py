@@ -10,11 +10,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.demo import demo_images
-from ospq_export.export.kernels import integer_kernels
-from ospq_export.export.saturation import saturable_pairs
-from ospq_export.processor import PRECISE_KERNELS, Processor, examine_processor
-from ospq_export.run import Run
+from ospq_export.onnx.kernels import integer_kernels
+from ospq_export.onnx.saturation import saturable_pairs
+from ospq_export.runs.run import Run
 from ospq_export.validate.findings import processor_findings
+from ospq_export.world.processor import PRECISE_KERNELS, Processor, examine_processor
 
 NARROW = Processor(name="one", architecture="x86_64", cores=1, instructions=["AVX2"], saturates=True)
 EXACT = NARROW.model_copy(update={"instructions": ["AVX512-VNNI"], "saturates": False})

@@ -9,7 +9,7 @@ from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.demo import demo_spec
 from ospq_export.graph.capture import capture
 from ospq_export.graph.outliers import inject_outliers
-from ospq_export.models import create_model
+from ospq_export.models.timm import create_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ospq_export.graph import quantize as q
+from ospq_export.formats import integer as q
 
 floats = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 scales = st.floats(2**-12, 2**6, width=32)

@@ -6,11 +6,11 @@ from torch import nn
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.errors import InputError
+from ospq_export.formats.integer import Grid
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.graph.quantize import Grid
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 
 aten = torch.ops.aten
 

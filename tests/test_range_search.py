@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ospq_export.graph import quantize as q
-from ospq_export.graph.range_search import compress, search_activation_range, search_weight_scale
+from ospq_export.formats import integer as q
+from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
 
 
 def error(x, found):
@@ -86,5 +86,5 @@ def test_weight_scale_against_brute_force(bits):
 def test_weights_in_parts_have_the_same_scales(shape, monkeypatch):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     whole = search_weight_scale(weight, 4)
-    monkeypatch.setattr("ospq_export.graph.range_search._ELEMENTS_AT_ONCE", 3 * 96)
+    monkeypatch.setattr("ospq_export.formats.search._ELEMENTS_AT_ONCE", 3 * 96)
     assert torch.equal(search_weight_scale(weight, 4), whole)

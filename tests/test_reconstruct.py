@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from ospq_export.calibrate.activations import SliceData, forward
-from ospq_export.calibrate.losses import annealed_beta, literal_loss, rounding_regularizer
+from ospq_export.calibrate.objectives.losses import annealed_beta, literal_loss, rounding_regularizer
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct import Reconstructor
-from ospq_export.calibrate.walk import walk
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+from ospq_export.calibrate.reconstruct.walk import walk
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.recipes import load_recipe
-from ospq_export.run import quantizer_tensors
+from ospq_export.runs.run import quantizer_tensors
 
 CPU = torch.device("cpu")
 

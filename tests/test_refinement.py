@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from ospq_export.calibrate.activations import SliceData, forward
-from ospq_export.calibrate.losses import Objective
-from ospq_export.calibrate.refinement import refine_scales, refinement_images
+from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.refinement import refine_scales, refinement_images
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, own_quantizers, set_mode
 from ospq_export.graph.slicing import extract, run_slice

@@ -14,16 +14,16 @@ import timm
 from PIL import Image
 
 import report_schema
-from ospq_export import artifact
-from ospq_export.artifact import OutlierRecord
 from ospq_export.data import ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
-from ospq_export.run import Run
+from ospq_export.runs.manifest import OutlierRecord, read_manifest, write_manifest
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import read_tensors
 from ospq_export.validate import Report, plots, render, validate, write_documents
-from ospq_export.validate.executions import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.parity import Flip, margin_histogram
-from ospq_export.validate.thumbnails import data_url
+from ospq_export.validate.report.thumbnails import data_url
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 40
@@ -221,8 +221,8 @@ def test_nothing_is_left_half_written(validated, monkeypatch):
 
 def test_weights_in_the_report(validated):
     run, report, _ = validated
-    tensors, _ = artifact.read_tensors(run.path / "quantized.safetensors")
-    floats, _ = artifact.read_tensors(run.path / "float.safetensors")
+    tensors, _ = read_tensors(run.path / "quantized.safetensors")
+    floats, _ = read_tensors(run.path / "float.safetensors")
     constants = {q.name: q.constant for q in run.manifest.quantizers if q.kind == "weight"}
     assert {w.name for w in report.weights} == set(constants)
     for w in report.weights[:3]:
@@ -295,9 +295,9 @@ def test_a_baseline_needs_something_in_common(finished_runs, run_copy):
 @pytest.mark.slow
 def test_a_copied_directory_needs_no_weights_and_no_network(run_copy, tmp_path, monkeypatch):
     """On another machine: no calibration data, no pretrained weights, no checkpoint."""
-    manifest = artifact.read_manifest(run_copy)
+    manifest = read_manifest(run_copy)
     gone = manifest.model.model_copy(update={"checkpoint": "/gone/model.safetensors", "pretrained": True})
-    artifact.write_manifest(run_copy, manifest.model_copy(update={"model": gone}))
+    write_manifest(run_copy, manifest.model_copy(update={"model": gone}))
     create = timm.create_model
 
     def offline(*args, **kwargs):
@@ -379,7 +379,7 @@ def test_outlier_plot_marks_the_slices_that_were_chosen(validated):
 def test_a_folder_of_files(tmp_path):
     """Ids are found again in a folder, where some files cannot be read."""
     from ospq_export.data import DataConfig
-    from ospq_export.validate.thumbnails import thumbnails
+    from ospq_export.validate.report.thumbnails import thumbnails
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ospq_export.artifact import json_line, json_text
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.checks import check_graph, check_images, check_module, float_products
 from ospq_export.calibrate.observe import observe
@@ -22,17 +21,18 @@ from ospq_export.cli.app import app
 from ospq_export.cli.options import say
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
-from ospq_export.export.half import fits_fp16, to_half
-from ospq_export.export.onnx_file import write_onnx
-from ospq_export.graph import quantize as q
+from ospq_export.formats import integer as q
+from ospq_export.formats.integer import Grid
+from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.graph.quantize import Grid
 from ospq_export.graph.quantizers import Mode
-from ospq_export.graph.range_search import compress, search_activation_range, search_weight_scale
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.half import fits_fp16, to_half
+from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe
-from ospq_export.validate.half import HalfNetwork
+from ospq_export.runs.files import json_line, json_text
+from ospq_export.validate.executions.half import HalfNetwork
 
 SIZE = (3, 16, 16)
 IMAGES = torch.randn(7, *SIZE, generator=torch.Generator().manual_seed(1))
@@ -302,7 +302,7 @@ def test_small_biases_move_nothing_out_of_fp16(tmp_path: Path, monkeypatch: pyte
         return path.read_bytes()
 
     careful = written()
-    monkeypatch.setattr("ospq_export.export.half.fits_fp16", lambda array, tiny=False: True)
+    monkeypatch.setattr("ospq_export.onnx.half.fits_fp16", lambda array, tiny=False: True)
     assert written() == careful
 
 

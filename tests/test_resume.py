@@ -10,7 +10,8 @@ import time
 import pytest
 from conftest import computed
 
-from ospq_export import artifact
+from ospq_export.runs.files import CHECKPOINTS, FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS
+from ospq_export.runs.manifest import read_manifest
 
 COMMAND = [
     *(sys.executable, "-m", "ospq_export.cli", "demo", "--model", "swin", "--limit", "20", "--quiet"),
@@ -41,7 +42,7 @@ def kill_after(out, slices):
     process = start(out)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if len(list((out / artifact.CHECKPOINTS).glob("*.safetensors"))) >= slices:
+        if len(list((out / CHECKPOINTS).glob("*.safetensors"))) >= slices:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             return
@@ -55,9 +56,9 @@ def calibrate_whole(out):
     process = start(out)
     deadline = time.monotonic() + 400
     while process.poll() is None and time.monotonic() < deadline:
-        known = (out / artifact.MANIFEST).is_file() and artifact.read_manifest(out).status == "calibrated"
+        known = (out / MANIFEST).is_file() and read_manifest(out).status == "calibrated"
         # The checkpoints go last.
-        if known and not (out / artifact.CHECKPOINTS).exists():
+        if known and not (out / CHECKPOINTS).exists():
             break
         time.sleep(0.1)
     process.kill()
@@ -65,11 +66,11 @@ def calibrate_whole(out):
 
 
 def finished_bytes(out):
-    manifest = json.loads((out / artifact.MANIFEST).read_text())
-    assert manifest["status"] == "calibrated" and not (out / artifact.CHECKPOINTS).exists()
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["status"] == "calibrated" and not (out / CHECKPOINTS).exists()
     return (
-        (out / artifact.QUANTIZED_TENSORS).read_bytes(),
-        (out / artifact.FLOAT_TENSORS).read_bytes(),
+        (out / QUANTIZED_TENSORS).read_bytes(),
+        (out / FLOAT_TENSORS).read_bytes(),
         computed(manifest["slices"]),
     )
 
@@ -79,7 +80,7 @@ def test_killed_twice_ends_in_the_same_bytes(tmp_path):
     calibrate_whole(tmp_path / "whole")
     killed = tmp_path / "killed"
     kill_after(killed, 2)
-    assert artifact.read_manifest(killed).status == "calibrating"
+    assert read_manifest(killed).status == "calibrating"
     kill_after(killed, 5)
 
     refused = start(killed, "--seed", "1")

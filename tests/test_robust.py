@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import computed
 
-from ospq_export import artifact
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.activations import SliceData, forward
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct import Reconstructor
+from ospq_export.calibrate.reconstruct.activations import SliceData, forward
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
@@ -26,9 +25,11 @@ from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.run import quantizer_tensors
+from ospq_export.runs.files import CHECKPOINTS, MANIFEST
+from ospq_export.runs.manifest import Manifest, differences, installed_versions, read_manifest
+from ospq_export.runs.run import quantizer_tensors
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
@@ -59,10 +60,10 @@ def tiny(out, *overrides, seed=0, weights=0, images=0):
 
 def finished(out):
     """What two runs that are the same have in common: every byte but times and memory."""
-    manifest = json.loads((out / artifact.MANIFEST).read_text())
+    manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["status"] == "calibrated"
     manifest["slices"] = computed(manifest["slices"])
-    assert sorted(p.name for p in out.iterdir()) == sorted([artifact.MANIFEST, *manifest["files"]])
+    assert sorted(p.name for p in out.iterdir()) == sorted([MANIFEST, *manifest["files"]])
     return manifest, {name: (out / name).read_bytes() for name in manifest["files"]}
 
 
@@ -104,7 +105,7 @@ def interrupted(tmp_path_factory):
 
     class Stopping(Reconstructor):
         def run(self, piece, *args, **kwargs):
-            if (out / artifact.CHECKPOINTS).exists():
+            if (out / CHECKPOINTS).exists():
                 raise StopError
             return super().run(piece, *args, **kwargs)
 
@@ -138,20 +139,20 @@ def test_a_refused_resume_says_what_changed(interrupted, changes, message):
 
 
 def test_another_version_is_refused(interrupted, monkeypatch):
-    versions = {**artifact.installed_versions(), "torch": "1.0"}
-    monkeypatch.setattr("ospq_export.artifact.installed_versions", lambda: versions)
+    versions = {**installed_versions(), "torch": "1.0"}
+    monkeypatch.setattr("ospq_export.runs.manifest.installed_versions", lambda: versions)
     with pytest.raises(InputError, match=r"versions\.torch: .*, now 1\.0"):
         tiny(interrupted)
 
 
 def test_differences():
     old = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 64}
-    assert artifact.differences(old, old) == []
-    assert artifact.differences(old, {"a": {"b": 2, "c": [1, 2]}, "d": "y" * 64}) == [
+    assert differences(old, old) == []
+    assert differences(old, {"a": {"b": 2, "c": [1, 2]}, "d": "y" * 64}) == [
         "a.b: 1, now 2",
         f"d: {'x' * 12}, now {'y' * 12}",
     ]
-    assert artifact.differences({}, {"new": 1}) == ["new: None, now 1"]
+    assert differences({}, {"new": 1}) == ["new: None, now 1"]
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +224,11 @@ def test_a_loss_that_begins_at_zero_may_grow():
 def test_a_warning_reaches_the_manifest(tmp_path):
     run = tiny(tmp_path / "run", "reconstruction.learning_rate_scale=1e5")
     assert any("diverged" in record.warning for record in run.manifest.slices)
-    assert artifact.read_manifest(run.path) == run.manifest
+    assert read_manifest(run.path) == run.manifest
     old = run.manifest.model_dump(mode="json")
     for record in old["slices"]:
         del record["warning"], record["peak_bytes"]
-    loaded = artifact.Manifest.model_validate(old)
+    loaded = Manifest.model_validate(old)
     assert loaded.slices[0].peak_bytes is None, "runs of before this field are still read"
 
 

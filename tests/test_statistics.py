@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ospq_export.validate.statistics import (
+from ospq_export.tasks.statistics import (
     class_changes,
     excess_p_value,
     expected_calibration_error,

@@ -10,25 +10,26 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ospq_export import artifact
 from ospq_export.calibrate.observe import observe
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_spec
+from ospq_export.engines.build import BuildSettings, build, target_members
+from ospq_export.engines.doctor import examine, tiny_model
+from ospq_export.engines.plan import layers_from_inspector, layers_from_log
+from ospq_export.engines.products import Product
+from ospq_export.engines.record import EngineRecord, build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import products
-from ospq_export.export.build import BuildSettings, build, target_members
-from ospq_export.export.doctor import examine, tiny_model
-from ospq_export.export.engine import EngineRecord, build_engine
-from ospq_export.export.half import to_half
 from ospq_export.export.lower import lower
-from ospq_export.export.onnx_file import write_onnx
-from ospq_export.export.plan import layers_from_inspector, layers_from_log
-from ospq_export.export.products import Product
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx.half import to_half
+from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe
+from ospq_export.runs.files import sha256
+from ospq_export.runs.manifest import read_manifest
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -135,14 +136,14 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
     )
     assert result.exit_code == 0, result.output
     record = EngineRecord.model_validate_json((run / "model.engine.json").read_text())
-    assert record.engine_sha256 == artifact.sha256(run / "model.engine")
-    assert record.onnx_sha256 == artifact.sha256(run / "model_qdq_fp16.onnx")
+    assert record.engine_sha256 == sha256(run / "model.engine")
+    assert record.onnx_sha256 == sha256(run / "model_qdq_fp16.onnx")
     assert record.profile == (1, 2, 4) and record.input["shape"] == [-1, 1, 28, 28]
     assert record.compute_capabilities == ("SM86",) and record.preprocessing["mean"] == [0.286]
     assert record.fusion.gemms == record.fusion.int8_gemms == 52 and record.layers
     assert len(record.classes) == 10
     assert "Layers:" in (run / "model.engine.log").read_text()
-    assert {"model.engine", "model.engine.json"} <= artifact.read_manifest(run).files.keys()
+    assert {"model.engine", "model.engine.json"} <= read_manifest(run).files.keys()
     before = (run / "model.engine").read_bytes()
     with pytest.raises(InputError, match=r"the engine exists.*--overwrite"):
         CliRunner().invoke(app, options, catch_exceptions=False)

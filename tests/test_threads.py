@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ospq_export.cli.app import app
 from ospq_export.errors import InputError
-from ospq_export.threads import cgroup_quota, choose_threads, use_threads, wait_passively
+from ospq_export.world.threads import cgroup_quota, choose_threads, use_threads, wait_passively
 
 MOUNT = "31 23 0:28 {root} {at} rw,relatime shared:9 - {kind} {kind} {options}\n"
 
@@ -86,7 +86,7 @@ def test_no_control_groups(tmp_path):
 
 @pytest.mark.parametrize(("quota", "threads"), [("350000", 3), ("40000", 1), ("100000000", 64)])
 def test_a_quota_bounds_the_threads(tmp_path, monkeypatch, quota, threads):
-    monkeypatch.setattr("ospq_export.threads.usable_cores", lambda: 64)
+    monkeypatch.setattr("ospq_export.world.threads.usable_cores", lambda: 64)
     proc = second_version(tmp_path, "/")
     put(tmp_path / "sys/cpu.max", f"{quota} 100000")
     assert choose_threads(None, 64, {}, proc).count == threads
@@ -155,7 +155,7 @@ def test_the_package_itself_changes_nothing():
 def test_the_command_line_heeds_the_affinity_mask():
     code = (
         "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]);"
-        "from ospq_export.threads import choose_threads; print(choose_threads(None, 8, {}).count)"
+        "from ospq_export.world.threads import choose_threads; print(choose_threads(None, 8, {}).count)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.strip() == "1"

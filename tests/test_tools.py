@@ -9,8 +9,8 @@ import tools
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from ospq_export.export.inner import describe_inner_only, hide_outputs
-from ospq_export.export.onnx_file import write_onnx
+from ospq_export.onnx.inner import describe_inner_only, hide_outputs
+from ospq_export.onnx.write import write_onnx
 
 
 @pytest.mark.slow

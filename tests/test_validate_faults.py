@@ -9,13 +9,13 @@ import pytest
 from conftest import calibrated_demo
 from onnx import numpy_helper
 
-from ospq_export import artifact
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.run import Run
+from ospq_export.runs.manifest import read_manifest, record_files, write_manifest
+from ospq_export.runs.run import Run
 from ospq_export.validate import validate, write_documents
-from ospq_export.validate.executions import FAKE_QUANT, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.executions.table import FAKE_QUANT, OPTIMIZED, UNOPTIMIZED
 
 SLICE = "layers.1.blocks.2"
 
@@ -95,7 +95,7 @@ def plant(folder, fault):
     model = onnx.load(str(folder / "model.onnx"))
     fault(model)
     onnx.save(model, str(folder / "model.onnx"))
-    artifact.record_files(folder, artifact.read_manifest(folder), "model.onnx")
+    record_files(folder, read_manifest(folder), "model.onnx")
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_unfaulted_run_is_faithful(sound, network):
 
 def test_file_of_another_run(run_copy, finished_runs):
     shutil.copy(finished_runs["w4a4"] / "model.onnx", run_copy / "model.onnx")
-    artifact.record_files(run_copy, artifact.read_manifest(run_copy), "model.onnx")
+    record_files(run_copy, read_manifest(run_copy), "model.onnx")
     with pytest.raises(InputError, match="another run"):
         report_of(run_copy)
 
@@ -175,9 +175,9 @@ def test_wrong_preprocessing(run_copy, change):
 
 def test_preprocessing_changed_after_the_export(run_copy):
     """The manifest and the images agree with each other, and not with what the file was made for."""
-    manifest = artifact.read_manifest(run_copy)
+    manifest = read_manifest(run_copy)
     data = manifest.data.model_copy(update={"std": (0.5,)})
-    artifact.write_manifest(run_copy, manifest.model_copy(update={"data": data}))
+    write_manifest(run_copy, manifest.model_copy(update={"data": data}))
     with pytest.raises(InputError, match="another preprocessing"):
         report_of(run_copy)
 
@@ -206,6 +206,6 @@ def test_changed_file_without_its_hash(run_copy):
 def test_truncated_file(run_copy, keep):
     path = run_copy / "model.onnx"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    artifact.record_files(run_copy, artifact.read_manifest(run_copy), "model.onnx")
+    record_files(run_copy, read_manifest(run_copy), "model.onnx")
     with pytest.raises(InputError, match=r"model\.onnx"):
         report_of(run_copy)

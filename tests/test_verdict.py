@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ospq_export.validate.accuracy import accuracy_change, accuracy_criteria
+from ospq_export.validate.codes.locate import Location
 from ospq_export.validate.faithful import faithful_criteria
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
-from ospq_export.validate.locate import Location
 from ospq_export.validate.parity import compare, margin_change, two_classes
 from ospq_export.validate.verdict import Thresholds, conclude
 
@@ -217,7 +217,7 @@ def test_margin_change_by_loops():
 
 def test_a_single_logit_is_two_classes():
     from ospq_export.errors import InputError
-    from ospq_export.validate.outputs import Outputs
+    from ospq_export.tasks.outputs import Outputs
     from ospq_export.validate.parity import margins, predictions
 
     logits = np.array([[-1.0], [0.4], [0.6], [np.nan]], np.float32)

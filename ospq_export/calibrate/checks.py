@@ -11,8 +11,8 @@ import logging
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.artifact import image_digests
 from ospq_export.errors import InputError
+from ospq_export.runs.tensors import image_digests
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ospq_export.artifact import EqualizedSite
-from ospq_export.graph.channels import Site, find_sites
-from ospq_export.graph.equalize import bias_of, column_values, rescale, scaled_weight, weight_of
+from ospq_export.formats.search import compress, search_activation_range
+from ospq_export.graph.equalization.rescale import bias_of, column_values, rescale, scaled_weight, weight_of
+from ospq_export.graph.equalization.sites import Site, find_sites
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
-from ospq_export.graph.range_search import compress, search_activation_range
+from ospq_export.runs.manifest import EqualizedSite
 
 aten = torch.ops.aten
 Method = Literal["smooth", "shift", "repq"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ospq_export.artifact import json_line
 from ospq_export.errors import InputError
+from ospq_export.runs.files import json_line
 
 Events = Callable[[str, dict[str, Any]], None]
 """Called with what happened, "cost", "slice", "done", and its facts."""

@@ -15,26 +15,45 @@ from pydantic import BaseModel
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ospq_export import artifact
-from ospq_export.artifact import Manifest, SliceRecord, SlicingRecord
-from ospq_export.calibrate.auto import OUTLIER_AWARE, choose_slicing
-from ospq_export.calibrate.bias import corrected_biases
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.events import Events, no_events
-from ospq_export.calibrate.memory import peak_memory
-from ospq_export.calibrate.objective import objectives
-from ospq_export.calibrate.outlier_slicing import cut_dominance, outlier_aware_slicing
-from ospq_export.calibrate.reconstruct import Reconstructor
-from ospq_export.calibrate.store import Store
-from ospq_export.calibrate.walk import Step, walk
+from ospq_export.calibrate.objectives.objective import objectives
+from ospq_export.calibrate.reconstruct.bias import corrected_biases
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+from ospq_export.calibrate.reconstruct.store import Store
+from ospq_export.calibrate.reconstruct.walk import Step, walk
+from ospq_export.calibrate.slicing.auto import OUTLIER_AWARE, choose_slicing
+from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_aware_slicing
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
-from ospq_export.preflight import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
-from ospq_export.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
-from ospq_export.world import SOLO, World
+from ospq_export.runs.files import (
+    CALIBRATION_IMAGES,
+    CHECKPOINTS,
+    FLOAT_TENSORS,
+    MANIFEST,
+    QUANTIZED_TENSORS,
+    remove_temporary,
+    sha256,
+    write_json,
+)
+from ospq_export.runs.manifest import (
+    Manifest,
+    SliceRecord,
+    SlicingRecord,
+    check_files,
+    differences,
+    read_manifest,
+    record_files,
+    write_manifest,
+)
+from ospq_export.runs.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
+from ospq_export.runs.tensors import image_digests, read_tensors, write_tensors
+from ospq_export.world.memory import peak_memory
+from ospq_export.world.processes import SOLO, World
+from ospq_export.world.room import ONNX_BYTES, files_summary
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R", bound=BaseModel)
@@ -101,24 +120,20 @@ class Job:
         if not self.writes:
             return
         self._say(self._files(captured))
-        for folder in (self.out, self.out / artifact.CHECKPOINTS):
-            artifact.remove_temporary(folder)
-        found = artifact.read_manifest(self.out) if (self.out / artifact.MANIFEST).is_file() else None
+        for folder in (self.out, self.out / CHECKPOINTS):
+            remove_temporary(folder)
+        found = read_manifest(self.out) if (self.out / MANIFEST).is_file() else None
         if found is not None and found.files:
             self._check_same(found, captured)
             return
         try:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
-            artifact.write_manifest(self.out, self.manifest)
-            artifact.write_tensors(self.out / artifact.FLOAT_TENSORS, dict(captured.named_buffers()))
-            artifact.write_json(
-                self.out / artifact.CALIBRATION_IMAGES, artifact.image_digests(images.cpu().numpy())
-            )
-            self.manifest = artifact.record_files(
-                self.out, self.manifest, artifact.FLOAT_TENSORS, artifact.CALIBRATION_IMAGES
-            )
+            write_manifest(self.out, self.manifest)
+            write_tensors(self.out / FLOAT_TENSORS, dict(captured.named_buffers()))
+            write_json(self.out / CALIBRATION_IMAGES, image_digests(images.cpu().numpy()))
+            self.manifest = record_files(self.out, self.manifest, FLOAT_TENSORS, CALIBRATION_IMAGES)
         except InputError:
-            for name in (artifact.MANIFEST, artifact.FLOAT_TENSORS, artifact.CALIBRATION_IMAGES):
+            for name in (MANIFEST, FLOAT_TENSORS, CALIBRATION_IMAGES):
                 (self.out / name).unlink(missing_ok=True)
             raise
 
@@ -128,15 +143,15 @@ class Job:
         return files_summary(sum(sizes.values()), sum({**sizes, **codes}.values()), ONNX_BYTES)
 
     def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
-        artifact.check_files(self.out, found)
+        check_files(self.out, found)
         with tempfile.TemporaryDirectory() as folder:
-            probe = Path(folder) / artifact.FLOAT_TENSORS
-            artifact.write_tensors(probe, dict(captured.named_buffers()))
-            files = {artifact.FLOAT_TENSORS: artifact.sha256(probe)}
+            probe = Path(folder) / FLOAT_TENSORS
+            write_tensors(probe, dict(captured.named_buffers()))
+            files = {FLOAT_TENSORS: sha256(probe)}
         theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
         changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:
-            what = "; ".join(artifact.differences(theirs, mine))
+            what = "; ".join(differences(theirs, mine))
             raise InputError(
                 f"the interrupted run there was made with another {', '.join(changed)} ({what})",
                 where=self.out,
@@ -159,7 +174,7 @@ class Job:
         if recipe.slicing != "auto":
             self._take(slicing_of(captured.graph, recipe.slicing), captured)
             return
-        pilot = self.out / artifact.CHECKPOINTS / "slicing.json"
+        pilot = self.out / CHECKPOINTS / "slicing.json"
         if self.writes and not pilot.is_file():
             _, found = choose_slicing(
                 self.network,
@@ -172,7 +187,7 @@ class Job:
                 lambda steps: stepper(self.progress, "choose slicing", steps),
                 self._say,
             )
-            artifact.write_json(pilot, found.model_dump(mode="json"))
+            write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
         record = _parsed(SlicingRecord, pilot.read_bytes(), pilot)
         slices = (
@@ -224,7 +239,7 @@ class Job:
 
     def _store(self, images: Tensor, todo: int) -> Store:
         """Where activations go; says beforehand what the run will cost."""
-        store = Store.with_default(self.options.memory_budget, self.out / artifact.CHECKPOINTS, self.device)
+        store = Store.with_default(self.options.memory_budget, self.out / CHECKPOINTS, self.device)
         settings, seconds = self.manifest.recipe.reconstruction, self.options.seconds_per_image
         cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
         check_budget(cost, store.budget)
@@ -234,7 +249,7 @@ class Job:
         return store
 
     def _checkpoint(self, index: int) -> Path:
-        return self.out / artifact.CHECKPOINTS / f"{index:03d}.safetensors"
+        return self.out / CHECKPOINTS / f"{index:03d}.safetensors"
 
     def _save(self, step: Step) -> None:
         bounds, metrics = self.slices[step.index], step.metrics
@@ -262,7 +277,7 @@ class Job:
             log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
         tensors = quantizer_tensors(own_quantizers(step.piece))
         tensors |= {bias.name: bias.value for bias in corrected_biases(step.piece).values()}
-        artifact.write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
+        write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
 
     def _share(self, piece: fx.GraphModule) -> None:
         """Make what a slice has learned the first process's, to the last bit."""
@@ -280,7 +295,7 @@ class Job:
         return True
 
     def _load_checkpoint(self, index: int, piece: fx.GraphModule, path: Path) -> None:
-        tensors, header = artifact.read_tensors(path)
+        tensors, header = read_tensors(path)
         self.records[index] = _parsed(SliceRecord, header.get("record", ""), path)
         self.load(own_quantizers(piece), tensors, path)
         for bias in corrected_biases(piece).values():
@@ -316,9 +331,7 @@ class Job:
             for n, b in self.network.module.named_buffers()
             if not n.startswith("quantizers.") and n not in replaced
         }
-        artifact.write_tensors(
-            self.out / artifact.QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)}
-        )
+        write_tensors(self.out / QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)})
         complete = self.manifest.model_copy(
             update={
                 "status": "calibrated",
@@ -326,8 +339,8 @@ class Job:
                 "quantizers": quantizer_records(self.network, self.slice_of),
             }
         )
-        self.manifest = artifact.record_files(self.out, complete, artifact.QUANTIZED_TENSORS)
-        shutil.rmtree(self.out / artifact.CHECKPOINTS, ignore_errors=True)
+        self.manifest = record_files(self.out, complete, QUANTIZED_TENSORS)
+        shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
 
 
 def _parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ospq_export.errors import InputError
+from ospq_export.formats.search import compress, search_activation_range
 from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
-from ospq_export.graph.range_search import compress, search_activation_range
-from ospq_export.world import SOLO, World
+from ospq_export.world.processes import SOLO, World
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.artifact import OutlierRecord
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.slicing import cut_points
+from ospq_export.runs.manifest import OutlierRecord
 
 _LARGEST, _WORST = 0.001, 0.01
 

@@ -12,8 +12,6 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from ospq_export import artifact
-from ospq_export.artifact import CalibrationRecord, EqualizedSite, Manifest
 from ospq_export.calibrate.checks import check_graph, check_images, check_module, float_products
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
@@ -22,7 +20,7 @@ from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
-from ospq_export.calibrate.store import Store
+from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, fingerprint
@@ -30,13 +28,22 @@ from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.slicing import Slice
-from ospq_export.models import ModelSpec, torch_device
-from ospq_export.preflight import check_disk
+from ospq_export.models.timm import ModelSpec, torch_device
+from ospq_export.models.weights import checkpoint_record
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
-from ospq_export.run import Run
-from ospq_export.weights import checkpoint_record
-from ospq_export.world import World, joined
+from ospq_export.runs.files import MANIFEST, is_temporary
+from ospq_export.runs.manifest import (
+    CalibrationRecord,
+    EqualizedSite,
+    Manifest,
+    installed_versions,
+    read_manifest,
+)
+from ospq_export.runs.run import Run
+from ospq_export.runs.tensors import tensor_sha256
+from ospq_export.world.processes import World, joined
+from ospq_export.world.room import check_disk
 
 _OBSERVATION_BATCH = 64
 _EQUALIZATION_IMAGES = 32
@@ -139,7 +146,7 @@ def _calibrate(
     network = insert_quantizers(captured, bits)
     record = CalibrationRecord(
         images=len(images.images),
-        images_sha256=artifact.tensor_sha256(images.images),
+        images_sha256=tensor_sha256(images.images),
         skipped=skipped,
         seed=seed,
         device=target.type,
@@ -165,7 +172,7 @@ def _calibrate(
         checkpoint=checkpoint_record(model),
         equalized=equalized,
         profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
-        versions=artifact.installed_versions(),
+        versions=installed_versions(),
         files={},
     )
     # The network shares the captured constants, but its quantizers are its own.
@@ -188,11 +195,11 @@ def check_output_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError("the output is not a folder", where=out, mend="choose another --out")
-    if all(path.name == LOCK or artifact.is_temporary(path) for path in out.iterdir()):
+    if all(path.name == LOCK or is_temporary(path) for path in out.iterdir()):
         return
-    if not (out / artifact.MANIFEST).is_file():
+    if not (out / MANIFEST).is_file():
         raise InputError("the output folder is not empty", where=out, mend="choose another --out")
-    if artifact.read_manifest(out).status == "calibrated":
+    if read_manifest(out).status == "calibrated":
         raise InputError(
             "the output folder already holds a finished run", where=out, mend="choose another --out"
         )

@@ -15,7 +15,7 @@ from ospq_export.cli.inspect import inspect
 from ospq_export.cli.lint import lint
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
-from ospq_export.threads import wait_passively
+from ospq_export.world.threads import wait_passively
 
 app = typer.Typer(
     add_completion=False,

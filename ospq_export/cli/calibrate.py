@@ -38,13 +38,13 @@ from ospq_export.cli.options import (
     read_recipe,
     say,
 )
-from ospq_export.preflight import check_apart
+from ospq_export.world.room import check_apart
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ospq_export.data import Batch, DataConfig, ImageSet
-    from ospq_export.models import ModelSpec
+    from ospq_export.models.timm import ModelSpec
     from ospq_export.recipes import Recipe
 
 
@@ -133,8 +133,8 @@ def run_calibrate(
     `images` finds them and returns a function of the preprocessing and the network's number of outputs that gives the set.
     """
     from ospq_export.calibrate.events import json_lines, no_events
+    from ospq_export.calibrate.reconstruct.store import parse_bytes
     from ospq_export.calibrate.stage import calibrate, check_output_folder
-    from ospq_export.calibrate.store import parse_bytes
     from ospq_export.progress import stage_progress
 
     check_output_folder(out)
@@ -178,30 +178,30 @@ def run_calibrate(
 
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
     """What is known before the network is built."""
-    from ospq_export import preflight
     from ospq_export.calibrate.stage import check_processes
-    from ospq_export.models import torch_device
+    from ospq_export.models.timm import torch_device
+    from ospq_export.world import room
 
-    preflight.check_folder(out, "--out")
+    room.check_folder(out, "--out")
     if log_json not in (None, "-"):
-        preflight.check_file(Path(log_json), "--log-json")
+        room.check_file(Path(log_json), "--log-json")
     torch_device(device)
     check_processes(recipe)
-    preflight.check_calibration(out, preflight.network_bytes(spec))
+    room.check_calibration(out, room.network_bytes(spec))
 
 
 def _check_images(
     found: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
 ) -> None:
     """What is known before images are decoded."""
-    from ospq_export import preflight
     from ospq_export.calibrate.stage import check_batch
     from ospq_export.graph.capture import capture
     from ospq_export.graph.granularity import slicing_of
+    from ospq_export.world import room
 
     count = min(found, recipe.calibration_images)
     check_batch(recipe, count)
-    preflight.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
+    room.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
     if not isinstance(recipe.slicing, str):
         # Cut points are names in this network's graph; the named slicings fit any.
         slicing_of(capture(network, config.input_size, share=True).graph, recipe.slicing)
@@ -210,7 +210,7 @@ def _check_images(
 def _create_model(spec: ModelSpec, seed: int) -> Any:
     import torch
 
-    from ospq_export.models import create_model
+    from ospq_export.models.timm import create_model
 
     torch.manual_seed(seed)
     return create_model(spec)

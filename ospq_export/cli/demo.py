@@ -54,7 +54,7 @@ def demo(
     """Take a packaged network (Fashion-MNIST) through all three stages, on the CPU."""
     compute_with(threads)
     from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
 
     chosen = read_recipe(recipe, overrides)
     spec = demo_spec(model.value)
@@ -81,11 +81,12 @@ def demo(
 
 
 def _is_finished(folder: Path, recipe: Recipe, seed: int) -> bool:
-    from ospq_export import artifact
+    from ospq_export.runs.files import MANIFEST
+    from ospq_export.runs.manifest import read_manifest
 
-    if not (folder / artifact.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return False
-    manifest = artifact.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.status != "calibrated":
         return False
     if manifest.recipe != recipe or manifest.calibration.seed != seed:

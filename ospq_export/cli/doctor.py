@@ -10,7 +10,7 @@ def doctor() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ospq_export.export.doctor import examine
+    from ospq_export.engines.doctor import examine
 
     table = Table("", "what", "seen", "mend")
     for result in examine():

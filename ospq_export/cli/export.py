@@ -13,8 +13,8 @@ from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, com
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
-    from ospq_export.export.build import BuildSettings
-    from ospq_export.export.engine import EngineRecord
+    from ospq_export.engines.build import BuildSettings
+    from ospq_export.engines.record import EngineRecord
     from ospq_export.export.stage import Extras
 
 
@@ -121,10 +121,10 @@ def export(
         )
         run_export(run, batch_size, quiet, extras=extras, overwrite=overwrite)
         return
-    from ospq_export import artifact
-    from ospq_export.export.build import BuildSettings
-    from ospq_export.export.engine import ENGINE, check_target
-    from ospq_export.export.products import Product
+    from ospq_export.engines.build import BuildSettings
+    from ospq_export.engines.products import Product
+    from ospq_export.engines.record import ENGINE, check_target
+    from ospq_export.runs.manifest import read_manifest
 
     settings = BuildSettings(
         product=Product(engine.value),
@@ -136,7 +136,7 @@ def export(
         timing_cache=timing_cache,
     )
     # An engine that an interrupted build left is not listed: it is replaced without asking.
-    replace = overwrite or ENGINE not in artifact.read_manifest(run).files
+    replace = overwrite or ENGINE not in read_manifest(run).files
     check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
     run_export(
@@ -174,8 +174,8 @@ def run_export(
     engine: BuildSettings | None = None,
 ) -> None:
     """Export, and build an engine on request, with progress bars and a line at the end."""
+    from ospq_export.engines.record import ENGINE, SIDECAR, build_engine
     from ospq_export.export import export
-    from ospq_export.export.engine import ENGINE, SIDECAR, build_engine
     from ospq_export.export.stage import DEPLOY_ONNX
     from ospq_export.progress import stage_progress
 

@@ -34,7 +34,7 @@ from ospq_export.cli.options import (
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
-    from ospq_export.artifact import OutlierRecord
+    from ospq_export.runs.manifest import OutlierRecord
 
 
 def inspect(
@@ -70,12 +70,12 @@ def inspect(
     compute_with(threads)
     import torch
 
-    from ospq_export.artifact import write_json
     from ospq_export.calibrate.profile import outlier_profile
     from ospq_export.data import Classes, ImageSet, resolve_data_config, scan_folder
     from ospq_export.graph.capture import capture
-    from ospq_export.models import create_model, torch_device
+    from ospq_export.models.timm import create_model, torch_device
     from ospq_export.progress import stage_progress, stepper
+    from ospq_export.runs.files import write_json
 
     target = torch_device(device)
     scan = scan_folder(data, class_from)
@@ -109,7 +109,7 @@ def _plot(records: list[OutlierRecord], out: Path, title: str) -> None:
     """Max over standard deviation, and the shares of the squared norm, across depth."""
     from matplotlib.figure import Figure
 
-    from ospq_export.artifact import replacing
+    from ospq_export.runs.files import replacing
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)

@@ -10,7 +10,7 @@ import typer
 from ospq_export.cli.options import console
 
 if TYPE_CHECKING:
-    from ospq_export.export.lint import Finding
+    from ospq_export.onnx.lint import Finding
 
 
 def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any number of them.")]) -> None:
@@ -21,8 +21,8 @@ def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any n
     from rich.markup import escape
 
     from ospq_export.errors import InputError
-    from ospq_export.export.lint import Severity
-    from ospq_export.export.lint import lint as run_lint
+    from ospq_export.onnx.lint import Severity
+    from ospq_export.onnx.lint import lint as run_lint
 
     status = 0
     for file in files:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ospq_export.data import ClassChoice
-    from ospq_export.models import ModelSpec
+    from ospq_export.models.timm import ModelSpec
     from ospq_export.recipes import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
@@ -98,7 +98,7 @@ def model_spec(
     Raises:
         InputError: the keyword arguments cannot be read.
     """
-    from ospq_export.models import ModelSpec, parse_model_kwargs
+    from ospq_export.models.timm import ModelSpec, parse_model_kwargs
 
     return ModelSpec(
         name=name,
@@ -167,8 +167,8 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
 
 
 def compute_with(threads: int | None) -> None:
-    """Set the number of threads; see `ospq_export.threads.use_threads`."""
-    from ospq_export.threads import use_threads
+    """Set the number of threads; see `ospq_export.world.threads.use_threads`."""
+    from ospq_export.world.threads import use_threads
 
     use_threads(threads)
 

@@ -28,7 +28,7 @@ from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from ospq_export.data import ClassChoice, ImageSet
-    from ospq_export.validate.report import Report
+    from ospq_export.validate.report.model import Report
     from ospq_export.validate.verdict import Thresholds
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def validate(
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
     compute_with(threads)
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
 
     thresholds = _thresholds(
         max_drop=max_drop,
@@ -169,7 +169,7 @@ def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Rep
     """
     from ospq_export.progress import stage_progress
     from ospq_export.validate import render, validate, write_documents
-    from ospq_export.world import joined
+    from ospq_export.world.processes import joined
 
     given = {key: value for key, value in options.items() if value is not None}
     with joined() as world, stage_progress(disable=quiet or world.rank > 0) as progress:

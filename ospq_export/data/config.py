@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor, nn
 
 from ospq_export.errors import InputError
-from ospq_export.models import ModelSpec
+from ospq_export.models.timm import ModelSpec
 
 _OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _WHITE = 255

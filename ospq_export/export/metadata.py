@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ospq_export import artifact
-from ospq_export.run import Run
+from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.run import Run
 
 
 def quantized_metadata(run: Run) -> dict[str, str]:
@@ -20,7 +20,7 @@ def quantized_metadata(run: Run) -> dict[str, str]:
         "first_last_bits": str(manifest.recipe.first_last_bits),
         "bits": json.dumps(bits),
         "slicing": json.dumps([s.name for s in manifest.slices]),
-        "quantized_sha256": manifest.files[artifact.QUANTIZED_TENSORS],
+        "quantized_sha256": manifest.files[QUANTIZED_TENSORS],
     }
 
 

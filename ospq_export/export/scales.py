@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ospq_export.artifact import SCHEMA_VERSION, Manifest
 from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.runs.manifest import SCHEMA_VERSION, Manifest
 
 
 def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, Any]:

@@ -13,22 +13,22 @@ from typing import Any
 from rich.progress import Progress
 from torch import fx
 
-from ospq_export import artifact
-from ospq_export.artifact import Manifest
 from ospq_export.errors import InputError
-from ospq_export.export.half import to_half
-from ospq_export.export.kernels import Kernels, integer_kernels
 from ospq_export.export.lower import lower, probe_names
 from ospq_export.export.metadata import float_metadata, quantized_metadata
-from ospq_export.export.onnx_file import translate, write_translated
 from ospq_export.export.scales import describe_scales
-from ospq_export.export.staging import staging, take
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
-from ospq_export.preflight import CERTAIN, check_disk, check_folder
-from ospq_export.processor import examine_processor
+from ospq_export.onnx.half import to_half
+from ospq_export.onnx.kernels import Kernels, integer_kernels
+from ospq_export.onnx.write import translate, write_translated
 from ospq_export.progress import stepper
-from ospq_export.run import Run
+from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS, data_file, write_json
+from ospq_export.runs.manifest import Manifest, record_files, write_manifest
+from ospq_export.runs.run import Run
+from ospq_export.runs.staging import staging, take
+from ospq_export.world.processor import examine_processor
+from ospq_export.world.room import CERTAIN, check_disk, check_folder
 
 log = logging.getLogger(__name__)
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
@@ -108,7 +108,7 @@ def export(
         files += [data for data in _data_files(files) if (folder / data).is_file()]
         run.manifest = _claim(run, files)
         take(folder, path, stale=_data_files(files))
-    run.manifest = artifact.record_files(path, run.manifest, *files)
+    run.manifest = record_files(path, run.manifest, *files)
     advance()
     return run
 
@@ -125,7 +125,7 @@ def _write(run: Run, jobs: Sequence[_Job], folder: Path, advance: Callable[[], N
     kernels = integer_kernels(folder / QUANTIZED_ONNX)
     described["onnxruntime"] = kernels.model_dump(mode="json")
     _warn_of_saturation(kernels, [job.file for job in jobs])
-    artifact.write_json(folder / SCALES, described)
+    write_json(folder / SCALES, described)
 
 
 def _warn_of_saturation(kernels: Kernels, files: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ def _warn_of_saturation(kernels: Kernels, files: Sequence[str]) -> None:
 
 
 def _data_files(files: Sequence[str]) -> list[str]:
-    return [artifact.data_file(Path(name)).name for name in files if name.endswith(".onnx")]
+    return [data_file(Path(name)).name for name in files if name.endswith(".onnx")]
 
 
 def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
@@ -152,8 +152,8 @@ def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
 
 def _check_room(run: Run, jobs: Sequence[_Job]) -> None:
     """Hold the files to come to the room on the disk; those that they replace go only when all are there."""
-    weights = (run.path / artifact.FLOAT_TENSORS).stat().st_size
-    codes = (run.path / artifact.QUANTIZED_TENSORS).stat().st_size
+    weights = (run.path / FLOAT_TENSORS).stat().st_size
+    codes = (run.path / QUANTIZED_TENSORS).stat().st_size
     halves = {HALF_ONNX, INT4_ONNX}
     sizes = ((codes if job.quantized else weights) // (2 if job.file in halves else 1) for job in jobs)
     total = sum(sizes)
@@ -167,7 +167,7 @@ def _claim(run: Run, files: Sequence[str]) -> Manifest:
     if len(kept) == len(run.manifest.files):
         return run.manifest
     manifest = run.manifest.model_copy(update={"files": kept})
-    artifact.write_manifest(run.path, manifest)
+    write_manifest(run.path, manifest)
     return manifest
 
 

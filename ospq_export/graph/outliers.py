@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
-from ospq_export.graph.channels import Site, find_sites
-from ospq_export.graph.equalize import rescale
+from ospq_export.graph.equalization.rescale import rescale
+from ospq_export.graph.equalization.sites import Site, find_sites
 
 
 def inject_outliers(

@@ -9,8 +9,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.graph import quantize as q
-from ospq_export.graph.range_search import ActivationRange, search_weight_scale
+from ospq_export.formats import integer as q
+from ospq_export.formats.search import ActivationRange, search_weight_scale
 
 
 class Mode(StrEnum):

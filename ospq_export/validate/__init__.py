@@ -3,10 +3,10 @@
 Imports neither `calibrate` nor `export`.
 """
 
-from ospq_export.validate.documents import write_documents
-from ospq_export.validate.report import Report
+from ospq_export.validate.report.documents import write_documents
+from ospq_export.validate.report.model import Report
+from ospq_export.validate.report.terminal import render
 from ospq_export.validate.stage import DEFAULT_BACKENDS, validate
-from ospq_export.validate.terminal import render
 from ospq_export.validate.verdict import Thresholds
 
 __all__ = [

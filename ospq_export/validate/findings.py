@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ospq_export.processor import PRECISE_KERNELS, examine_processor
-from ospq_export.validate.executions import OPTIMIZED, QDQ_FP16, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+from ospq_export.validate.executions.table import OPTIMIZED, QDQ_FP16, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
 
 if TYPE_CHECKING:
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
 
 # Executions on the CPU with ONNX Runtime's integer kernels, and their files.
 _INTEGER_EXECUTIONS = {OPTIMIZED: QUANTIZED_ONNX, QDQ_FP16: QUANTIZED_HALF_ONNX}
@@ -29,7 +29,7 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
     processor = examine_processor()
     if not processor.saturates:
         return []
-    from ospq_export.export.kernels import integer_kernels
+    from ospq_export.onnx.kernels import integer_kernels
 
     files = [file for name, file in _INTEGER_EXECUTIONS.items() if name in names]
     files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ospq_export.validate.backends import FloatArray
+from ospq_export.validate.executions.backends import FloatArray
 from ospq_export.validate.parity import finite, margin_change, predictions
 
 Execution = Callable[[FloatArray], FloatArray]

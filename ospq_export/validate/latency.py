@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.errors import InputError
-from ospq_export.validate.backends import Backend, FloatArray
+from ospq_export.validate.executions.backends import Backend, FloatArray
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ospq_export.validate.statistics import (
+from ospq_export.tasks.statistics import (
     ClassChange,
     McNemar,
     Rate,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ospq_export.models import torch_device
-from ospq_export.preflight import check_folder, check_memory
-from ospq_export.validate.backends import check_provider
-from ospq_export.validate.engines import check_engine
-from ospq_export.validate.executions import (
+from ospq_export.models.timm import torch_device
+from ospq_export.validate.executions.backends import check_provider
+from ospq_export.validate.executions.engines import check_engine
+from ospq_export.validate.executions.table import (
     CUDA,
     ENGINES,
     QUANTIZED_ONNX,
@@ -18,9 +17,10 @@ from ospq_export.validate.executions import (
     named_executions,
     provider_of,
 )
+from ospq_export.world.room import check_folder, check_memory
 
 if TYPE_CHECKING:
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
 
 
 def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: Run | None) -> None:

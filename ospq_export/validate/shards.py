@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ospq_export.errors import InputError
-from ospq_export.validate.backends import FloatArray
+from ospq_export.validate.codes.samples import Samples
+from ospq_export.validate.executions.backends import FloatArray
 from ospq_export.validate.parity import Collector
-from ospq_export.validate.samples import Samples
-from ospq_export.world import World
+from ospq_export.world.processes import World
 
 
 def share_of(world: World, count: int, batch_size: int) -> range:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.progress import Progress
 
-from ospq_export.artifact import write_json
 from ospq_export.errors import InputError
 from ospq_export.progress import stepper
-from ospq_export.validate.assemble import Evidence, assemble
-from ospq_export.validate.backends import Backend, FloatArray
-from ospq_export.validate.baseline import open_baseline
-from ospq_export.validate.executions import (
+from ospq_export.runs.files import write_json
+from ospq_export.tasks.outputs import Outputs
+from ospq_export.validate.codes.samples import Samples, locate
+from ospq_export.validate.executions.backends import Backend, FloatArray
+from ospq_export.validate.executions.baseline import open_baseline
+from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
     BASELINES,
     DEFAULT_BACKENDS,
@@ -28,18 +29,17 @@ from ospq_export.validate.executions import (
     open_executions,
 )
 from ospq_export.validate.latency import Latency, check_batches, measure
-from ospq_export.validate.outputs import Outputs
 from ospq_export.validate.parity import Collector
 from ospq_export.validate.preflight import check_batch_memory, check_request
-from ospq_export.validate.report import Report
-from ospq_export.validate.samples import Samples, locate
+from ospq_export.validate.report.assemble import Evidence, assemble
+from ospq_export.validate.report.model import Report
 from ospq_export.validate.shards import part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
-from ospq_export.world import SOLO, World
+from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
     from ospq_export.data import Batch, ImageSet
-    from ospq_export.run import Run
+    from ospq_export.runs.run import Run
 
 __all__ = ["ALL_BACKENDS", "DEFAULT_BACKENDS", "FAKE_QUANT", "FLOAT", "OPTIMIZED", "UNOPTIMIZED", "validate"]
 REPORT = "report.json"

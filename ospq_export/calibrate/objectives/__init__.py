@@ -1,0 +1,1 @@
+"""What a slice is optimised for."""

@@ -1,0 +1,1 @@
+"""Reconstruction of slices: activations at cuts, the learning loop, roundings and scales."""

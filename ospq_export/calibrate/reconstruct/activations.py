@@ -1,0 +1,121 @@
+"""Activations at a cut, for all calibration images: selecting images, and running a slice over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.reconstruct.store import Store
+from ospq_export.graph.quantizers import Mode, set_mode
+from ospq_export.graph.slicing import run_slice
+
+Tensors = tuple[Tensor, ...]
+"""What is alive at a cut: the start's tensor first, then what is handed on. A first dimension is a multiple of the images."""
+
+# Forward passes over the cache use a batch of their own, so that resuming gives the same bytes whatever the recipe.
+FORWARD_BATCH = 64
+
+
+@dataclass(frozen=True)
+class SliceData:
+    """A slice's inputs and target on the calibration images, on any device.
+
+    Attributes:
+        float_input: the float network's tensors at the slice's start.
+        quantized_input: the quantized prefix's tensors there.
+        target: the float network's tensor at the slice's end.
+        images: how many images they belong to.
+    """
+
+    float_input: Tensors
+    quantized_input: Tensors
+    target: Tensor
+    images: int
+
+    def select(self, chosen: Tensor | slice) -> SliceData:
+        """The same for some of the images."""
+        wanted = torch.arange(self.images)[chosen]
+        return SliceData(
+            tuple(rows_of(t, wanted, self.images) for t in self.float_input),
+            tuple(rows_of(t, wanted, self.images) for t in self.quantized_input),
+            rows_of(self.target, wanted, self.images),
+            len(wanted),
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> SliceData:
+        """The same on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> SliceData:
+        """The same in host memory that a GPU can copy from while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def clone(self) -> SliceData:
+        """The same in memory of its own."""
+        return self._map(Tensor.clone)
+
+    def copy_(self, other: SliceData) -> None:
+        """Overwrite the tensors with those of data of the same shapes."""
+        ours, theirs = ((*d.float_input, *d.quantized_input, d.target) for d in (self, other))
+        for held, given in zip(ours, theirs, strict=True):
+            held.copy_(given, non_blocking=True)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
+        return SliceData(
+            tuple(function(t) for t in self.float_input),
+            tuple(function(t) for t in self.quantized_input),
+            function(self.target),
+            self.images,
+        )
+
+
+def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:
+    """The rows of some images of a tensor whose first dimension holds equally many rows, windows say, per image."""
+    chosen = chosen.to(tensor.device)
+    per_image = tensor.shape[0] // images
+    if per_image == 1:
+        return tensor.index_select(0, chosen)
+    return tensor.unflatten(0, (images, per_image)).index_select(0, chosen).flatten(0, 1)
+
+
+def forward(
+    piece: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    mode: Mode,
+    device: torch.device,
+    images: int,
+    store: Store | None = None,
+) -> Tensors:
+    """A slice's tensors at its end for all images, in batches; they lie where the store has room, or where the inputs lie.
+
+    Args:
+        piece: from `extract`.
+        inputs: the tensors at its start.
+        mode: of the slice's quantizers.
+        device: where the slice runs.
+        images: how many images the inputs belong to.
+        store: allocates the results; None puts them beside the inputs.
+    """
+    set_mode(piece, mode)
+    home = inputs[0].device
+    results: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, images, FORWARD_BATCH):
+            chosen = torch.arange(start, min(start + FORWARD_BATCH, images))
+            batch = [rows_of(t, chosen, images).to(device) for t in inputs]
+            for index, part in enumerate(run_slice(piece, batch, len(chosen))):
+                per_image = part.shape[0] // len(chosen)
+                if start == 0:
+                    shape = (images * per_image, *part.shape[1:])
+                    results.append(
+                        torch.empty(shape, dtype=part.dtype, device=home)
+                        if store is None
+                        else store.empty(shape, part.dtype)
+                    )
+                results[index][start * per_image : (start + len(chosen)) * per_image] = part
+            if store is not None:
+                store.trim()
+    return tuple(results)

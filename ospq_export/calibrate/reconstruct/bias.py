@@ -1,0 +1,85 @@
+"""Bias correction: what quantization shifts on average is given back by the biases, which stay float (ours).
+
+The idea is that of data-free quantization's bias correction (Nagel et al. 2019), with both means measured on the slice's own
+calibration inputs instead of derived from BatchNorm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
+from ospq_export.graph.quantizers import CorrectedBias, Mode, set_mode
+
+aten = torch.ops.aten
+
+
+class _ChannelMeans(fx.Interpreter):
+    """Runs a slice and accumulates the mean per output channel of chosen linear and conv2d nodes."""
+
+    def __init__(self, piece: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(piece, garbage_collect_values=True)
+        self.wanted = nodes
+        self.sums: dict[fx.Node, Tensor] = {}
+        self.counts: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted:
+            axis = 1 if n.target is aten.conv2d.default else -1
+            channels_last = result.movedim(axis, -1).flatten(0, -2)
+            total = channels_last.sum(0, dtype=torch.float64)
+            self.sums[n] = self.sums.get(n, torch.zeros_like(total)) + total
+            self.counts[n] = self.counts.get(n, 0) + len(channels_last)
+        return result
+
+    def mean(self, node: fx.Node) -> Tensor:
+        return self.sums[node] / self.counts[node]
+
+
+def _means(
+    piece: fx.GraphModule, data: SliceData, nodes: set[fx.Node], mode: Mode, device: torch.device
+) -> _ChannelMeans:
+    set_mode(piece, mode)
+    interpreter = _ChannelMeans(piece, nodes)
+    with torch.no_grad():
+        for start in range(0, data.images, FORWARD_BATCH):
+            part = data.select(slice(start, start + FORWARD_BATCH)).to(device)
+            inputs = part.float_input if mode is Mode.FLOAT else part.quantized_input
+            interpreter.run(inputs[0], part.images, *inputs[1:])
+    return interpreter
+
+
+def corrected_biases(piece: fx.GraphModule) -> dict[fx.Node, CorrectedBias]:
+    """The linear and conv2d nodes of a slice whose bias can be corrected, in topological order, with their bias modules."""
+    modules = dict(piece.named_modules())
+    result = {}
+    for node in piece.graph.nodes:
+        if node.op != "call_function" or node.target not in (aten.linear.default, aten.conv2d.default):
+            continue
+        source = node.args[2] if len(node.args) > 2 else None
+        module = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
+        if isinstance(module, CorrectedBias):
+            result[node] = module
+    return result
+
+
+def correct_biases(piece: fx.GraphModule, data: SliceData, device: torch.device) -> None:
+    """Give every linear and conv2d of a slice the float network's mean output per channel, one operator after the other.
+
+    Args:
+        piece: from `extract`; its quantizers are settled.
+        data: some calibration images.
+        device: where the slice runs.
+    """
+    biases = corrected_biases(piece)
+    if not biases:
+        return
+    wanted = _means(piece, data, set(biases), Mode.FLOAT, device)
+    for node, bias in biases.items():
+        # Measured anew each time: correcting one operator changes the mean of those behind it.
+        found = _means(piece, data, {node}, Mode.QUANTIZE, device)
+        bias.value.add_((wanted.mean(node) - found.mean(node)).to(bias.value.dtype))

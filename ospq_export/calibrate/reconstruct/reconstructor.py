@@ -1,0 +1,194 @@
+"""Reconstruction of one slice: learn weight rounding and activation scales so that the quantized slice gives the float output."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.calibrate.reconstruct.bias import correct_biases, corrected_biases
+from ospq_export.calibrate.reconstruct.learner import Learner
+from ospq_export.calibrate.reconstruct.refinement import refine_scales, refinement_images
+from ospq_export.graph.quantizers import (
+    Mode,
+    WeightQuantizer,
+    own_quantizers,
+    set_mode,
+)
+from ospq_export.graph.slicing import run_slice
+from ospq_export.recipes import Reconstruction
+from ospq_export.world.processes import SOLO, World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SliceMetrics:
+    """What a reconstruction achieved. Errors are mean squared errors over the target's variance, on all calibration images.
+
+    Attributes:
+        error_before: with the searched ranges and nearest rounding.
+        error_after: with the learned ones, hardened.
+        iterations: optimisation steps taken.
+        kept: whether the learned state was kept (False: it was no better than nearest rounding, which was restored).
+        losses: reconstruction loss at up to 50 evenly spaced steps.
+        warning: what went wrong and what was done about it; empty where nothing did.
+    """
+
+    error_before: float
+    error_after: float
+    iterations: int
+    kept: bool
+    losses: list[float]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one slice's learning came to: the loss where it was looked at, and a warning or nothing."""
+
+    losses: list[float]
+    warning: str = ""
+
+
+RETRY_RATE = 0.1
+"""A slice that diverges is learned again at this share of its learning rates, once."""
+
+
+@dataclass
+class Reconstructor:
+    """Optimises one slice after another with one set of settings.
+
+    Attributes:
+        settings: from the recipe.
+        device: where the slices run; the data may lie elsewhere.
+        advance: called after each step, for a progress bar.
+        error_images: measure errors on the first so many images; None takes all.
+        world: who shares each slice's batches.
+    """
+
+    settings: Reconstruction
+    device: torch.device
+    advance: Callable[[], None] = lambda: None
+    error_images: int | None = None
+    world: World = SOLO
+
+    def run(
+        self, piece: fx.GraphModule, data: SliceData, seed: int, objective: Objective | None = None
+    ) -> SliceMetrics:
+        """Learn the slice's rounding and scales; afterwards its quantizers hold integer codes and constant scales.
+
+        Args:
+            piece: from `extract`; its weight quantizers hold nearest codes, its activation quantizers searched ranges.
+            data: inputs and target on all calibration images.
+            seed: fixes the batches and the dropped elements.
+            objective: what to lower; None takes the recipe's loss where it needs no weights.
+        """
+        settings = self.settings
+        objective = objective or Objective(settings, weight_quantizers(piece))
+        before, loss_before = self.error(piece, data, objective)
+        initial = _snapshot(piece)
+        if settings.refinement_images > 0:
+            head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
+            refine_scales(piece, head.to(self.device), objective)
+        learned = Learned([])
+        if settings.iterations > 0:
+            objective.normalise_by(self.error(piece, data, objective)[1])
+            learned = self._learn(piece, data, objective, seed)
+        after, loss_after = self.error(piece, data, objective)
+        kept = math.isfinite(loss_after) and (loss_after <= loss_before or settings.loss == "literal")
+        if not kept:
+            _restore(piece, initial)
+            after, loss_after = before, loss_before
+        if settings.bias_correction:
+            after = self._correct_biases(piece, data, objective, after, loss_after)
+        return SliceMetrics(before, after, settings.iterations, kept, learned.losses, learned.warning)
+
+    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int) -> Learned:
+        """Learn; where that diverges once more at a lower rate; where that does too, leave the slice as it was."""
+        start, all_losses = _snapshot(piece), []
+        for rate in (1.0, RETRY_RATE):
+            learner = self._attempt(piece, data, objective, seed, rate)
+            all_losses += learner.losses
+            if learner.diverged_at is None:
+                return Learned(
+                    learner.losses, "" if rate == 1.0 else "diverged; learned again at a tenth of its rates"
+                )
+            log.warning("a slice diverged at step %d, at %g of its learning rates", learner.diverged_at, rate)
+            _restore(piece, start)
+        finite = [loss for loss in all_losses if math.isfinite(loss)]
+        return Learned(
+            finite, "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
+        )
+
+    def _attempt(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int, rate: float
+    ) -> Learner:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
+            for step in range(self.settings.iterations):
+                self.advance()
+                if not learner.step(step):
+                    break
+            learner.settle()
+        return learner
+
+    def _correct_biases(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
+    ) -> float:
+        initial = _snapshot(piece)
+        correct_biases(piece, data.select(slice(0, self.settings.bias_images)), self.device)
+        corrected, lower = self.error(piece, data, objective)
+        if lower <= loss:
+            return corrected
+        _restore(piece, initial)
+        return error
+
+    def error(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective | None = None
+    ) -> tuple[float, float]:
+        """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective."""
+        judge = objective or Objective(self.settings, [])
+        data = data if self.error_images is None else data.select(slice(0, self.error_images))
+        total, loss, count = 0.0, 0.0, 0
+        set_mode(piece, Mode.QUANTIZE)
+        with torch.no_grad():
+            for start in range(0, data.images, self.settings.batch_size):
+                part = data.select(slice(start, start + self.settings.batch_size)).to(self.device)
+                output = run_slice(piece, part.quantized_input, part.images)[0]
+                total += float((output - part.target).square().sum(dtype=torch.float64))
+                loss += float(judge.raw(output, part.target)) * part.images
+                count += part.target.numel()
+        variance = float(data.target.float().var())
+        return total / count / max(variance, 1e-12), loss / data.images
+
+
+def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:
+    """The weight quantizers that a slice owns."""
+    return [m for m in own_quantizers(piece) if isinstance(m, WeightQuantizer)]
+
+
+def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
+    """Copies of what calibration can change: codes, scales, offsets and biases of the slice's own parts."""
+    live: list[Tensor] = []
+    for quantizer in own_quantizers(piece):
+        live += (
+            [quantizer.codes]
+            if isinstance(quantizer, WeightQuantizer)
+            else [quantizer.scale, quantizer.offset]
+        )
+    live += [bias.value for bias in corrected_biases(piece).values()]
+    return [(tensor, tensor.clone()) for tensor in live]
+
+
+def _restore(piece: fx.GraphModule, saved: list[tuple[Tensor, Tensor]]) -> None:
+    for live, copy in saved:
+        live.copy_(copy)

@@ -1,0 +1,107 @@
+"""Refinement of a slice's activation scales by the slice's output error, before anything is learned (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, own_quantizers, set_mode
+
+# Multiples of the scale that refinement tries; below one it clips more, above one it rounds more coarsely.
+_MULTIPLES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.1, 1.25)
+# A large slice has many scales, and each trial runs much of it: there fewer images keep the cost proportional to its size.
+_FULL_REFINEMENT = 8
+REFINEMENT_TRIALS = _FULL_REFINEMENT * len(_MULTIPLES)
+"""Forward passes of the whole network per refinement image, at most."""
+_FEWEST_IMAGES = 4
+
+
+def refinement_images(piece: fx.GraphModule, wanted: int) -> int:
+    """How many images a slice's scales are refined on.
+
+    Args:
+        piece: from `extract`.
+        wanted: the recipe's number, at most.
+    """
+    scales = sum(isinstance(m, ActivationQuantizer) for m in own_quantizers(piece))
+    return max(_FEWEST_IMAGES, min(wanted, wanted * _FULL_REFINEMENT // max(scales, 1)))
+
+
+def refine_scales(piece: fx.GraphModule, data: SliceData, objective: Objective) -> None:
+    """Choose each activation scale of a slice by the slice's output error, one after the other in graph order (ours).
+
+    The mean squared error of a tensor says little about tensors whose small values matter together, such as attention
+    probabilities: there the error of what is computed from them has to decide. What lies before a scale is computed once for
+    all its multiples.
+
+    Args:
+        piece: from `extract`; its quantizers hold searched ranges and nearest codes.
+        data: a few images, where the slice runs.
+        objective: what is to be small.
+    """
+    set_mode(piece, Mode.QUANTIZE)
+    with torch.no_grad():
+        passes = _Passes(piece, data.quantized_input, data.images)
+        best = float(objective.raw(passes.finish(), data.target))
+        for node, quantizer in _in_graph_order(piece):
+            passes.advance(node)
+            searched = quantizer.scale.clone()
+            chosen = searched.clone()
+            for multiple in _MULTIPLES:
+                quantizer.scale.copy_(searched * multiple)
+                found = float(objective.raw(passes.finish(), data.target))
+                if found < best:
+                    best, chosen = found, quantizer.scale.clone()
+            quantizer.scale.copy_(chosen)
+
+
+def _in_graph_order(piece: fx.GraphModule) -> list[tuple[fx.Node, ActivationQuantizer]]:
+    """The activation quantizers that the slice owns, each with the first node that calls it."""
+    own = {id(m) for m in own_quantizers(piece)}
+    found: dict[int, tuple[fx.Node, ActivationQuantizer]] = {}
+    for node in piece.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = piece.get_submodule(str(node.target))
+        if isinstance(module, ActivationQuantizer) and id(module) in own:
+            found.setdefault(id(module), (node, module))
+    return list(found.values())
+
+
+class _Passes(fx.Interpreter):
+    """Forward passes of a slice that share what lies before a node.
+
+    Only the tensors that the rest still reads are kept, so that no more memory is taken than by one pass.
+    """
+
+    def __init__(self, piece: fx.GraphModule, inputs: Sequence[Tensor], images: int) -> None:
+        super().__init__(piece)
+        self._rest = list(piece.graph.nodes)
+        self.args_iter = iter((inputs[0], images, *inputs[1:]))
+        self.advance(next(n for n in self._rest if n.op != "placeholder"))
+
+    def advance(self, until: fx.Node) -> None:
+        """Compute for good what lies before a node of the rest."""
+        while self._rest[0] is not until:
+            self._compute(self._rest.pop(0))
+
+    def finish(self) -> Tensor:
+        """The slice's own tensor at its end; what is computed for it is forgotten."""
+        kept = dict(self.env)
+        *inner, last = self._rest
+        for node in inner:
+            self._compute(node)
+        result = self.run_node(last)
+        self.env = kept
+        return result[0] if isinstance(result, tuple) else result
+
+    def _compute(self, node: fx.Node) -> None:
+        value: Any = self.run_node(node)
+        self.env[node] = value
+        for dead in self.user_to_last_uses.get(node, ()):
+            del self.env[dead]

@@ -1,0 +1,1 @@
+"""`slicing = "auto"`: candidates and the trials that choose among them."""

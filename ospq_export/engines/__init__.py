@@ -1,0 +1,1 @@
+"""TensorRT engines: products, building, and what their plans say."""

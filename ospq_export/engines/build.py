@@ -1,0 +1,277 @@
+"""Building an engine: parser, configuration, progress. One code path for TensorRT 10, TensorRT 11 and TensorRT-RTX.
+
+Networks are strongly typed: the ONNX file alone says what runs in which precision. No precision flag, calibrator or implicit
+quantization is used; TensorRT 11 has none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from ospq_export.engines.products import Message, Product, load, recorder
+from ospq_export.errors import InputError
+from ospq_export.runs.files import replacing
+from ospq_export.world.room import check_file
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How an engine is built.
+
+    Attributes:
+        product: what builds it.
+        profile: smallest, likeliest and largest batch of a file with a dynamic batch; None for a static one.
+        compute_capabilities: targets such as "SM89" (TensorRT-RTX); none: the GPU of this machine.
+        version_compatible: whether later versions of the product may run it (TensorRT).
+        hardware_compatibility: "ampere_plus" or "same_compute_capability" (TensorRT), or None.
+        workspace_mib: the most scratch memory a layer may use, in MiB; None leaves the product's default.
+        timing_cache: file that measurements are read from and added to (TensorRT).
+    """
+
+    product: Product
+    profile: tuple[int, int, int] | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialized engine and its builder's whole log."""
+
+    plan: bytes
+    log: list[Message]
+
+
+def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = None) -> Built:
+    """Parse an ONNX file and build an engine from it, in memory.
+
+    Raises:
+        InputError: the product is missing, a setting is not for it, the parser or the builder refuses: with its reason.
+    """
+    check_settings(settings)
+    trt, log = load(settings.product), recorder(settings.product)
+    log.clear()
+    builder = trt.Builder(log)
+    network = _parsed(trt, builder, log, onnx_file)
+    config = _config(trt, builder, network, settings)
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
+    cache = _timing_cache(config, settings.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise InputError(
+            f"{settings.product} refuses to build: {_reason(log.messages)}",
+            where=onnx_file,
+            mend="`ospq-export lint` names what it cannot take",
+        )
+    if cache is not None and settings.timing_cache is not None:
+        with replacing(settings.timing_cache) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
+    return Built(bytes(plan), list(log.messages))
+
+
+def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
+    # The flag is gone where strong typing is all there is.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    try:
+        onnx_file.open("rb").close()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=onnx_file) from error
+    # By its path: weights beside the file are found only so.
+    if not parser.parse_from_file(str(onnx_file)):
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise InputError(
+            f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}",
+            where=onnx_file,
+            mend="`ospq-export lint` names what it cannot take",
+        )
+    return network
+
+
+def _reason(messages: list[Message]) -> str:
+    errors = [m.text for m in messages if m.severity in ("ERROR", "INTERNAL_ERROR")]
+    return "; ".join(dict.fromkeys(errors[-2:])) or "no reason was logged"
+
+
+def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * _MIB)
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.hardware_compatibility is not None:
+        levels = trt.HardwareCompatibilityLevel
+        config.hardware_compatibility_level = _member(
+            levels, settings.hardware_compatibility, "--hardware-compatibility"
+        )
+    _set_targets(config, settings)
+    _set_profile(builder, network, config, settings)
+    return config
+
+
+def _member(kind: Any, name: str, option: str) -> Any:
+    known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
+    if name.upper() not in known:
+        raise InputError(f"{name!r} is not known here", where=option, mend=f"use one of {', '.join(known)}")
+    return getattr(kind, name.upper())
+
+
+def check_settings(settings: BuildSettings) -> None:
+    """Refuse what the product cannot do, before anything is exported.
+
+    Raises:
+        InputError: the product is missing; a target, a level or a profile is impossible, or not for this product; a file
+            cannot be written.
+    """
+    trt = load(settings.product)
+    target_members(settings)
+    if settings.product is Product.TENSORRT_RTX:
+        _check_rtx(settings)
+    if settings.hardware_compatibility is not None:
+        _member(trt.HardwareCompatibilityLevel, settings.hardware_compatibility, "--hardware-compatibility")
+    if settings.workspace_mib is not None and settings.workspace_mib < 1:
+        raise InputError(f"{settings.workspace_mib} MiB", where="--workspace", mend="give 1 or more")
+    if settings.profile is not None:
+        _check_profile(settings.profile)
+    if settings.timing_cache is not None:
+        check_file(settings.timing_cache, "--timing-cache")
+
+
+def _check_rtx(settings: BuildSettings) -> None:
+    refused = {
+        "--timing-cache": (
+            settings.timing_cache is not None,
+            "TensorRT-RTX measures nothing while it builds: it has no timing cache",
+        ),
+        "--version-compatible": (
+            settings.version_compatible,
+            "TensorRT-RTX comes without the lean runtime that a version-compatible engine needs",
+        ),
+        "--hardware-compatibility": (
+            settings.hardware_compatibility is not None,
+            "TensorRT-RTX builds for the targets that --compute-capability names, whatever the level",
+        ),
+    }
+    for option, (given, why) in refused.items():
+        if given:
+            raise InputError(why, where=option, mend="leave it out")
+
+
+def _check_profile(profile: tuple[int, int, int]) -> None:
+    smallest, likely, largest = profile
+    if not 1 <= smallest <= likely <= largest:
+        raise InputError(
+            f"batches {smallest}, {likely}, {largest} do not rise",
+            where="--profile",
+            mend="write MIN,OPT,MAX",
+        )
+
+
+def target_members(settings: BuildSettings) -> list[Any]:
+    """The product's names of the targets; empty where it builds for this machine's GPU only.
+
+    Raises:
+        InputError: the product is missing, a target is unknown to it, or there is neither a target nor a GPU.
+    """
+    trt, wanted = load(settings.product), settings.compute_capabilities
+    has_targets = hasattr(trt, "ComputeCapability")
+    if wanted and not has_targets:
+        raise InputError(
+            f"{settings.product} builds for the GPU of this machine only",
+            where="--compute-capability",
+            mend="leave it out, or use --engine tensorrt-rtx",
+        )
+    if not wanted and not _has_gpu():
+        known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")] if has_targets else []
+        raise InputError(
+            "there is no GPU here to build for",
+            where="--compute-capability",
+            mend=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
+        )
+    if not has_targets:
+        return []
+    if not wanted:
+        return [trt.ComputeCapability.CURRENT]
+    return [_member(trt.ComputeCapability, name, "--compute-capability") for name in dict.fromkeys(wanted)]
+
+
+def _set_targets(config: Any, settings: BuildSettings) -> None:
+    members = target_members(settings)
+    if not members:
+        return
+    config.num_compute_capabilities = len(members)
+    for index, member in enumerate(members):
+        config.set_compute_capability(member, index)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
+    images = network.get_input(0)
+    shape = tuple(images.shape)
+    if shape[0] != -1:
+        if settings.profile is not None and set(settings.profile) != {shape[0]}:
+            raise InputError(
+                f"the file has a static batch of {shape[0]}", where="--profile", mend="export a dynamic one"
+            )
+        return
+    batches = settings.profile or (1, 1, 1)
+    profile = builder.create_optimization_profile()
+    profile.set_shape(images.name, *((batch, *shape[1:]) for batch in batches))
+    config.add_optimization_profile(profile)
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=path) from error
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            "the timing cache is of another version or GPU",
+            where=path,
+            mend="delete it, or choose another file",
+        )
+    return cache
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """The builder's phases as rich tasks: a phase is added when it starts and hidden when it ends."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.tasks: dict[str, Any] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            task = self.tasks.pop(phase_name, None)
+            if task is not None:
+                progress.update(task, visible=False)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.tasks:
+                progress.update(self.tasks[phase_name], completed=step + 1)
+            return True
+
+    return Monitor()

@@ -1,0 +1,1 @@
+"""Number formats: how values become codes and codes values, one module for each kind."""

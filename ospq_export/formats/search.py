@@ -1,0 +1,194 @@
+"""Search of quantization ranges by minimum mean squared error, on compressed samples of a tensor's values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ospq_export.formats.integer import (
+    EMBEDDED_MAX,
+    EMBEDDED_MIN,
+    Grid,
+    Levels,
+    embedded_levels,
+    symmetric_levels,
+)
+
+_TAIL = 512
+# Scales are positive; below this a float32 product of two of them is no normal number. Zeros alone take the second.
+_SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
+_GROUPS = 4096
+_ELEMENTS_AT_ONCE = 1 << 18
+_SHRINK_STEPS = 64
+# A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
+_SHIFT_MUST_GAIN = 0.9
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """The outcome of a search: which grid, its integer levels, the scale and the offset (units of the tensor)."""
+
+    grid: Grid
+    levels: Levels
+    scale: float
+    offset: float
+    mse: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Weighted values that stand for a tensor's distribution: float32 (n,), sorted, and weights that sum to one."""
+
+    values: Tensor
+    weights: Tensor
+
+
+def compress(values: Tensor, *, groups: int = _GROUPS, tail: int = _TAIL) -> Sample:
+    """Stand for many values by few: the largest and smallest alone, the rest as means of equally full groups.
+
+    Args:
+        values: float, any shape, at least one element, finite.
+        groups: how many groups.
+        tail: how many values at each end stand for themselves.
+    """
+    ordered = values.detach().flatten().float().sort().values
+    if ordered.numel() <= groups + 2 * tail:
+        return Sample(ordered, torch.full_like(ordered, 1.0 / ordered.numel()))
+    body = ordered[tail:-tail]
+    edges = torch.linspace(0, body.numel(), groups + 1, device=body.device).round().long()
+    counts = edges.diff()
+    sums = torch.cumsum(body.double(), 0)
+    sums = torch.cat([sums.new_zeros(1), sums])[edges].diff()
+    ones = counts.new_ones(tail)
+    weights = torch.cat([ones, counts, ones]).double() / ordered.numel()
+    means = (sums / counts).float()
+    return Sample(torch.cat([ordered[:tail], means, ordered[-tail:]]), weights.float())
+
+
+def _errors(sample: Sample, scales: Tensor, lo: Tensor, hi: Tensor, offsets: Tensor | float = 0.0) -> Tensor:
+    """Weighted squared error of each candidate: scales, lo, hi, offsets broadcast to (candidates,); returns (candidates,)."""
+    shape = torch.broadcast_shapes(scales.shape, lo.shape, hi.shape)
+    scale, low, high = (t.expand(shape).unsqueeze(-1) for t in (scales, lo, hi))
+    offset = offsets.expand(shape).unsqueeze(-1) if isinstance(offsets, Tensor) else offsets
+    x = sample.values - offset
+    error = torch.clamp(torch.round(x / scale), low, high) * scale - x
+    return (error.square() * sample.weights).sum(-1)
+
+
+def _positive(scales: Tensor) -> Tensor:
+    """Scales that divide: small ones stay small, for all-zero values any serves."""
+    return torch.where(scales > 0, scales.clamp_min(_SMALLEST_SCALE), _SCALE_OF_ZEROS)
+
+
+def _shrinkage(device: torch.device) -> Tensor:
+    """Candidate ranges as shares of the full one, denser (in ratio) than uniform near zero, for heavy tails."""
+    return torch.logspace(0, -2.2, _SHRINK_STEPS, device=device)
+
+
+def _search_symmetric(sample: Sample, bits: int) -> ActivationRange:
+    levels = symmetric_levels(bits)
+    low, high = sample.values.min(), sample.values.max()
+    full = _positive(torch.maximum(high / levels.hi, low / levels.lo))
+    scales = full * _shrinkage(full.device)
+    bounds = scales.new_tensor([levels.lo, levels.hi])
+    errors = _errors(sample, scales, bounds[0], bounds[1])
+    best = int(errors.argmin())
+    return ActivationRange(Grid.SYMMETRIC, levels, float(scales[best]), 0.0, float(errors[best]))
+
+
+def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
+    """Every lo that keeps zero in the grid (or touches it), with every scale of a ladder; at most 127 x 64 candidates."""
+    steps = 2**bits - 1
+    low, high = min(0.0, float(sample.values.min())), max(0.0, float(sample.values.max()))
+    full = float(_positive(torch.tensor((high - low) / steps, dtype=torch.float64)))
+    # Few levels on one side of zero need a larger step than the full range does, so the ladder starts at twice that.
+    ladder = 2.0 * full * _shrinkage(sample.values.device)
+    scales = torch.cat([ladder, ladder.new_tensor([full])])
+    starts = torch.arange(max(-steps, EMBEDDED_MIN), min(0, EMBEDDED_MAX - steps) + 1, device=scales.device)
+    if starts.numel() > 32:
+        starts = starts[:: starts.numel() // 32]
+    best: ActivationRange | None = None
+    for start in starts.tolist():
+        limits = scales.new_tensor([start, start + steps])
+        errors = _errors(sample, scales, limits[0], limits[1])
+        index = int(errors.argmin())
+        if best is None or float(errors[index]) < best.mse:
+            levels = embedded_levels(bits, start)
+            best = ActivationRange(Grid.EMBEDDED, levels, float(scales[index]), 0.0, float(errors[index]))
+    assert best is not None
+    return best
+
+
+def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
+    """Both ends of the range shrink independently; the offset maps the range's ends to the first and last level."""
+    levels = symmetric_levels(bits)
+    low, high = sample.values.min(), sample.values.max()
+    middle = (sample.values * sample.weights).sum()
+    shares = torch.logspace(0, -2.2, 24, device=low.device)
+    lows = (middle - (middle - low) * shares).unsqueeze(1).expand(-1, 24).flatten()
+    highs = (middle + (high - middle) * shares).unsqueeze(0).expand(24, -1).flatten()
+    scales = _positive((highs - lows) / (levels.hi - levels.lo))
+    offsets = lows - levels.lo * scales
+    limits = scales.new_tensor([levels.lo, levels.hi])
+    errors = _errors(sample, scales, limits[0], limits[1], offsets)
+    best = int(errors.argmin())
+    return ActivationRange(
+        Grid.SHIFTED, levels, float(scales[best]), float(offsets[best]), float(errors[best])
+    )
+
+
+def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> ActivationRange:
+    """The deployable range with the least mean squared error on the sample.
+
+    Below 8 bits the grid is `embedded`; at 8 bits it is `symmetric`, or `shifted` where the consumers allow an offset and the
+    error falls by more than a tenth.
+
+    Args:
+        sample: what `compress` returned.
+        bits: 2 to 8.
+        may_shift: whether every consumer is a linear or an unpadded convolution.
+
+    Raises:
+        ValueError: bits is not in 2..8.
+    """
+    if bits < 8:
+        return _search_embedded(sample, bits)
+    symmetric = _search_symmetric(sample, bits)
+    if not may_shift:
+        return symmetric
+    shifted = _search_shifted(sample, bits)
+    return shifted if shifted.mse < _SHIFT_MUST_GAIN * symmetric.mse else symmetric
+
+
+def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
+    """Scale per output channel with the least squared error under round to nearest.
+
+    Args:
+        weight: float32 (out_channels, ...).
+        bits: 2 to 8.
+
+    Returns:
+        float32 (out_channels,), positive.
+    """
+    rows = weight.detach().flatten(1)
+    # A few rows at a time: every candidate passes over them, and small parts stay in a processor's cache. A GPU has few launches.
+    count = len(rows) if rows.is_cuda else max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
+    parts = rows.split(count)
+    return torch.cat([_search_rows(part, symmetric_levels(bits)) for part in parts])
+
+
+def _search_rows(rows: Tensor, levels: Levels) -> Tensor:
+    full = _positive(torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo))
+    best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
+    for share in torch.linspace(1.0, 0.3, 57).tolist():
+        scale = full * share
+        codes = torch.clamp(torch.round(rows / scale.unsqueeze(1)), levels.lo, levels.hi)
+        error = (codes * scale.unsqueeze(1) - rows).square().sum(1)
+        better = error < best_error
+        best_scale, best_error = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, error, best_error),
+        )
+    return best_scale

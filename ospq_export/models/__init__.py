@@ -1,0 +1,1 @@
+"""Networks: built by timm from a description, with weights from checked files."""

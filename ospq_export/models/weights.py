@@ -1,0 +1,264 @@
+"""Reading weights into a network that is already built; refusing those not its own or not sound."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ospq_export.errors import InputError
+from ospq_export.models.checkpoint import WeightSet, read_checkpoint
+from ospq_export.models.matching import Fit, Network, adapted, fit, prefixes, unwrapped
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "checkpoint_record"
+
+
+class CheckpointRecord(BaseModel):
+    """What was taken of a checkpoint file, and what was done to it.
+
+    Attributes:
+        entry: where in the file the weights lay, as a dotted path; "" is the file itself.
+        prefix: what was stripped from all names.
+        chosen: "only" where one set of weights fits, "option" by `--checkpoint-key`, "rule" where several fit and timm's rule
+            decided: moving averages first.
+        others: the other sets that fit too and hold other values.
+        aside: tensors of the same entry outside the prefix.
+        ignored: surplus tensors without effect in eval mode.
+        absent: missing tensors without effect in eval mode.
+        differing: ignored tensors that the network computes with other values than the file has.
+        adapted: whether timm's checkpoint filter changed names or shapes.
+        resized: tensors that the filter resampled to another shape.
+        dropped: tensors that the filter merged into others or left out.
+        dtypes: floating-point types of the file's weights, without "torch."; all are read as float32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str = ""
+    prefix: str = ""
+    chosen: Literal["only", "option", "rule"] = "only"
+    others: list[str] = []
+    aside: list[str] = []
+    ignored: list[str] = []
+    absent: list[str] = []
+    differing: list[str] = []
+    adapted: bool = False
+    resized: list[str] = []
+    dropped: list[str] = []
+    dtypes: list[str] = []
+
+    def summary(self) -> str:
+        """In a line what is worth a word; "" where the file is the network's plain state dictionary."""
+        parts = []
+        if self.entry:
+            parts.append(f"weights taken from {self.entry!r}")
+        if self.prefix:
+            parts.append(f"prefix {self.prefix!r} stripped")
+        if self.others:
+            also = ", ".join(map(repr, self.others))
+            taken = ".".join(p for p in (self.entry, self.prefix.rstrip(".")) if p) or "."
+            parts.append(f"{also} would fit as well as {taken!r}: choose with --checkpoint-key")
+        lists = {
+            "left aside": self.aside,
+            "ignored, without effect": self.ignored,
+            "missing, without effect": self.absent,
+            "the network computes other values of": self.differing,
+        }
+        parts += [f"{what}: {listed(names)}" for what, names in lists.items() if names]
+        if self.adapted:
+            parts.append("adapted to the network by timm's own checkpoint filter")
+            parts += [f"resampled: {listed(self.resized)}"] if self.resized else []
+            parts += [f"merged or left out by it: {listed(self.dropped)}"] if self.dropped else []
+        return "; ".join(parts)
+
+
+def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> CheckpointRecord:
+    """Fills `model` from a file: from the one set of weights that fits, adapted by timm's own checkpoint filter if need be.
+
+    Args:
+        model: The network to fill.
+        path: A safetensors file or a torch file, read without unpickling any code. Its weights may lie under any key, and their
+            names may share a prefix.
+        key: Which entry or prefix to take, dotted; None takes the one that fits, of several the moving average.
+
+    Returns:
+        What was taken; `checkpoint_record(model)` gives it again.
+
+    Raises:
+        InputError: The file cannot be read, has no such entry, or its tensors are not this network's.
+    """
+    network = Network.of(model)
+    sets = [unwrapped(found) for found in read_checkpoint(path)]
+    everything = [(found, prefix) for found in sets for prefix in prefixes(found.tensors, network)]
+    pairs = everything if key is None else _named(key, sets, everything, network, path)
+    meant = {(found.entry, prefix) for found, prefix in pairs}
+    fits = [f for f in _exact([*everything, *pairs], network) if (f.entry, f.prefix) in meant]
+    fits = fits or [f for pair in pairs if (f := adapted(*pair, network)) is not None]
+    if not fits:
+        raise _refusal(min((fit(*pair, network) for pair in pairs), key=_distance), network, path)
+    chosen, *rest = sorted(fits, key=lambda f: _rank(f.label))
+    others = [f.label for f in rest if not _same(f, chosen)]
+    record = CheckpointRecord(
+        entry=chosen.entry,
+        prefix=chosen.prefix,
+        chosen="rule" if others else "option" if key is not None else "only",
+        others=others,
+        aside=chosen.aside,
+        ignored=chosen.ignored,
+        absent=chosen.absent,
+        differing=chosen.differing,
+        adapted=chosen.adapted,
+        resized=chosen.resized,
+        dropped=chosen.dropped,
+        dtypes=sorted(
+            {str(t.dtype).removeprefix("torch.") for t in chosen.state.values() if t.is_floating_point()}
+        ),
+    )
+    if record.summary():
+        logger.warning("%s: %s", path, record.summary())
+    model.load_state_dict({**network.expected, **chosen.state})
+    setattr(model, _RECORD, record)
+    return record
+
+
+def checkpoint_record(model: nn.Module) -> CheckpointRecord | None:
+    """What `load_checkpoint` took for a model; None where it was not asked."""
+    return getattr(model, _RECORD, None)
+
+
+_Pair = tuple[WeightSet, str]
+
+
+def _named(
+    key: str, sets: list[WeightSet], everything: list[_Pair], network: Network, path: Path
+) -> list[_Pair]:
+    """The sets, with prefixes, that `key` may mean: itself, and those inside it.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    key = key.rstrip(".")
+    if not key:
+        named = [(found, prefix) for found, prefix in everything if found.entry == prefix == ""]
+    else:
+        named = [pair for pair in everything if f"{_path(*pair)}.".startswith(f"{key}.")]
+    for found in sets if key else []:
+        # A prefix that too few names have to be thought of unasked.
+        start = f"{found.entry}." if found.entry else ""
+        rest = f"{key}.".removeprefix(start)
+        if f"{key}.".startswith(start) and rest and any(name.startswith(rest) for name in found.tensors):
+            named.append((found, rest))
+    if not named:
+        there = [f.label for f in _exact(everything, network)] or [_path(*pair) or "." for pair in everything]
+        raise InputError(
+            f"the checkpoint has no entry {key or '.'!r}; it has {listed(list(dict.fromkeys(there)), 8)}",
+            where=path,
+            mend="choose one of them with --checkpoint-key, or leave it out",
+        )
+    return named
+
+
+def _path(found: WeightSet, prefix: str) -> str:
+    return ".".join(part for part in (found.entry, prefix.rstrip(".")) if part)
+
+
+def _exact(pairs: list[tuple[WeightSet, str]], network: Network) -> list[Fit]:
+    """Those that fit as they are. What lies under a fitting prefix is no surplus of the set around it."""
+    fits: dict[tuple[str, str], Fit] = {}
+    for found, prefix in sorted(pairs, key=lambda pair: -len(pair[1])):
+        inner = tuple(p for entry, p in fits if entry == found.entry and p.startswith(prefix))
+        result = fit(found, prefix, network, inner)
+        if not result.problems:
+            fits[found.entry, prefix] = result
+    order = [(found.entry, prefix) for found, prefix in pairs]
+    return [fits[name] for name in dict.fromkeys(order) if name in fits]
+
+
+def _rank(label: str) -> int:
+    """The order of timm: moving averages first, then `state_dict`, then `model`, then as the file has them."""
+    if re.search(r"(^|[._])ema([._]|$)", label):
+        return 0
+    names = [part for part in label.split(".") if part in ("state_dict", "model")]
+    return 1 + (("state_dict", "model").index(names[0]) if names else 2)
+
+
+def _same(left: Fit, right: Fit) -> bool:
+    """Whether two sets give the network the same values."""
+    return left.state.keys() == right.state.keys() and all(
+        value is right.state[key] or torch.equal(value, right.state[key]) for key, value in left.state.items()
+    )
+
+
+def _distance(found: Fit) -> tuple[int, int]:
+    return sum(len(names) for names in found.problems.values()), len(found.aside)
+
+
+def _refusal(nearest: Fit, network: Network, path: Path) -> InputError:
+    """Why the set that comes nearest is not the network's."""
+    problems = nearest.problems
+    where = [f"in {nearest.entry!r}"] * bool(nearest.entry) + [f"under {nearest.prefix!r}"] * bool(
+        nearest.prefix
+    )
+    summary = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items())
+    classes, mend = _classes(nearest, network), "check the model's name and --model-kwargs"
+    if classes is not None:
+        own = network.model.num_classes
+        summary = f"only its classifier differs, {classes} classes for the model's {own} ({summary})"
+        mend = f"give num_classes={classes} with --model-kwargs"
+    elif problems.keys() == {"missing"} and all(_is_classifier(k, network) for k in problems["missing"]):
+        summary = f"it has no classifier ({summary})"
+        mend = "give weights that were trained with one: those of a backbone alone predict nothing"
+    said = f"the checkpoint is not of this model: {' '.join([*where, summary])}"
+    return InputError(said, where=path, mend=mend)
+
+
+def _is_classifier(name: str, network: Network) -> bool:
+    names = getattr(network.model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return any(name.startswith(f"{part}.") for part in names)
+
+
+def _classes(found: Fit, network: Network) -> int | None:
+    """The checkpoint's number of classes, where nothing but the classifier is of another shape."""
+    wrong = [text.split(" ", 1)[0] for text in found.problems.get("of another shape", [])]
+    if found.problems.keys() != {"of another shape"} or not all(_is_classifier(k, network) for k in wrong):
+        return None
+    tensors = [found.state[name] for name in wrong]
+    counts = {t.shape[0] for t in tensors if t.dim()} - {network.model.num_classes}
+    same_width = all(t.is_floating_point() for t in tensors) and all(
+        found.state[n].shape[1:] == network.expected[n].shape[1:] for n in wrong
+    )
+    return counts.pop() if len(counts) == 1 and same_width else None
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raises InputError with the names of the tensors that hold NaN or infinity; `where` they came from."""
+    broken = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise InputError(
+            f"weights are NaN or infinite: {listed(broken)}", where=where, mend="give sound weights"
+        )
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what `error` says, or its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

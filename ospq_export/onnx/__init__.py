@@ -1,0 +1,1 @@
+"""ONNX files: reading, naming, writing, passes over them, and lint."""

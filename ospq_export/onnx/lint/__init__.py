@@ -1,0 +1,96 @@
+"""Lint of any QDQ ONNX file: what TensorRT refuses, reinterprets or runs in float, and what ONNX Runtime does not fuse.
+
+Every rule was seen in NVIDIA's parser and builder (TensorRT-RTX 1.7, plans for SM89) or in ONNX Runtime; the tests hold them to
+both, by difference: graphs are drawn, the builder compiles them, and what it made of them is compared with `predict`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ospq_export.onnx.lint.attention import attention, doubled, key_transpose
+from ospq_export.onnx.lint.branches import reshaped_into_branch
+from ospq_export.onnx.lint.findings import Finding, Severity, name_of
+from ospq_export.onnx.lint.network import Network
+from ospq_export.onnx.lint.pairs import datatypes, scales, zero_points
+from ospq_export.onnx.lint.parser import codes, constants, names, operators, outputs_computed_twice, types
+from ospq_export.onnx.lint.precision import product_kinds
+from ospq_export.onnx.lint.products import products
+from ospq_export.onnx.read import read_model
+
+__all__ = ["RULES", "Finding", "Prediction", "Severity", "lint", "predict"]
+
+Rule = Callable[[Network], Iterator[Finding]]
+RULES: tuple[Rule, ...] = (
+    operators,
+    constants,
+    names,
+    outputs_computed_twice,
+    zero_points,
+    datatypes,
+    scales,
+    types,
+    codes,
+    reshaped_into_branch,
+    products,
+    doubled,
+    attention,
+    key_transpose,
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What TensorRT makes of a file.
+
+    Attributes:
+        refused: whether its parser or builder refuses it.
+        products: "int8", "fp8", "fp4" or "float" by the product's node name (its output's, where it has none); those of a local
+            function under the name that they have in it. Empty where the file is refused.
+        findings: all of lint's.
+    """
+
+    refused: bool
+    products: dict[str, str]
+    findings: tuple[Finding, ...]
+
+
+def lint(path: Path) -> list[Finding]:
+    """All findings in a file, in the file's order within each rule.
+
+    Raises:
+        InputError: the file cannot be read as ONNX, or contradicts itself.
+    """
+    return _findings(Network(read_model(path), path))
+
+
+def predict(model: Path | Any) -> Prediction:
+    """What TensorRT makes of a file, by the same rules.
+
+    Args:
+        model: the file, or an `onnx.ModelProto`.
+
+    Raises:
+        InputError: the file cannot be read as ONNX, or contradicts itself.
+    """
+    path = model if isinstance(model, Path) else None
+    proto: Any = read_model(path) if path is not None else model
+    network = Network(proto, path)
+    findings = tuple(_findings(network))
+    refused = any(finding.refused for finding in findings)
+    kinds: dict[str, str] = {}
+    for product in product_kinds(network) if not refused else ():
+        name = name_of(product.node)
+        if len(proto.functions):
+            name = re.sub(r"__\d+$", "", name)
+        if kinds.setdefault(name, product.kind) != product.kind:
+            kinds[name] = "float"
+    return Prediction(refused, kinds, findings)
+
+
+def _findings(network: Network) -> list[Finding]:
+    return [finding for rule in RULES for finding in rule(network)]

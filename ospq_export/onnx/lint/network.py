@@ -1,0 +1,151 @@
+"""The network that TensorRT's parser makes of an ONNX graph: which type every tensor has there, and what every Q/DQ is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
+
+# TensorRT's own operators; the parser looks at the operator's name only, never at its domain.
+_OWN: dict[str, tuple[str, int]] = {
+    "TRT_FP8QuantizeLinear": (QUANTIZE, TensorProto.FLOAT8E4M3FN),
+    "TRT_FP8DequantizeLinear": (DEQUANTIZE, TensorProto.FLOAT8E4M3FN),
+    "TRT_INT4QuantizeLinear": (QUANTIZE, TensorProto.INT4),
+    "TRT_INT4DequantizeLinear": (DEQUANTIZE, TensorProto.INT4),
+}
+CODES: dict[int, str] = {
+    TensorProto.INT8: "int8",
+    TensorProto.INT4: "int4",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+    TensorProto.FLOAT4E2M1: "fp4",
+}
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One QuantizeLinear or DequantizeLinear, of ONNX or of TensorRT.
+
+    Attributes:
+        node: itself.
+        quantizes: whether it is the Q.
+        format: element type of its codes in TensorRT, a `TensorProto` value.
+    """
+
+    node: Any
+    quantizes: bool
+    format: int
+
+    @property
+    def data(self) -> str:
+        """The tensor that it reads."""
+        return str(self.node.input[0])
+
+    @property
+    def scale(self) -> str:
+        """Its scale."""
+        return str(self.node.input[1])
+
+    @property
+    def zero(self) -> str:
+        """Its zero point; empty where it has none."""
+        return str(self.node.input[2]) if len(self.node.input) > 2 else ""
+
+
+class Network:
+    """Read-only.
+
+    Args:
+        model: an `onnx.ModelProto`.
+        where: the file that it was read from.
+
+    Raises:
+        InputError: the file's shapes or types contradict each other.
+
+    Attributes:
+        graph: the ONNX graph.
+        pairs: every Q and DQ by its output's name, in the file's order.
+        types: element type of every tensor in TensorRT, as far as it is known; float64 is float32 there.
+    """
+
+    def __init__(self, model: Any, where: Path | None = None) -> None:
+        self.graph = OnnxGraph(model, where)
+        self.pairs: dict[str, Pair] = {}
+        self.types: dict[str, int] = {}
+        for name, kind in self.graph.dtypes.items():
+            if name not in self.graph.producer:
+                self.types[name] = _as_parsed(kind)
+        for node in self.graph.nodes:
+            self._propagate(node)
+
+    def _propagate(self, node: Any) -> None:
+        dtypes = self.graph.dtypes
+        own = self._pair(node)
+        if own is not None:
+            self.pairs[node.output[0]] = own
+            self.types[node.output[0]] = own.format if own.quantizes else self._dequantized(own)
+            return
+        first = next((name for name in node.input if name), "")
+        for name in node.output:
+            kind = dtypes.get(name, TensorProto.UNDEFINED)
+            keeps = kind in (TensorProto.UNDEFINED, dtypes.get(first)) and node.op_type not in (
+                "Cast",
+                "Constant",
+            )
+            self.types[name] = self.types.get(first, _as_parsed(kind)) if keeps else _as_parsed(kind)
+
+    def _pair(self, node: Any) -> Pair | None:
+        if len(node.input) < 2:
+            return None
+        if node.op_type in _OWN:
+            kind, own = _OWN[node.op_type]
+            return Pair(node, kind == QUANTIZE, own)
+        if node.op_type not in (QUANTIZE, DEQUANTIZE):
+            return None
+        quantizes = node.op_type == QUANTIZE
+        code: int = TensorProto.INT8
+        if len(node.input) > 2 and node.input[2]:
+            zero = self.types.get(node.input[2], TensorProto.INT8)
+            code = zero if zero in CODES else TensorProto.INT8
+        elif quantizes:
+            code = self.graph.attribute(node, "output_dtype", 0) or TensorProto.INT8
+        elif (data := self.types.get(node.input[0])) in CODES:
+            code = data
+        return Pair(node, quantizes, code)
+
+    def _dequantized(self, pair: Pair) -> int:
+        written = self.graph.attribute(pair.node, "output_dtype", 0)
+        return _as_parsed(written) if written else self.types.get(pair.scale, TensorProto.FLOAT)
+
+    def values(self, name: str) -> NDArray[Any] | None:
+        """A constant's values where the parser knows them: initializers and Constant nodes; None otherwise."""
+        found = self.graph.array(name)
+        return None if found is None else np.asarray(found)
+
+    def zero_values(self, name: str) -> NDArray[Any] | None:
+        """A zero point's values as the parser finds them: past Identity and Cast too; None where it does not."""
+        node = self.graph.producer.get(name)
+        while name not in self.graph.constants and node is not None and node.op_type in ("Identity", "Cast"):
+            name = node.input[0]
+            node = self.graph.producer.get(name)
+        return self.values(name)
+
+    def shape(self, name: str) -> list[int] | None:
+        """A tensor's dimensions, 0 where unknown or symbolic; None where not even their number is known."""
+        return self.graph.shapes.get(name)
+
+    def axis(self, pair: Pair) -> int:
+        """Its axis as the parser reads it, negative ones too."""
+        default = 0 if self.graph.opset < 13 else 1
+        return int(self.graph.attribute(pair.node, "axis", default))
+
+
+def _as_parsed(kind: int) -> int:
+    return int(TensorProto.FLOAT) if kind == TensorProto.DOUBLE else kind

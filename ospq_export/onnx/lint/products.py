@@ -1,0 +1,118 @@
+"""Rules about products: which run in float, and which two formats cannot be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ospq_export.onnx.lint.findings import Finding, different, name_of, refusal, warning
+from ospq_export.onnx.lint.network import Network
+from ospq_export.onnx.lint.precision import ProductKind, product_kinds
+from ospq_export.onnx.lint.trace import MOVES, SAME_ON_CODES, InFloat, Operand
+
+
+def products(network: Network) -> Iterator[Finding]:
+    """Both operands of every product are quantized, in one format, with scales along the output's axes."""
+    kinds = product_kinds(network)
+    for product in kinds:
+        if product.refused:
+            yield refusal(
+                product.rule,
+                product.node,
+                product.refused,
+                "quantize both operands to one format, with constant scales",
+            )
+            continue
+        yield from _scales_astray(network, product)
+        yield from _four_bits(product)
+        if product.kind == "float":
+            yield warning(
+                "product-in-float",
+                product.node,
+                product.reason,
+                "put Q and DQ directly on both operands, with one scale per tensor or per output channel",
+            )
+    yield from _requantized_by_computed(network, kinds)
+    yield from _joined_by_computed(network)
+
+
+def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iterator[Finding]:
+    """The builder fails to fold a computed scale into a quantized product in front of it.
+
+    It does not try with a convolution, a bias or scales per channel.
+    """
+    folded = {
+        product.node.output[0]: product.kind
+        for product in kinds
+        if product.kind != "float" and len(product.node.input) == 2 and product.node.op_type != "Conv"
+        if not any(isinstance(operand, Operand) and operand.axes for operand in product.operands)
+    }
+    for pair in network.pairs.values():
+        if not pair.quantizes or network.graph.is_constant(pair.scale):
+            continue
+        name = network.graph.behind(pair.data, MOVES | SAME_ON_CODES)
+        if name in folded:
+            what = (
+                f"a computed scale behind the {folded[name]} product {name_of(network.graph.producer[name])}"
+            )
+            yield refusal("scale-computed", pair.node, what, "make the scale a constant")
+
+
+def _joined_by_computed(network: Network) -> Iterator[Finding]:
+    """The builder fails on a Concat of values that computed scales dequantize."""
+    for node in network.graph.nodes:
+        pairs = [network.pairs.get(network.graph.behind(name, MOVES | SAME_ON_CODES)) for name in node.input]
+        if node.op_type == "Concat" and all(
+            pair is not None and not pair.quantizes and not network.graph.is_constant(pair.scale)
+            for pair in pairs
+        ):
+            what = "Concat of values that were dequantized with a computed scale"
+            yield refusal("scale-computed", node, what, "make the scale a constant")
+
+
+def _scales_astray(network: Network, product: ProductKind) -> Iterator[Finding]:
+    """Names the DequantizeLinear whose scales keep a product in float."""
+    operand = next(
+        (o for o in product.operands if isinstance(o, Operand) and o.pair.node is product.culprit), None
+    )
+    if operand is None or product.kind != "float":
+        return
+    count = sum(network.shape(operand.pair.scale) or [1])
+    if count == 1:
+        return
+    if operand.constant:
+        shape = network.shape(operand.pair.data)
+        axis = network.axis(operand.pair) % len(shape or [0])
+        yield warning(
+            "weight-axis",
+            operand.pair.node,
+            f"scales along axis {axis} of a {shape} weight, which is not its outputs'",
+            "use one scale per output channel",
+        )
+    else:
+        yield warning(
+            "activation-per-channel",
+            operand.pair.node,
+            f"{count} scales on an activation: the product {name_of(product.node)} runs in float",
+            "use one scale per tensor",
+        )
+
+
+def _four_bits(product: ProductKind) -> Iterator[Finding]:
+    quantized = [o for o in product.operands if isinstance(o, Operand)]
+    if len(quantized) < 2 or any(isinstance(o, InFloat) for o in product.operands):
+        return
+    for operand in quantized:
+        if operand.blocked and product.miscomputed:
+            yield different(
+                "int4-blocks" if operand.format == "int4" else "blocks",
+                operand.pair.node,
+                f"{operand.format} blocks beside a quantized operand: the scales are applied after the sum over all blocks",
+                "use one scale per output channel, or leave the other operand float",
+            )
+        elif operand.format == "int4":
+            yield warning(
+                "int4-beside-int8",
+                operand.pair.node,
+                "4-bit codes beside a quantized operand: unpacked in a kernel of its own",
+                "store the codes as int8",
+            )

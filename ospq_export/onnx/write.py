@@ -1,0 +1,197 @@
+"""From a lowered graph to a checked ONNX file.
+
+torch's exporter translates the operators; an onnx-ir pass then tidies names and metadata, and the result is checked before it
+takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ospq_export.errors import InputError
+from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
+from ospq_export.onnx import external, serialize
+from ospq_export.onnx.inner import describe_inner_only, hide_outputs
+from ospq_export.onnx.names import name_everything
+
+# From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
+# its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
+OPSET = 20
+INPUT, OUTPUT = "images", "logits"
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+def write_onnx(
+    module: fx.GraphModule,
+    path: Path,
+    *,
+    input_size: tuple[int, int, int],
+    batch_size: int | None,
+    metadata: Mapping[str, str],
+    probes: Sequence[str] = (),
+    expose_probes: bool = False,
+    passes: Sequence[Callable[[Any], None]] = (),
+) -> None:
+    """Translate a graph to ONNX and write it atomically: `translate` and `write_translated` in one.
+
+    Raises:
+        InputError: an operator has no translation, or the file cannot be written.
+    """
+    model = translate(module, input_size=input_size, batch_size=batch_size, probes=probes)
+    write_translated(
+        model, path, metadata=metadata, probes=probes, expose_probes=expose_probes, passes=passes
+    )
+
+
+def write_translated(
+    model: Any,
+    path: Path,
+    *,
+    metadata: Mapping[str, str],
+    probes: Sequence[str] = (),
+    expose_probes: bool = False,
+    passes: Sequence[Callable[[Any], None]] = (),
+) -> None:
+    """Finish a translated graph and write it atomically.
+
+    Args:
+        model: what `translate` returned, or a clone of it; it is changed.
+        path: the file; replaced only by a complete and checked one. Where it would be too large, its weights lie beside it in
+            `runs.files.data_file(path)`.
+        metadata: key-value pairs for the model's metadata.
+        probes: names of what the graph returns beside the logits; tensors inside the file are called so.
+        expose_probes: whether they are outputs of the file too, for debugging.
+        passes: changes of the finished onnx_ir model, in order: other precisions, storage or inputs.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if not expose_probes:
+        hide_outputs(model, 1)
+    _tidy(model, metadata, {INPUT, OUTPUT, *probes})
+    for change in passes:
+        change(model)
+    proto, tensors = serialize.split(model)
+    del model
+    describe_inner_only(proto)
+    serialize.check(proto, tensors, path)
+    check_deployable(proto, path)
+    external.save(proto, tensors, path)
+
+
+def translate(
+    module: fx.GraphModule,
+    *,
+    input_size: tuple[int, int, int],
+    batch_size: int | None,
+    probes: Sequence[str] = (),
+) -> Any:
+    """Translate a graph to ONNX.
+
+    Args:
+        module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
+        input_size: (channels, height, width) in pixels.
+        batch_size: a fixed batch, or None for a dynamic one.
+        probes: names of what the graph returns beside the logits.
+
+    Returns:
+        An `onnx_ir.Model`, whose tensors are the module's.
+
+    Raises:
+        InputError: an operator has no translation.
+    """
+    example = torch.zeros(batch_size or 2, *input_size)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
+    try:
+        # The exporter prints its progress and warns about its own internals; errors carry everything that matters.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic,
+                input_names=[INPUT],
+                output_names=[OUTPUT, *probes],
+                verbose=False,
+            )
+    except Exception as error:
+        reason = next(
+            (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
+        )
+        raise InputError(
+            f"the network cannot be written as ONNX: {reason}", mend="this model is not supported"
+        ) from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> None:
+    """Give readable names, and drop the exporter's debugging metadata: it holds stack traces with local file names."""
+    name_everything(model, keep)
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    model.graph.name = "network"
+
+
+def check_deployable(proto: Any, where: Path) -> None:
+    """Hold a file to what TensorRT and ONNX Runtime need: standard domains, signed codes, zero points written out and 0.
+
+    A file whose metadata says that its activations are uint8 has a zero point of 128 there, and is for ONNX Runtime alone.
+
+    Raises:
+        InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    constants = {t.name: t for t in proto.graph.initializer}
+    uint8 = any(p.key == ACTIVATION_LAYOUT and p.value == "uint8" for p in proto.metadata_props)
+    problem = None
+    for node in proto.graph.node:
+        if node.domain not in _STANDARD_DOMAINS:
+            problem = f"operator {node.domain}::{node.op_type}"
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
+        allowed = {
+            TensorProto.INT8: 0,
+            TensorProto.INT4: 0,
+            **({TensorProto.UINT8: UINT8_ZERO} if uint8 else {}),
+        }
+        wanted = None if zero_point is None else allowed.get(zero_point.data_type)
+        if zero_point is None or wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
+            problem = f"{node.name} without an int8 zero_point of 0"
+    if problem is not None:
+        raise InputError(
+            f"the exported file cannot be deployed: {problem}", where=where, mend="report this model"
+        )

@@ -1,0 +1,101 @@
+"""Names and hashes of files in a run directory; written under temporary names, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ospq_export.errors import InputError
+
+MANIFEST = "manifest.json"
+FLOAT_TENSORS = "float.safetensors"
+QUANTIZED_TENSORS = "quantized.safetensors"
+CALIBRATION_IMAGES = "calibration_images.json"
+CHECKPOINTS = "slices"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success it replaces `path`, otherwise it is removed.
+
+    Raises:
+        InputError: the file cannot be written (no space, no permission).
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror or error}",
+            where=path,
+            mend="free some space or choose another folder",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
+    return path.with_name(f"{path.name}.data")
+
+
+def stored_bytes(path: Path) -> int:
+    """What a file takes on the disk, with the weights beside it."""
+    return sum(file.stat().st_size for file in (path, data_file(path)) if file.is_file())
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `replacing` leaves behind when the process is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder of which nobody else writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def json_text(value: object) -> str:
+    """JSON as every file of a run directory has it, indented; what is not finite as a string, "NaN" or "Infinity".
+
+    JSON has no such numbers (RFC 8259, section 6): a bare NaN makes the whole file unreadable for everything but Python.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def json_line(value: object) -> str:
+    """The same on one line."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, indented."""
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(value), encoding="utf-8")

@@ -1,0 +1,271 @@
+"""The manifest of a run directory: everything about a run that is not a tensor, verified when it is opened."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ospq_export.data.config import DataConfig
+from ospq_export.data.record import ClassLevel
+from ospq_export.errors import InputError
+from ospq_export.models.timm import ModelSpec
+from ospq_export.models.weights import CheckpointRecord
+from ospq_export.recipes import Recipe
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
+
+SCHEMA_VERSION = 1
+_FOREIGN = "calibrate again, or copy the run directory anew"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SliceRecord(_Record):
+    """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors and warning as in `SliceMetrics`.
+
+    `peak_bytes` is the highest memory use of the process so far: resident on the host, allocated on a GPU; None in older runs.
+    """
+
+    index: int
+    name: str
+    start: str
+    end: str
+    received: list[str] = []
+    carried: list[str] = []
+    error_before: float
+    error_after: float
+    iterations: int
+    kept: bool
+    seconds: float
+    losses: list[float]
+    warning: str = ""
+    peak_bytes: int | None = None
+
+
+class CandidateRecord(_Record):
+    """A slicing that was tried: where its slices end, and how far the class probabilities were off, trial by trial."""
+
+    name: str
+    ends: list[str]
+    divergence: list[float]
+
+
+class SlicingRecord(_Record):
+    """How the slicing was found.
+
+    Attributes:
+        choice: name of the candidate or granularity that was taken.
+        share: cost of the trials over that of the full reconstruction.
+        held_out: calibration images that the trials were judged on.
+        candidates: all that were tried; empty where the recipe named the slicing.
+        dominance: share of the squared norm in the largest 0.1 % of the elements, by cut point.
+    """
+
+    choice: str
+    share: float = 0.0
+    held_out: int = 0
+    candidates: list[CandidateRecord] = []
+    dominance: dict[str, float] = {}
+
+
+class QuantizerRecord(_Record):
+    """The integer side of one quantizer; its scale and offset are tensors "<name>.scale" and "<name>.offset"."""
+
+    name: str
+    kind: Literal["activation", "weight"]
+    slice: int
+    bits: int
+    grid: Literal["symmetric", "embedded", "shifted"]
+    lo: int
+    hi: int
+    axis: int | None = None
+    constant: str | None = None
+
+
+class EqualizedSite(_Record):
+    """What equalization did at one site; errors: of the quantized consumers' outputs, over their variance, summed."""
+
+    producer: str
+    consumers: list[str]
+    choice: str
+    error_before: float
+    error_after: float
+    largest_factor: float
+
+
+class OutlierRecord(_Record):
+    """Outlier statistics of one tensor.
+
+    Attributes:
+        name: of the cut point's node, or of the activation quantizer.
+        kind: which of the two.
+        max_over_std: largest magnitude over the standard deviation.
+        kurtosis: fourth central moment over the squared variance; 3 for a normal distribution.
+        largest_share: share of the squared norm in the largest 0.1 % of the elements of each batch.
+        channel_share: share of the squared norm in the worst 1 % of the channels, at least one.
+    """
+
+    name: str
+    kind: Literal["cut", "quantizer"]
+    max_over_std: float
+    kurtosis: float
+    largest_share: float
+    channel_share: float
+
+
+class CalibrationRecord(_Record):
+    """What the run was calibrated on; passed_over and notes as in `data.record.ImagesRecord`.
+
+    Attributes:
+        threads: that computed; sums are split among them, so that another number gives other last digits. None in older runs.
+        distinct: how many of the images differ from all others; None in older runs.
+        float_products: operators that multiply and add but have no quantized form.
+    """
+
+    images: int
+    images_sha256: str
+    skipped: list[str]
+    seed: int
+    device: str
+    processes: int = 1
+    threads: int | None = None
+    passed_over: dict[str, int] = {}
+    notes: dict[str, int] = {}
+    distinct: int | None = None
+    float_products: list[str] = []
+
+
+class Manifest(_Record):
+    """Everything about a run that is not a tensor.
+
+    `outputs` is the number of the network's outputs; `classes_source` and `class_from` as in `data.record.ImagesRecord`.
+    Older runs have none of the three.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["calibrating", "calibrated"]
+    model: ModelSpec
+    data: DataConfig
+    class_to_idx: dict[str, int]
+    classes_source: str | None = None
+    class_from: ClassLevel | None = None
+    outputs: int | None = None
+    recipe: Recipe
+    graph_fingerprint: str
+    calibration: CalibrationRecord
+    checkpoint: CheckpointRecord | None = None
+    slicing: SlicingRecord | None = None
+    equalized: list[EqualizedSite] = []
+    profile: list[OutlierRecord] = []
+    slices: list[SliceRecord] = []
+    quantizers: list[QuantizerRecord] = []
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    def identity(self) -> dict[str, object]:
+        """What must not change between an interrupted run and its continuation."""
+        dumped = self.model_dump(mode="json")
+        keys = ("model", "data", "class_to_idx", "recipe", "graph_fingerprint", "calibration", "versions")
+        result = {key: dumped[key] for key in keys}
+        # Neither the threads nor a file that is no image tell one run from another.
+        result["calibration"] = {
+            k: v for k, v in dumped["calibration"].items() if k not in ("threads", "passed_over", "notes")
+        }
+        result["model"] = {
+            k: v for k, v in dumped["model"].items() if k not in ("checkpoint", "checkpoint_key")
+        }
+        result["weights"] = self.files.get(FLOAT_TENSORS)
+        return result
+
+
+def differences(theirs: object, mine: object, name: str = "") -> list[str]:
+    """What two identities differ in, as "recipe.reconstruction.iterations: 3, now 4"; digests are shortened."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = dict.fromkeys([*theirs, *mine])
+        pairs = ((f"{name}.{key}" if name else str(key), key) for key in keys)
+        return [d for path, key in pairs for d in differences(theirs.get(key), mine.get(key), path)]
+    if theirs == mine:
+        return []
+    shown = [str(value)[:12] if len(str(value)) > 40 else str(value) for value in (theirs, mine)]
+    return [f"{name}: {shown[0]}, now {shown[1]}"]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on."""
+    names = ("ospq-export", "torch", "timm", "onnx", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically."""
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        InputError: not a run directory, damaged, or of another schema version.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            "not a run directory: it has no manifest.json",
+            where=folder,
+            mend="give a folder that `calibrate` wrote",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}",
+            where=path,
+            mend="calibrate again with this version",
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"the manifest's {key!r} is wrong: {first['msg']}", where=path, mend=_FOREIGN
+        ) from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file the manifest names with its hash.
+
+    Raises:
+        InputError: a file is missing or was changed.
+    """
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise InputError(
+                f"the manifest names a file outside the run directory: {name!r}", where=folder, mend=_FOREIGN
+            )
+        if not path.is_file():
+            raise InputError(f"the run directory lacks {name}", where=folder, mend=_FOREIGN)
+        if sha256(path) != expected:
+            raise InputError(
+                f"{name} was changed or truncated since it was written: its hash differs",
+                where=folder,
+                mend=_FOREIGN,
+            )
+
+
+def record_files(folder: Path, manifest: Manifest, *names: str) -> Manifest:
+    """Add files to the manifest with their present hashes, and write it."""
+    files = {**manifest.files, **{name: sha256(folder / name) for name in names}}
+    updated = manifest.model_copy(update={"files": files})
+    write_manifest(folder, updated)
+    return updated

@@ -1,0 +1,307 @@
+"""A finished run as an object: its networks rebuilt from the run directory alone, without the original weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, fx, nn
+
+from ospq_export.errors import InputError
+from ospq_export.formats.integer import Grid, Levels
+from ospq_export.graph.capture import capture, fingerprint
+from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    CorrectedBias,
+    Mode,
+    QuantizedGraph,
+    WeightQuantizer,
+)
+from ospq_export.graph.slicing import Slice
+from ospq_export.models.timm import create_model
+from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.manifest import (
+    Manifest,
+    QuantizerRecord,
+    check_files,
+    installed_versions,
+    read_manifest,
+)
+from ospq_export.runs.tensors import read_tensors
+
+_MEND = "calibrate again, or copy the run directory anew"
+
+
+@dataclass
+class Run:
+    """A run directory whose manifest and hashes have been checked.
+
+    Attributes:
+        path: the directory.
+        manifest: what it says.
+    """
+
+    path: Path
+    manifest: Manifest
+    _structure: fx.GraphModule | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a run directory.
+
+        Raises:
+            InputError: not a run directory, unfinished, damaged or edited.
+        """
+        manifest = read_manifest(path)
+        if manifest.status != "calibrated":
+            raise InputError(
+                "the calibration was interrupted",
+                where=path,
+                mend="run the same `calibrate` command again to finish it",
+            )
+        check_files(path, manifest)
+        return cls(path, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the run.
+
+        Raises:
+            InputError: the run has no such file.
+        """
+        if name not in self.manifest.files:
+            raise InputError(
+                f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
+            )
+        return self.path / name
+
+    def calibration_digests(self) -> frozenset[str]:
+        """Digests of the images that the run was calibrated on, see `image_digests`; none in older runs.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if CALIBRATION_IMAGES not in self.manifest.files:
+            return frozenset()
+        path = self.file(CALIBRATION_IMAGES)
+        try:
+            return frozenset(map(str, json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"cannot be read: {error}", where=path, mend=_MEND) from error
+
+    @property
+    def outputs(self) -> int | None:
+        """How many logits the network has; None where neither the manifest nor timm's configuration of the model tells."""
+        spec = self.manifest.model
+        given = self.manifest.outputs or spec.kwargs.get("num_classes")
+        if given is None:
+            given = getattr(timm.get_pretrained_cfg(spec.name), "num_classes", None)
+        return given if isinstance(given, int) else None
+
+    def slices(self) -> list[Slice]:
+        """The slices that were reconstructed, in order."""
+        return [
+            Slice(s.name, s.start, s.end, tuple(s.received), tuple(s.carried)) for s in self.manifest.slices
+        ]
+
+    def captured(self) -> fx.GraphModule:
+        """The float network's graph with the run's float weights.
+
+        Raises:
+            InputError: this installation captures another graph than the one that was calibrated.
+        """
+        graph = self._recaptured()
+        tensors, _ = read_tensors(self.file(FLOAT_TENSORS))
+        names = [name for name, _ in graph.named_buffers()]
+        _load_constants(graph, names, tensors, self.path / FLOAT_TENSORS)
+        return graph
+
+    def _recaptured(self) -> fx.GraphModule:
+        """The network's graph, whose constants are to be loaded; captured once, because that takes seconds."""
+        if self._structure is None:
+            structure = self._capture()
+            for buffer in structure.buffers():
+                _forget(buffer)
+            self._structure = structure
+        return copy.deepcopy(self._structure)
+
+    def _capture(self) -> fx.GraphModule:
+        # The model is made for its graph alone: its memory is the graph's, then the run's tensors take their place.
+        model = create_model(self.manifest.model, load_weights=False)
+        graph = capture(model, self.manifest.data.input_size, share=True)
+        del model
+        # torch.export's programs are cyclic garbage that holds on to the weights.
+        gc.collect()
+        if fingerprint(graph) != self.manifest.graph_fingerprint:
+            made, here = self.manifest.versions, installed_versions()
+            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v]
+            raise InputError(
+                f"the model's graph is not the calibrated one (changed since: {', '.join(changed) or 'no version'})",
+                where=self.path,
+                mend="install the versions named in the manifest, or calibrate again",
+            )
+        return graph
+
+    def float_network(self) -> nn.Module:
+        """`(B, C, H, W) float32 -> logits (B, K) float32`, in eval mode."""
+        return self.captured()
+
+    def quantized_graph(self, captured: fx.GraphModule | None = None) -> QuantizedGraph:
+        """The fake-quantized network, from `quantized.safetensors` alone, in Mode.QUANTIZE.
+
+        Args:
+            captured: what `captured` gave, to save its making; it is used up: its constants become the quantized network's.
+
+        Raises:
+            InputError: the tensors do not fit the graph.
+        """
+        path = self.file(QUANTIZED_TENSORS)
+        graph = self._recaptured() if captured is None else captured
+        tensors, _ = read_tensors(path)
+        recipe = self.manifest.recipe
+        bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+        network = insert_quantizers(graph, bits)
+        replaced = {w.constant for w in network.weights.values()}
+        kept = [name for name, _ in graph.named_buffers() if name not in replaced]
+        _load_constants(graph, kept, tensors, path)
+        for name in replaced:
+            _forget(graph.get_buffer(name))
+        load_quantizers(network, self.manifest.quantizers, tensors, path)
+        for bias in network.biases.values():
+            load_bias(bias, tensors.get(bias.constant), path)
+        network.set_mode(Mode.QUANTIZE)
+        return network
+
+    def fake_quant_network(self) -> nn.Module:
+        """The network whose predictions the deployed file must give: `(B, C, H, W) float32 -> logits (B, K) float32`."""
+        return self.quantized_graph().module
+
+
+def _load_constants(
+    graph: fx.GraphModule, names: Iterable[str], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    for name in names:
+        buffer = graph.get_buffer(name)
+        value = tensors.get(name)
+        if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
+            found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+            raise InputError(
+                f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
+                where=path,
+                mend=_MEND,
+            )
+        buffer.set_(value)  # type: ignore[call-overload]
+
+
+def _forget(weight: Tensor) -> None:
+    """Free a constant's memory; whoever reads it all the same gets NaN, or 0 where it holds integers."""
+    nothing = torch.full((), torch.nan if weight.is_floating_point() else 0, dtype=weight.dtype)
+    weight.set_(nothing.expand(weight.shape))  # type: ignore[call-overload]
+
+
+def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
+    """The integer side of all quantizers of a calibrated network."""
+    records = [
+        QuantizerRecord(
+            name=a.name,
+            kind="activation",
+            slice=slice_of[a.name],
+            bits=a.bits,
+            grid=a.grid.value,
+            lo=a.levels.lo,
+            hi=a.levels.hi,
+        )
+        for a in network.activations.values()
+    ]
+    for w in network.weights.values():
+        records.append(
+            QuantizerRecord(
+                name=w.name,
+                kind="weight",
+                slice=slice_of[w.name],
+                bits=w.bits,
+                grid="symmetric",
+                lo=w.levels.lo,
+                hi=w.levels.hi,
+                axis=0,
+                constant=w.constant,
+            )
+        )
+    return records
+
+
+def quantizer_tensors(quantizers: Sequence[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
+    """Scales, offsets and codes under the names that `load_quantizers` reads."""
+    tensors: dict[str, Tensor] = {}
+    for quantizer in quantizers:
+        tensors[f"{quantizer.name}.scale"] = quantizer.scale
+        if isinstance(quantizer, WeightQuantizer):
+            tensors[f"{quantizer.name}.codes"] = quantizer.codes
+        else:
+            tensors[f"{quantizer.name}.offset"] = quantizer.offset
+    return tensors
+
+
+def load_quantizers(
+    network: QuantizedGraph, records: list[QuantizerRecord], tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Set every quantizer of a network from records and tensors.
+
+    Raises:
+        InputError: a quantizer is missing, unknown, or its tensors have another shape, dtype or range.
+    """
+    quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
+    unknown = {r.name for r in records} ^ set(quantizers)
+    if unknown:
+        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, mend=_MEND)
+    for record in records:
+        load_quantizer(quantizers[record.name], record, tensors, path)
+
+
+def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
+    """Set the quantized network's bias.
+
+    Raises:
+        InputError: it is missing, or has another shape or dtype, or is not finite.
+    """
+    if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
+        raise InputError(f"{bias.name} does not fit the graph", where=path, mend=_MEND)
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{bias.name} is not finite", where=path, mend=_MEND)
+    bias.value.copy_(value)
+
+
+def load_quantizer(
+    quantizer: ActivationQuantizer | WeightQuantizer,
+    record: QuantizerRecord,
+    tensors: dict[str, Tensor],
+    path: Path,
+) -> None:
+    """Set one quantizer; see `load_quantizers`."""
+    try:
+        quantizer.levels = Levels(record.lo, record.hi)
+    except ValueError as error:
+        raise InputError(f"{record.name}: {error}", where=path, mend=_MEND) from error
+    for key, value in quantizer_tensors([quantizer]).items():
+        found = tensors.get(key)
+        if found is None or found.shape != value.shape or found.dtype != value.dtype:
+            shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise InputError(
+                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, mend=_MEND
+            )
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise InputError(f"{key} is not finite", where=path, mend=_MEND)
+        # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
+        value.set_(found.to(value.device))  # type: ignore[call-overload]
+    if not bool((quantizer.scale > 0).all()):
+        raise InputError(f"{record.name}.scale is not positive", where=path, mend=_MEND)
+    if isinstance(quantizer, ActivationQuantizer):
+        quantizer.grid = Grid(record.grid)
+    elif quantizer.codes.min() < record.lo or quantizer.codes.max() > record.hi:
+        raise InputError(f"{record.name}.codes leave [{record.lo}, {record.hi}]", where=path, mend=_MEND)

@@ -1,0 +1,1 @@
+"""Integer codes of two executions, quantizer by quantizer."""

@@ -1,0 +1,62 @@
+"""Weights as they are deployed: codes counted, and the noise that quantizing added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ospq_export.formats import integer as q
+from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.tensors import read_tensors
+from ospq_export.validate.codes.locate import Power
+
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
+
+
+class WeightComparison(BaseModel):
+    """One weight's codes against the float weight.
+
+    Attributes:
+        sqnr: signal-to-quantization-noise ratio, dB.
+        histogram: how often each of the codes -128 .. 127 occurs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    slice: str
+    bits: int
+    sqnr: float
+    histogram: list[int]
+
+
+def weight_comparisons(run: Run) -> list[WeightComparison]:
+    """Every weight of a run, in graph order; from its two tensor files alone.
+
+    Raises:
+        InputError: a tensor file cannot be read.
+    """
+    integers, _ = read_tensors(run.file(QUANTIZED_TENSORS))
+    floats, _ = read_tensors(run.file(FLOAT_TENSORS))
+    result = []
+    for record in run.manifest.quantizers:
+        if record.kind != "weight" or record.constant is None:
+            continue
+        codes, weight = integers[f"{record.name}.codes"], floats[record.constant]
+        scale = q.per_channel(integers[f"{record.name}.scale"], weight.dim())
+        power = Power()
+        power.add(weight, q.dequantize(codes.to(scale.dtype), scale))
+        counts = np.bincount(codes.flatten().long().numpy() + 128, minlength=256)
+        result.append(
+            WeightComparison(
+                name=record.name,
+                slice=run.manifest.slices[record.slice].name,
+                bits=record.bits,
+                sqnr=power.decibel,
+                histogram=counts.tolist(),
+            )
+        )
+    return result

@@ -1,0 +1,1 @@
+"""Executions of a network: what runs, where, and on which file."""

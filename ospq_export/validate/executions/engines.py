@@ -1,0 +1,147 @@
+"""TensorRT and TensorRT-RTX engines: two packages with the same API; tensors live in torch's CUDA memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ospq_export.errors import InputError
+from ospq_export.runs.files import sha256
+from ospq_export.validate.executions.backends import FloatArray
+
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+ENGINE, SIDECAR = "model.engine", "model.engine.json"
+
+
+class EngineBackend:
+    """A serialized engine on the current CUDA device, in fixed batches."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Deserialize an engine.
+
+        Args:
+            name: a key of `PACKAGES`, also how the report calls it.
+            path: the engine; its sidecar lies beside it as <file>.json.
+
+        Raises:
+            InputError: no file, package or GPU; a sidecar that belongs to another engine; an engine that does not load.
+        """
+        self.name, self.path = name, path
+        trt = _package(name)
+        _check_gpu(name)
+        sidecar = _sidecar(path)
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise InputError(
+                f"{PACKAGES[name]} {trt.__version__} cannot load the engine",
+                where=path,
+                mend="build it again on this machine: engines are tied to a GPU and a version",
+            )
+        self.context = self.engine.create_execution_context()
+        tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        inputs = [t for t in tensors if self.engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
+        outputs = [t for t in tensors if t not in inputs]
+        self.input, self.output = inputs[0], outputs[0]
+        fixed = int(self.engine.get_tensor_shape(self.input)[0])
+        self.fixed_batch = fixed if fixed > 0 else None
+        self.batch_size = int(self.engine.get_tensor_profile_shape(self.input, 0)[2][0])
+        self.detail = {
+            "runtime": f"{PACKAGES[name]} {trt.__version__}",
+            "device": torch.cuda.get_device_name(),
+            "file": path.name,
+            "bytes": str(path.stat().st_size),
+            **{
+                f"sidecar.{key}": str(value) for key, value in sidecar.items() if isinstance(value, str | int)
+            },
+        }
+
+    def __call__(self, images: FloatArray) -> FloatArray:
+        """Logits (B, K) float32 of images (B, C, H, W) float32."""
+        x = torch.from_numpy(images).cuda()
+        parts = [self._run(part) for part in x.split(self.batch_size)]
+        result: FloatArray = torch.cat(parts).float().cpu().numpy()
+        return result
+
+    def _run(self, part: torch.Tensor) -> torch.Tensor:
+        count = len(part)
+        if self.fixed_batch is not None and self.fixed_batch > count:
+            part = torch.cat([part, part.new_zeros(self.fixed_batch - count, *part.shape[1:])])
+        part = part.contiguous()
+        self.context.set_input_shape(self.input, tuple(part.shape))
+        out = torch.empty(tuple(self.context.get_tensor_shape(self.output)), device="cuda")
+        self.context.set_tensor_address(self.input, part.data_ptr())
+        self.context.set_tensor_address(self.output, out.data_ptr())
+        stream = torch.cuda.current_stream()
+        if not self.context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError(f"{self.name} failed to execute {self.path}")
+        stream.synchronize()
+        return out[:count]
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(PACKAGES[name])
+    except ImportError as error:
+        raise InputError(
+            f"the package {PACKAGES[name]} is not installed",
+            where=f"execution {name!r}",
+            mend=f"pip install 'ospq-export[{name}]'",
+        ) from error
+
+
+def _check_gpu(name: str) -> None:
+    if not torch.cuda.is_available():
+        raise InputError(
+            "no CUDA device is usable",
+            where=f"execution {name!r}",
+            mend="run on a machine with an NVIDIA GPU",
+        )
+
+
+def check_engine(name: str, folder: Path) -> None:
+    """Hold a named engine execution to this machine and to the run.
+
+    Raises:
+        InputError: no package, no GPU, or no engine that is the one its sidecar describes.
+    """
+    _package(name)
+    _check_gpu(name)
+    engine_file(folder)
+
+
+def engine_file(folder: Path) -> Path:
+    """The run's engine.
+
+    Raises:
+        InputError: it has none, or one that is not the file its sidecar describes.
+    """
+    path = folder / ENGINE
+    if not path.is_file():
+        raise InputError(f"the run has no {ENGINE}", where=folder, mend="build an engine with `export` first")
+    _sidecar(path)
+    return path
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    beside = path.parent / f"{path.name}.json"
+    try:
+        values = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the engine's sidecar cannot be read: {error}", where=beside, mend="build the engine again"
+        ) from error
+    source = Path(str(values.get("onnx", "model.onnx"))).name if isinstance(values, dict) else ""
+    claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}
+    for key, file in claims.items():
+        if key in values and (not file.is_file() or sha256(file) != values[key]):
+            raise InputError(
+                f"{file.name} is not the one that the sidecar describes",
+                where=beside,
+                mend="build the engine again",
+            )
+    return dict(values)

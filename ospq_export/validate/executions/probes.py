@@ -1,0 +1,104 @@
+"""The exported file with its inner tensors as outputs: codes of every quantizer, the tensor at the end of every slice.
+
+The file itself stays as it is; a copy in memory gets more outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ospq_export.errors import InputError
+from ospq_export.onnx.shapes import hollow, infer_shapes
+
+FloatArray = NDArray[np.float32]
+Tensors = Mapping[str, NDArray[Any]]
+CODES, OUTPUT = ".codes", ".output"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """An exported file, opened with its inner tensors as outputs.
+
+    Attributes:
+        run: images (B, C, H, W) float32 -> tensors by name; the logits are called `logits`.
+        names: the inner tensors, "<quantizer>.codes" and "<slice>.output".
+        batch_size: fixed, or None.
+        half: whether the file computes in FP16 between its integer operators.
+    """
+
+    run: Callable[[FloatArray], Tensors]
+    names: frozenset[str]
+    logits: str
+    half: bool
+    batch_size: int | None = None
+
+
+def read_proto(path: Path) -> Any:
+    """An ONNX file as a protobuf; external data stays where it is.
+
+    Raises:
+        InputError: missing, truncated, or not ONNX.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        # protobuf's errors have no public common base.
+        raise InputError(
+            f"the file is not readable ONNX: {type(error).__name__}", where=path, mend="export the run again"
+        ) from error
+    if not proto.graph.node:
+        raise InputError("the file holds no network", where=path, mend="export the run again")
+    return proto
+
+
+def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider: str) -> Probed:
+    """Open a file so that it returns the wanted inner tensors that it has.
+
+    Args:
+        path: what `export` wrote.
+        wanted: names of inner tensors.
+        optimize: with ONNX Runtime's graph optimisations or without.
+        provider: "cpu", "cuda" or "tensorrt".
+
+    Raises:
+        InputError: the file cannot be loaded, or the provider is not there.
+    """
+    from onnx import TensorProto, helper
+
+    from ospq_export.validate.executions.backends import open_session
+
+    proto = read_proto(path)
+    types = {o: n.op_type for n in proto.graph.node for o in n.output}
+    present = [name for name in types if name in wanted]
+    logits = proto.graph.output[0].name
+    half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
+        n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
+    )
+    known = _element_types(proto, path)
+    for name in present:
+        kind = known.get(name, TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT)
+        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    session = open_session(proto.SerializeToString(), path, optimize=optimize, provider=provider)
+    feed, outputs = session.get_inputs()[0].name, [logits, *present]
+
+    def run(images: FloatArray) -> Tensors:
+        return dict(zip(outputs, session.run(outputs, {feed: images}), strict=True))
+
+    size = session.get_inputs()[0].shape[0]
+    return Probed(run, frozenset(present), logits, half, size if isinstance(size, int) else None)
+
+
+def _element_types(proto: Any, path: Path) -> dict[str, int]:
+    """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
+    bare = hollow(proto)
+    del bare.graph.value_info[:]
+    inferred = infer_shapes(bare, path).graph.value_info
+    return {v.name: v.type.tensor_type.elem_type for v in inferred}

@@ -1,0 +1,1 @@
+"""The report: its model, and what it is shown as."""

@@ -1,0 +1,175 @@
+"""report.md and report.html: what report.json and the manifest say, for people; one self-contained file each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospq_export.runs.files import replacing
+from ospq_export.validate.report.model import image_lines
+from ospq_export.validate.report.thumbnails import thumbnails
+from ospq_export.validate.verdict import worst_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from ospq_export.data import ImageSet
+    from ospq_export.runs.manifest import Manifest
+    from ospq_export.runs.run import Run
+    from ospq_export.validate.parity import Comparison, Flip
+    from ospq_export.validate.report.model import Report
+
+_ClassRow = tuple[str, float | None, float | None]
+MARKDOWN, HTML = "report.md", "report.html"
+_MARKS = {"met": "good", "missed": "bad", "open": "open"}
+_THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
+
+
+def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
+    """Write report.md and report.html into the run directory.
+
+    Args:
+        run: what was validated.
+        report: the outcome.
+        images: what it was validated on; flipped ones are shown.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    context = _context(run.manifest, report)
+    _write(run.path / MARKDOWN, "report.md.jinja", context)
+    shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
+    context |= {
+        "plots": _plots(run.manifest, report, context["classes"]),
+        "pictures": thumbnails(images, shown),
+    }
+    _write(run.path / HTML, "report.html.jinja", context)
+    return run.path / HTML
+
+
+def _write(path: Path, template: str, context: Mapping[str, Any]) -> None:
+    text = _environment().get_template(template).render(context)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("ospq_export.validate.report"),
+        autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+        "kib": lambda count: f"{count / 1024:,.0f}",
+        "number": _number,
+        "headline": lambda text: text.partition(": ")[0],
+        "finding": lambda text: text.partition(": ")[2],
+    }
+    return environment
+
+
+def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
+    rows = _class_rows(report)
+    return {
+        "report": report,
+        "image_lines": image_lines(report),
+        "manifest": manifest,
+        "marks": _MARKS,
+        "worst": worst_of(report.verdict.faithful, report.verdict.accuracy),
+        "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
+        "compared": {c.deployed: c for c in report.comparisons},
+        "latencies": _latencies(report),
+        "batch_sizes": sorted({x.batch_size for x in report.latencies}),
+        "flips": [_Flips(c, report.class_names) for c in report.comparisons if c.flips],
+        "classes": rows[:_CLASSES],
+        "all_classes": len(rows),
+        "recipe_json": json.dumps(manifest.recipe.model_dump(mode="json"), indent=2),
+        "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
+        "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
+    }
+
+
+def _number(value: float | None, form: str = "%.2f") -> str:
+    return "" if value is None else form % value
+
+
+class _Flips:
+    """The flips of one execution, with the names of their classes."""
+
+    def __init__(self, comparison: Comparison, names: Sequence[str]) -> None:
+        self.deployed, self.total = comparison.deployed, len(comparison.flips)
+        self.listed = comparison.flips[:_LISTED_FLIPS]
+        self.names = names
+
+    def name(self, label: int) -> str:
+        """A class's name, or its index; nothing for an image without a label."""
+        return _class_name(self.names, label)
+
+    def kind(self, flip: Flip) -> str:
+        """What the flip did to the prediction."""
+        if flip.label < 0:
+            return ""
+        if flip.deployed == flip.label:
+            return "fixed"
+        return "lost" if flip.reference == flip.label else "wrong both times"
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    if label < 0:
+        return ""
+    return names[label] if label < len(names) else str(label)
+
+
+def _latencies(report: Report) -> dict[str, dict[int, Any]]:
+    rows: dict[str, dict[int, Any]] = {}
+    for latency in report.latencies:
+        rows.setdefault(latency.name, {})[latency.batch_size] = latency
+    return rows
+
+
+def _class_rows(report: Report) -> list[_ClassRow]:
+    """(class, change by quantization, change by the deployment that changes it most), the most changed first; points."""
+    quantized = {c.label: c for c in report.quantization.classes} if report.quantization else {}
+    deployed: dict[int, float] = {}
+    for change in (c for comparison in report.comparisons for c in comparison.classes):
+        points = change.deployed - change.reference
+        deployed[change.label] = max(deployed.get(change.label, 0.0), points, key=abs)
+    rows = []
+    for label in sorted({*quantized, *deployed}):
+        by_bits = quantized[label].deployed - quantized[label].reference if label in quantized else None
+        rows.append((_class_name(report.class_names, label), by_bits, deployed.get(label)))
+    return sorted(rows, key=lambda r: -max(abs(r[1] or 0), abs(r[2] or 0)))
+
+
+def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> dict[str, Any]:
+    """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
+    from ospq_export.validate.report import plots
+
+    location = report.locations[0] if report.locations else None
+    found: dict[str, Any] = {
+        "margins": [(c, svg) for c in report.comparisons if (svg := plots.margin_plot(c)) is not None],
+        "sqnr": [(x, plots.sqnr_plot(x)) for x in report.locations],
+        "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
+        "activations": None,
+        "weights": None,
+        "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
+        "losses": plots.loss_plot(manifest.slices),
+        "classes": plots.class_plot(classes) if classes else None,
+    }
+    if location and location.quantizers:
+        worst = sorted(location.quantizers, key=lambda q: q.sqnr)[:_WORST]
+        found["activations"] = plots.histogram_plot(worst, "activation codes")
+    if report.weights:
+        weights = sorted(report.weights, key=lambda w: w.sqnr)[:_WORST]
+        found["weights"] = plots.histogram_plot(weights, "weight codes")
+    return found

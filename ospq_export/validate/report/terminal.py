@@ -1,0 +1,106 @@
+"""The report in the terminal: the verdicts first, then the executions, then what is worth a line."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ospq_export.validate.report.model import BackendResult, Report, image_lines
+from ospq_export.validate.verdict import Outcome
+
+_SHOWN_FLIPS = 5
+_STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open": "bold yellow"}
+
+
+def render(report: Report) -> Group:
+    """The verdicts and notes, the table of executions, flipped images, criteria."""
+    lines = [
+        *_baseline_lines(report),
+        *_flip_lines(report),
+        *_left_out_lines(report),
+        *_criterion_lines(report),
+    ]
+    return Group(*verdict_lines(report), _table(report), *lines)
+
+
+def verdict_lines(report: Report) -> list[Text]:
+    """The first lines of every form of the report."""
+    verdict = report.verdict
+    outcomes = [verdict.faithful.outcome, verdict.accuracy.outcome]
+    styles = [*(_STYLES[outcome] for outcome in outcomes), *["yellow"] * (len(verdict.text) - len(outcomes))]
+    return [Text(line, style=style) for line, style in zip(verdict.text, styles, strict=True)]
+
+
+def _table(report: Report) -> Table:
+    references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
+    table = Table(
+        title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
+        caption=f"percent; ± Top-1, agreement and flips: against {references or 'nothing'}",
+    )
+    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
+        table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
+    for result in report.backends:
+        table.add_row(*_row(result, report))
+    return table
+
+
+def _row(result: BackendResult, report: Report) -> list[str]:
+    c = next((c for c in report.comparisons if c.deployed == result.name), None)
+    numbers = ["", "", ""]
+    if c is not None:
+        numbers = [_number(c.top1_difference, "+.2f"), f"{c.agreement:.2f}", str(len(c.flips))]
+    accuracies = [_number(result.top1, ".2f"), _number(result.top5, ".2f")]
+    return [result.name, *accuracies, *numbers, f"{result.images_per_second:.0f}"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _baseline_lines(report: Report) -> list[Text]:
+    if report.baseline is None:
+        return []
+    other, lines = report.baseline, []
+    for c in other.comparisons:
+        text = f"  {c.deployed}: {c.agreement:.2f} % agreement with {other.run} ({other.recipe})"
+        if c.mcnemar is not None:
+            text += (
+                f", {c.top1_difference:+.2f} points of Top-1 against it; right here only: {c.mcnemar.only_deployed}, "
+                f"right there only: {c.mcnemar.only_reference}, McNemar p = {c.mcnemar.p_value:.3g}"
+            )
+        lines.append(Text(text))
+    return lines
+
+
+def _flip_lines(report: Report) -> list[Text]:
+    lines = []
+    for comparison in report.comparisons:
+        for flip in comparison.flips[:_SHOWN_FLIPS]:
+            label = f", label {flip.label}" if report.labelled else ""
+            lines.append(
+                Text(
+                    f"  {comparison.deployed} flips {flip.id}: {flip.reference} (margin {flip.reference_margin:.3f}) -> "
+                    f"{flip.deployed} (margin {flip.deployed_margin:.3f}){label}"
+                )
+            )
+        if len(comparison.flips) > _SHOWN_FLIPS:
+            lines.append(Text(f"  ... and {len(comparison.flips) - _SHOWN_FLIPS} more, all in report.json"))
+    return lines
+
+
+def _left_out_lines(report: Report) -> list[Text]:
+    lines = [Text(f"  {line}", style="yellow") for line in image_lines(report)]
+    lines += [
+        Text(f"  {name} left out: {why}", style="dim") for name, why in report.executions_skipped.items()
+    ]
+    if report.skipped:
+        shown = ", ".join(report.skipped[:_SHOWN_FLIPS])
+        lines.insert(0, Text(f"  {len(report.skipped)} images could not be read: {shown}", style="yellow"))
+    return lines
+
+
+def _criterion_lines(report: Report) -> list[Text]:
+    return [
+        Text(f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}") for c in report.verdict.criteria
+    ]

@@ -1,0 +1,1 @@
+"""What the process runs on: other processes, threads, processor, memory, room on the disk."""

@@ -1,0 +1,260 @@
+"""What can be known before the work starts: room on the disk, memory, folders that cannot be written.
+
+A run is refused only where it is certain to fail; where it is likely to, a warning says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.models.timm import ModelSpec
+
+log = logging.getLogger(__name__)
+
+# Files that will be written are counted with this share of their estimate where that decides on a refusal.
+CERTAIN = 0.8
+
+
+# What protobuf allows one message to have, less room for those who read a file and write it again with more in it: the shapes of
+# all inner tensors, more outputs, another graph of the same weights.
+ONNX_BYTES = (1 << 31) - 1 - (1 << 26)
+
+
+def gigabytes(amount: float) -> str:
+    """Bytes for people, "0.6 GB"; small amounts keep two digits."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e9:.2g} GB"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself where it exists, or the nearest folder above it that does."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that may be written to the file system on which a path lies or will lie."""
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def check_disk(where: Path, what: str, *, certain: int, likely: int, free: int | None = None) -> None:
+    """Hold what will be written to what there is room for.
+
+    Args:
+        where: the folder that is written to; it need not exist.
+        what: what is written there, as a plural.
+        certain: bytes that are needed at the least.
+        likely: bytes that are expected.
+        free: bytes there are; None asks the file system.
+
+    Raises:
+        InputError: there is not even room for `certain`.
+    """
+    there = free_disk(where) if free is None else free
+    mend = "free some space, or choose another folder"
+    if certain > there:
+        raise InputError(
+            f"{what} take at least {gigabytes(certain)} of disk, {gigabytes(there)} are free",
+            where=where,
+            mend=mend,
+        )
+    if likely > there:
+        log.warning(
+            "%s take about %s of disk, %s are free in %s: %s",
+            what,
+            gigabytes(likely),
+            gigabytes(there),
+            where,
+            mend,
+        )
+
+
+def check_memory(
+    what: str, *, certain: int, likely: int, mend: str, where: str | None = None, available: int | None = None
+) -> None:
+    """Hold what will be held in memory to what is available.
+
+    Args:
+        what: what is held, as a plural.
+        certain: bytes that are needed at the least.
+        likely: bytes that are expected.
+        mend: what to do about it.
+        where: the option to blame.
+        available: bytes there are; None asks the system.
+
+    Raises:
+        InputError: not even `certain` is available.
+    """
+    from ospq_export.world.memory import available_memory
+
+    there = available_memory() if available is None else available
+    if certain > there:
+        raise InputError(
+            f"{what} take at least {gigabytes(certain)} of memory, {gigabytes(there)} are available",
+            where=where,
+            mend=mend,
+        )
+    if likely > there:
+        log.warning(
+            "%s take about %s of memory, %s are available: %s",
+            what,
+            gigabytes(likely),
+            gigabytes(there),
+            mend,
+        )
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Hold a folder that will be made or written to what its place allows.
+
+    Raises:
+        InputError: something above it is a file, or does not let it be written.
+    """
+    found = nearest_folder(path)
+    if not found.is_dir():
+        raise InputError(
+            f"{found} is not a folder", where=f"{option} {path}", mend=f"choose another {option}"
+        )
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{found} cannot be written to", where=f"{option} {path}", mend=f"choose another {option}"
+        )
+
+
+def check_file(path: Path, option: str) -> None:
+    """Hold a file that will be written to what its place allows; its folder has to exist.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    mend = f"choose another {option}"
+    if path.is_dir():
+        raise InputError("cannot be written: it is a folder", where=f"{option} {path}", mend=mend)
+    if not path.absolute().parent.is_dir():
+        raise InputError(
+            f"cannot be written: there is no folder {path.absolute().parent}",
+            where=f"{option} {path}",
+            mend=mend,
+        )
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError("cannot be written: permission denied", where=f"{option} {path}", mend=mend)
+
+
+def check_apart(out: Path, data: Path) -> None:
+    """Keep results out of the folder of images: the next run would take them for a class.
+
+    Raises:
+        InputError: one lies in the other.
+    """
+    result, images = out.resolve(), data.resolve()
+    if result == images or images in result.parents:
+        raise InputError(
+            "the run directory would lie among the images", where=f"--out {out}", mend="choose another --out"
+        )
+
+
+def files_summary(weights: int, quantized: int, most: int) -> str:
+    """One line for people: what the files of a run and of its export will weigh.
+
+    Args:
+        weights: bytes of the float constants.
+        quantized: bytes of the same where the quantized weights are codes of one byte.
+        most: bytes that one ONNX file holds; more lies beside it.
+    """
+    exported = [
+        f"{name} {gigabytes(size)}{' (its weights in a file beside it)' if size > most else ''}"
+        for name, size in (("model.onnx", quantized), ("model_fp32.onnx", weights))
+    ]
+    kept = f"float.safetensors {gigabytes(weights)}, quantized.safetensors {gigabytes(quantized)}"
+    return f"files: {kept}; of an export: {', '.join(exported)}"
+
+
+def network_bytes(spec: ModelSpec) -> int | None:
+    """float32 bytes of a network's parameters, from its structure alone, or None where that cannot be made without them."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
+    except Exception:
+        # A constructor that reads values, or arguments that are wrong: who builds the network in earnest says which.
+        return None
+    return sum(4 * p.numel() for p in model.parameters())
+
+
+def check_calibration(out: Path, weights: int | None) -> None:
+    """Room for a run directory, and for the network in memory.
+
+    Args:
+        out: the run directory; what an interrupted calibration left there counts as written.
+        weights: float32 bytes of the parameters; None where they are not known yet.
+
+    Raises:
+        InputError: there is none.
+    """
+    if weights is None:
+        return
+    there = sum(f.stat().st_size for f in out.iterdir() if f.is_file()) if out.is_dir() else 0
+    # The float weights, then their codes: one byte each.
+    result = max(0, weights + weights // 4 - there)
+    # Each slice's codes, once more, until the calibration is finished; then model_fp32.onnx and model.onnx.
+    exported = weights + weights // 4
+    check_disk(
+        out,
+        f"the run's files, {gigabytes(weights + weights // 4)}, and those of a later export",
+        certain=int(CERTAIN * result),
+        likely=result + weights // 4 + exported,
+    )
+    # Built, captured, and copied when they are written.
+    check_memory(
+        "the network's weights",
+        certain=weights,
+        likely=3 * weights,
+        mend="use a machine with more memory",
+    )
+
+
+def check_images(
+    count: int,
+    size: tuple[int, int, int],
+    budget: int | None,
+    batch_size: int,
+    *,
+    available: int | None = None,
+) -> None:
+    """Memory for the calibration images, which are all decoded at once.
+
+    Args:
+        count: how many.
+        size: channels, height and width in pixels.
+        budget: bytes of host memory for activations, or None.
+        batch_size: of the reconstruction.
+        available: bytes there are; None asks the system.
+
+    Raises:
+        InputError: they do not fit, or the budget cannot hold one batch of images alone.
+    """
+    image = 4 * size[0] * size[1] * size[2]
+    check_memory(
+        f"{count:,} calibration images of {'x'.join(map(str, size))}",
+        certain=count * image,
+        likely=count * image,
+        where="--data",
+        mend="--set calibration_images=N with a smaller N",
+        available=available,
+    )
+    # A slice's data is the images for the float and for the quantized network, and its output: `cost.check_budget`.
+    least = 2 * batch_size * image
+    if budget is not None and budget < least:
+        raise InputError(
+            f"one batch of {batch_size} images takes {least / 1e6:.1f} MB, the budget is {budget / 1e6:.1f} MB",
+            where="--memory-budget",
+            mend="give a larger budget, or lower reconstruction.batch_size",
+        )
