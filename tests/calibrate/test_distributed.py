@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_robust import finished, tiny
+from helpers import finished, tiny
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
-from test_robust import tiny
+from helpers import tiny
 if sys.argv[3] == "interrupted":
     from ospq_export.runs.files import CHECKPOINTS
     from ospq_export.runs.files import QUANTIZED_TENSORS
@@ -55,7 +55,7 @@ def two_processes(tmp_path, out, *overrides, mode="whole"):
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(script), str(Path(__file__).parent), str(out), mode, *overrides]
+    command += [str(script), str(Path(__file__).parents[1]), str(out), mode, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     if mode == "interrupted":
         assert done.returncode != 0 and "interrupted" in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.errors import InputError
-from ospq_export.export import onnx_read
+from ospq_export.onnx import read
 from ospq_export.onnx.lint import lint
 from ospq_export.onnx.read import read_model, values
 from ospq_export.onnx.shapes import hollow, infer_shapes
@@ -85,10 +85,10 @@ def test_large_constants_stay_in_their_file_and_small_ones_are_read(tmp_path: Pa
     path = external(tmp_path / "m.onnx", product())
     model = read_model(path)
     there = {t.name: t for t in model.graph.initializer}
-    assert [name for name, t in there.items() if onnx_read.is_external(t)] == ["codes"]
+    assert [name for name, t in there.items() if read.is_external(t)] == ["codes"]
     for name, expected in weights().items():
         assert np.array_equal(values(there[name], tmp_path), expected), name
-    assert onnx_read.is_external(there["codes"]), "asking for values does not put them into the model"
+    assert read.is_external(there["codes"]), "asking for values does not put them into the model"
     graph = OnnxGraph(model, path)
     assert graph.shapes["w"] == [WIDE, 4 * WIDE] and graph.shapes["y"][1] == 4 * WIDE
     assert np.array_equal(graph.array("codes"), weights()["codes"])
@@ -117,10 +117,10 @@ def test_a_hollow_copy_leaves_the_model_alone() -> None:
     before = model.SerializeToString()
     emptied = hollow(model)
     assert model.SerializeToString() == before
-    small = [t.name for t in emptied.graph.initializer if not onnx_read.is_external(t)]
+    small = [t.name for t in emptied.graph.initializer if not read.is_external(t)]
     assert set(small) == set(weights()) - {"codes"} | {"yes"}
     inner = emptied.graph.node[-1].attribute[0].g.initializer
-    assert [onnx_read.is_external(t) for t in inner] == [True, False]
+    assert [read.is_external(t) for t in inner] == [True, False]
     assert [n.op_type for n in emptied.graph.node] == [n.op_type for n in model.graph.node]
     assert emptied.opset_import == model.opset_import and emptied.ir_version == model.ir_version
 
@@ -159,7 +159,7 @@ def entry(key: str, value: str) -> Callable[[Path], None]:
 
 def another(path: Path) -> None:
     model = onnx.load(str(path), load_external_data=False)
-    model.metadata_props.add(key=onnx_read.DATA_SHA256, value="0" * 64)
+    model.metadata_props.add(key=read.DATA_SHA256, value="0" * 64)
     onnx.save_model(model, str(path))
 
 
@@ -194,7 +194,7 @@ def test_what_is_no_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="not a valid ONNX file: Is a directory"):
         read_model(tmp_path)
     onnx.save_model(product(), str(path))
-    monkeypatch.setattr(onnx_read, "PROTOBUF_BYTES", 100_000)
+    monkeypatch.setattr(read, "PROTOBUF_BYTES", 100_000)
     with pytest.raises(InputError, match="one protobuf message holds 2"):
         read_model(path)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ospq_export.tasks import paired
 from ospq_export.tasks.paired import below, drop_bounds, images_for_drop, images_for_share, share_bounds
-from ospq_export.validate import paired
 
 counts = st.integers(1, 40).flatmap(
     lambda n: st.integers(0, n).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, n - b), st.just(n)))

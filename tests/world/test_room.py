@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tensorrt import RTX
+from helpers import RTX
 from typer.testing import CliRunner
 
 from ospq_export.cli.app import app

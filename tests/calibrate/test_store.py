@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_robust import SPEC, finished, tiny
+from helpers import SPEC, finished, tiny
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.cost import cost_of

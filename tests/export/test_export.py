@@ -253,7 +253,7 @@ def test_an_export_interrupted_while_files_take_their_places(run_copy, monkeypat
 
 @pytest.mark.slow
 def test_no_space_leaves_nothing_half_written(run_copy, monkeypatch):
-    from ospq_export.export import serialize
+    from ospq_export.onnx import serialize
 
     def full(_proto, _tensors, path, _where):
         path.write_bytes(b"the first half")
@@ -269,7 +269,7 @@ def test_no_space_leaves_nothing_half_written(run_copy, monkeypatch):
 def test_streamed_file_is_the_plain_one(tmp_path, finished_runs):
     import onnx_ir
 
-    from ospq_export.export import serialize
+    from ospq_export.onnx import serialize
 
     path = finished_runs["w8a8"] / "model.onnx"
     plain, model = onnx.load(str(path)), onnx_ir.load(str(path))
@@ -291,7 +291,7 @@ def test_streamed_file_is_the_plain_one(tmp_path, finished_runs):
 
 
 def test_a_file_beyond_two_gibibytes_is_refused(tmp_path):
-    from ospq_export.export import serialize
+    from ospq_export.onnx import serialize
 
     class Huge:
         name, dtype, nbytes = "huge", TensorProto.FLOAT, 1 << 31

@@ -1,6 +1,5 @@
 """Engines built ahead of time by TensorRT-RTX, without a GPU; the compiled plan is read back."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,18 +7,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import RTX, SETTINGS
 from typer.testing import CliRunner
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_spec
+from ospq_export.engines import products
 from ospq_export.engines.build import BuildSettings, build, target_members
 from ospq_export.engines.doctor import examine, tiny_model
 from ospq_export.engines.plan import layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product
 from ospq_export.engines.record import EngineRecord, build_engine
 from ospq_export.errors import InputError
-from ospq_export.export import products
 from ospq_export.export.lower import lower
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
@@ -31,11 +31,6 @@ from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import sha256
 from ospq_export.runs.manifest import read_manifest
 
-RTX = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None,
-    reason="TensorRT-RTX is not installed",
-)
-SETTINGS = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM89",))
 NETWORKS = {
     "vit": ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
     "deit": ("deit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),

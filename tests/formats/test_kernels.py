@@ -16,7 +16,7 @@ from ospq_export.calibrate.reconstruct.graphed import Graphed
 from ospq_export.calibrate.reconstruct.learner import Learner, arithmetic
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
 from ospq_export.formats import integer as q
-from ospq_export.graph import fused
+from ospq_export.formats import kernels
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
@@ -41,8 +41,8 @@ def second_slice(small_vit, observed_vit, noise):
 
 def whole(x, scale, levels, offset, kept, grad, via=lambda f: f):
     """Value and gradients of fake quantization as one expression."""
-    out = via(fused.whole_forward)(x, scale, offset, kept, levels.lo, levels.hi)
-    return out, *via(fused.whole_backward)(grad, x, scale, offset, kept, levels.lo, levels.hi)
+    out = via(kernels.whole_forward)(x, scale, offset, kept, levels.lo, levels.hi)
+    return out, *via(kernels.whole_backward)(grad, x, scale, offset, kept, levels.lo, levels.hi)
 
 
 def by_autograd(x, scale, levels, offset, kept, grad):
@@ -83,7 +83,7 @@ def test_compiled_it_is_the_same(caplog):
     for size, offset, drop in ((1000, None, 0.5), (77, torch.tensor(0.3).double(), 0.0)):
         x, grad = torch.randn(2, size, dtype=torch.float64)
         case = (x, torch.tensor(0.2).double(), levels, offset, q.random_kept(x, drop), grad)
-        same(whole(*case, via=fused.compiled), by_autograd(*case))
+        same(whole(*case, via=kernels.compiled), by_autograd(*case))
     assert "not compiled" not in caplog.text
 
 
@@ -92,14 +92,14 @@ def test_without_a_compiler_it_runs_all_the_same(monkeypatch, caplog):
         raise RuntimeError("Cannot find a working triton installation\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    fused.compiled.cache_clear()
+    kernels.compiled.cache_clear()
     try:
-        function = fused.compiled(fused.whole_forward)
+        function = kernels.compiled(kernels.whole_forward)
         for _ in range(2):
             out = function(torch.tensor([0.7, 9.0]), torch.tensor(0.5), None, None, -8, 7)
             assert out.tolist() == [0.5, 3.5]
     finally:
-        fused.compiled.cache_clear()
+        kernels.compiled.cache_clear()
     assert [r.message for r in caplog.records] == [
         "fake quantization is not compiled: Cannot find a working triton installation"
     ]
@@ -253,7 +253,7 @@ def test_every_kind_of_arguments_is_compiled(caplog):
                         )
                         scale = torch.full((1,), 0.1, device="cuda")
                         kept = q.random_kept(x, dropped)
-                        fused.FakeQuantize.apply(x, scale, offset, kept, -8, 7)
+                        kernels.FakeQuantize.apply(x, scale, offset, kept, -8, 7)
     assert "recompile_limit" not in caplog.text and "not compiled" not in caplog.text
 
 

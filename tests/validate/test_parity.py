@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ospq_export.validate import statistics
+from ospq_export.tasks import statistics
 from ospq_export.validate.parity import (
     Collector,
     agreement,

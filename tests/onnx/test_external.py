@@ -11,17 +11,18 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+from helpers import RTX, SETTINGS
 from onnx import TensorProto
-from test_tensorrt import RTX, SETTINGS
 
 from ospq_export.calibrate import calibrate
 from ospq_export.cli.app import app
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
-from ospq_export.export import export, external, serialize
+from ospq_export.export import export
 from ospq_export.export.stage import Extras
 from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.onnx import external, serialize
 from ospq_export.onnx.lint import lint
 from ospq_export.onnx.read import read_model
 from ospq_export.recipes import load_recipe

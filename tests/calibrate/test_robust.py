@@ -1,70 +1,35 @@
 """No run is lost: locks, divergence, what a refused resume says, a full disk, and death at any moment."""
 
 import contextlib
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import computed
+from helpers import SPEC, finished, tiny
 
-from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.lock import LOCK, locked
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
-from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import CHECKPOINTS, MANIFEST
+from ospq_export.runs.files import CHECKPOINTS
 from ospq_export.runs.manifest import Manifest, differences, installed_versions, read_manifest
 from ospq_export.runs.run import quantizer_tensors
 
 CPU = torch.device("cpu")
-SPEC = ModelSpec(
-    name="vit_tiny_patch16_224",
-    kwargs={
-        "img_size": 32,
-        "patch_size": 8,
-        "in_chans": 1,
-        "depth": 2,
-        "num_classes": 5,
-        "embed_dim": 32,
-        "num_heads": 2,
-    },
-)
-SHORT = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8"]
-
-
-def tiny(out, *overrides, seed=0, weights=0, images=0):
-    """Calibrate a network that takes a second or two."""
-    torch.manual_seed(weights)
-    model = create_model(SPEC)
-    config = resolve_data_config(model, SPEC, {})
-    data = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(images))
-    batch = Batch(data, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(16)])
-    recipe = load_recipe("w4a4", [*SHORT, "reconstruction.iterations=6", *overrides])
-    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed)
-
-
-def finished(out):
-    """What two runs that are the same have in common: every byte but times and memory."""
-    manifest = json.loads((out / MANIFEST).read_text())
-    assert manifest["status"] == "calibrated"
-    manifest["slices"] = computed(manifest["slices"])
-    assert sorted(p.name for p in out.iterdir()) == sorted([MANIFEST, *manifest["files"]])
-    return manifest, {name: (out / name).read_bytes() for name in manifest["files"]}
 
 
 def test_one_process_per_folder(tmp_path):
@@ -236,7 +201,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_robust import tiny
+from helpers import tiny
 from ospq_export.errors import InputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[2])
@@ -250,7 +215,7 @@ except InputError as error:
 
 
 def on_a_full_disk(out, limit):
-    code = FULL_DISK.format(tests=os.path.dirname(__file__))  # noqa: PTH120
+    code = FULL_DISK.format(tests=str(Path(__file__).parents[1]))
     return subprocess.run(
         [sys.executable, "-c", code, str(out), str(limit)],
         capture_output=True,
@@ -285,7 +250,7 @@ SERVER = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_robust import tiny
+from helpers import tiny
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
@@ -302,7 +267,7 @@ class Calibrations:
     """Runs calibrations in processes of their own, one after the other."""
 
     def __init__(self):
-        code = SERVER.format(tests=os.path.dirname(__file__))  # noqa: PTH120
+        code = SERVER.format(tests=str(Path(__file__).parents[1]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # noqa: PTH109
         self.server = subprocess.Popen(
             [sys.executable, "-c", code],

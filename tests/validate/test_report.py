@@ -20,12 +20,13 @@ from ospq_export.errors import InputError
 from ospq_export.runs.manifest import OutlierRecord, read_manifest, write_manifest
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
-from ospq_export.validate import Report, plots, render, validate, write_documents
+from ospq_export.validate import Report, render, validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.parity import Flip, margin_histogram
+from ospq_export.validate.report import plots
 from ospq_export.validate.report.thumbnails import data_url
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT = 40
 
 

@@ -1,7 +1,6 @@
 """The other exported files: FP16 around the quantized operators, debug outputs, INT4 storage, uint8 input; and the example."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import RTX
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
@@ -31,10 +31,6 @@ from ospq_export.onnx.lint import lint
 from ospq_export.runs.files import QUANTIZED_TENSORS
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
-
-RTX = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +254,7 @@ def test_example_agrees_with_the_package(run, tmp_path):
     (tmp_path / "images" / "a").mkdir(parents=True)
     path = tmp_path / "images" / "a" / "x.png"
     Image.fromarray(np.rint(array).astype(np.uint8)).save(path)
-    example = Path(__file__).parents[1] / "examples" / "onnx_runtime.py"
+    example = Path(__file__).parents[2] / "examples" / "onnx_runtime.py"
     done = subprocess.run(
         [sys.executable, str(example), str(run.file("model.onnx")), str(path)],
         capture_output=True,
@@ -278,7 +274,7 @@ def test_examples_preprocessing_is_timms(tmp_path, crop, mode):
 
     from ospq_export.data import DataConfig
 
-    spec = spec_from_file_location("example", Path(__file__).parents[1] / "examples" / "onnx_runtime.py")
+    spec = spec_from_file_location("example", Path(__file__).parents[2] / "examples" / "onnx_runtime.py")
     example = module_from_spec(spec)
     spec.loader.exec_module(example)
     config = DataConfig(

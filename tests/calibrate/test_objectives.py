@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.special import softmax
 
-from ospq_export.calibrate import objective
 from ospq_export.calibrate.cost import kept_bytes_per_image
+from ospq_export.calibrate.objectives import objective
 from ospq_export.calibrate.objectives.losses import Objective, channel_weight, kl_divergence, total_variation
 from ospq_export.calibrate.objectives.objective import channel_axis, fisher_weights, objectives
 from ospq_export.calibrate.observe import observe

@@ -1,0 +1,55 @@
+"""What several test modules share besides fixtures; importable from a spawned process as well."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import computed
+
+from ospq_export.calibrate import calibrate
+from ospq_export.data import Batch, resolve_data_config
+from ospq_export.engines.build import BuildSettings
+from ospq_export.engines.products import Product
+from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.recipes import load_recipe
+from ospq_export.runs.files import MANIFEST
+
+RTX = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT-RTX is not installed",
+)
+SETTINGS = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM89",))
+SPEC = ModelSpec(
+    name="vit_tiny_patch16_224",
+    kwargs={
+        "img_size": 32,
+        "patch_size": 8,
+        "in_chans": 1,
+        "depth": 2,
+        "num_classes": 5,
+        "embed_dim": 32,
+        "num_heads": 2,
+    },
+)
+SHORT = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8"]
+
+
+def tiny(out, *overrides, seed=0, weights=0, images=0):
+    """Calibrate a network that takes a second or two."""
+    torch.manual_seed(weights)
+    model = create_model(SPEC)
+    config = resolve_data_config(model, SPEC, {})
+    data = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(images))
+    batch = Batch(data, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(16)])
+    recipe = load_recipe("w4a4", [*SHORT, "reconstruction.iterations=6", *overrides])
+    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed)
+
+
+def finished(out):
+    """What two runs that are the same have in common: every byte but times and memory."""
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["status"] == "calibrated"
+    manifest["slices"] = computed(manifest["slices"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([MANIFEST, *manifest["files"]])
+    return manifest, {name: (out / name).read_bytes() for name in manifest["files"]}
