@@ -4,12 +4,14 @@
 class InputError(Exception):
     """Something the user gave cannot be used; the command line prints it as one line and exits with status 2.
 
+    A setting is named as Python calls it, in backquotes: `batch_size`. The command line puts its option in that place, --batch-size.
+
     Args:
         what: What is wrong, as a clause.
         where: The file, option or name it was found in.
-        mend: What to do about it.
+        fix: What to do about it.
     """
 
-    def __init__(self, what: str, *, where: object = None, mend: str = "") -> None:
+    def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
         line = what if where is None else f"{what} ({where})"
-        super().__init__(" ".join(f"{line}: {mend}".split()) if mend else " ".join(line.split()))
+        super().__init__(" ".join(f"{line}: {fix}".split()) if fix else " ".join(line.split()))

@@ -45,15 +45,15 @@ def check_module(model: nn.Module) -> None:
     """
     name = type(model).__name__
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise InputError("the network is wrapped for several devices", where=name, mend="pass model.module")
+        raise InputError("the network is wrapped for several devices", where=name, fix="pass model.module")
     if hasattr(model, "_orig_mod"):
-        raise InputError("the network is compiled", where=name, mend="pass the module that was compiled")
+        raise InputError("the network is compiled", where=name, fix="pass the module that was compiled")
     training = [path or name for path, module in model.named_modules() if module.training]
     if training:
         raise InputError(
             "the network is in training mode, where dropout and batch statistics are active",
             where=", ".join(training[:3]),
-            mend="call model.eval()",
+            fix="call model.eval()",
         )
     other = [path for path, tensor in model.named_parameters() if tensor.dtype is not torch.float32]
     if other:
@@ -61,7 +61,7 @@ def check_module(model: nn.Module) -> None:
         raise InputError(
             f"{len(other)} parameters are {kind}, not float32",
             where=", ".join(other[:3]),
-            mend="call model.float()",
+            fix="call model.float()",
         )
 
 
@@ -87,17 +87,17 @@ def check_graph(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> N
         raise InputError(
             "the network gives other logits for the same images a second time",
             where=name,
-            mend="take random numbers and dropout out of its forward pass",
+            fix="take random numbers and dropout out of its forward pass",
         )
     if _differ(alone, logits[:1]):
         raise InputError(
             "the logits of an image depend on the other images of its batch",
             where=name,
-            mend="a normalisation by batch statistics needs running ones: track_running_stats=True",
+            fix="a normalisation by batch statistics needs running ones: track_running_stats=True",
         )
     if _differ(graph, logits):
         raise InputError(
-            "the captured graph computes other logits than the network", where=name, mend="report this model"
+            "the captured graph computes other logits than the network", where=name, fix="report this model"
         )
 
 
@@ -107,7 +107,7 @@ def _check_shape(logits: object, model: nn.Module) -> None:
         raise InputError(
             f"the network gives {found}, not one logit per class: (batch, classes)",
             where=type(model).__name__,
-            mend="give it a classifier and a pooling, for example without global_pool=''",
+            fix="give it a classifier and a pooling, for example without global_pool=''",
         )
 
 
@@ -149,8 +149,8 @@ def check_images(images: Tensor) -> int:
     if bool((images.amax((0, 2, 3)) == images.amin((0, 2, 3))).all()):
         raise InputError(
             "all calibration images are of one colour: no range can be found from them",
-            where="--data",
-            mend="give images like those that the network will see",
+            where="`data`",
+            fix="give images like those that the network will see",
         )
     distinct = len(set(image_digests(images.cpu().numpy())))
     if distinct < len(images):

@@ -134,6 +134,6 @@ def check_budget(cost: Cost, budget: int) -> None:
     if cost.batch_bytes > budget:
         raise InputError(
             f"one batch of a slice's activations takes {cost.batch_bytes / 1e6:.1f} MB, the budget is {budget / 1e6:.1f} MB",
-            where="--memory-budget",
-            mend="give a larger budget, or lower reconstruction.batch_size",
+            where="`memory_budget`",
+            fix="give a larger budget, or lower reconstruction.batch_size",
         )

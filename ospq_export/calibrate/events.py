@@ -40,7 +40,7 @@ def json_lines(target: str) -> Events:
             raise InputError(
                 f"cannot be written: {error.strerror or error}",
                 where=target,
-                mend="choose another --log-json",
+                fix="choose another `log_json`",
             ) from error
 
     return write

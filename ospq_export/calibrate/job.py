@@ -155,13 +155,13 @@ class Job:
             raise InputError(
                 f"the interrupted run there was made with another {', '.join(changed)} ({what})",
                 where=self.out,
-                mend="repeat the very same command to resume, or choose another --out",
+                fix="repeat the very same command to resume, or choose another `out`",
             )
         before, now = found.calibration.threads, self.manifest.calibration.threads
         if before not in (None, now):
             log.warning(
                 "the run was begun with %d threads and goes on with %d: the last digits of its sums differ from those of a "
-                "run that is not interrupted; --threads %d avoids it",
+                "run that is not interrupted; `threads` %d avoids it",
                 before,
                 now,
                 before,
@@ -348,5 +348,5 @@ def _parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:
         return kind.model_validate_json(text)
     except ValueError as error:
         raise InputError(
-            "the checkpoint is damaged", where=path, mend="delete this file and run again"
+            "the checkpoint is damaged", where=path, fix="delete this file and run again"
         ) from error

@@ -31,11 +31,11 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(
             "another process is calibrating into this folder",
             where=folder,
-            mend="wait for it, or choose another --out",
+            fix="wait for it, or choose another `out`",
         ) from error
     except OSError as error:
         raise InputError(
-            f"cannot be written: {error.strerror or error}", where=folder, mend="choose another folder"
+            f"cannot be written: {error.strerror or error}", where=folder, fix="choose another folder"
         ) from error
     try:
         yield

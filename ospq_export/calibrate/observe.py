@@ -48,7 +48,7 @@ def observe(
         if not bool(torch.isfinite(values).all()):
             raise InputError(
                 f"the float network's activation {quantizer.name} is not finite on the calibration images",
-                mend="check the checkpoint and the preprocessing",
+                fix="check the checkpoint and the preprocessing",
             )
         quantizer.set_range(
             search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift)

@@ -194,14 +194,14 @@ def check_output_folder(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise InputError("the output is not a folder", where=out, mend="choose another --out")
+        raise InputError("the output is not a folder", where=out, fix="choose another `out`")
     if all(path.name == LOCK or is_temporary(path) for path in out.iterdir()):
         return
     if not (out / MANIFEST).is_file():
-        raise InputError("the output folder is not empty", where=out, mend="choose another --out")
+        raise InputError("the output folder is not empty", where=out, fix="choose another `out`")
     if read_manifest(out).status == "calibrated":
         raise InputError(
-            "the output folder already holds a finished run", where=out, mend="choose another --out"
+            "the output folder already holds a finished run", where=out, fix="choose another `out`"
         )
 
 
@@ -215,8 +215,8 @@ def check_batch(recipe: Recipe, images: int) -> None:
     if settings.iterations > 0 and images < settings.batch_size:
         raise InputError(
             f"{images} calibration images are fewer than a batch of {settings.batch_size}",
-            where="--data",
-            mend=f"give more images, or --set reconstruction.batch_size={images}",
+            where="`data`",
+            fix=f"give more images, or `overrides` reconstruction.batch_size={images}",
         )
 
 
@@ -231,7 +231,7 @@ def check_processes(recipe: Recipe) -> None:
         raise InputError(
             f"a batch of {batch} images cannot be shared evenly by {size} processes",
             where="reconstruction.batch_size",
-            mend=f"--set reconstruction.batch_size={max(1, batch // size) * size}",
+            fix=f"`overrides` reconstruction.batch_size={max(1, batch // size) * size}",
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 import sys
 
 import typer
@@ -27,13 +29,33 @@ for command in (calibrate, export, validate, inspect, lint, doctor, demo):
     app.command()(command)
 
 
+@functools.cache
+def _options() -> dict[str, str]:
+    """What each setting is called on the command line, by its name in Python."""
+    group = typer.main.get_command(app)
+    parameters = (p for command in group.commands.values() for p in command.params)  # type: ignore[attr-defined]
+    return {p.name: max(p.opts, key=len) for p in parameters if p.opts[0].startswith("-")}
+
+
+def with_options(text: str) -> str:
+    """A message of the library with options in place of settings in backquotes."""
+    return re.sub(r"`(\w+)`", lambda found: _options().get(found[1], found[0]), text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return with_options(super().format(record))
+
+
 def main() -> None:
     """Entry point: runs the command line and turns bad input into one line on stderr and exit status 2."""
     # Read when torch loads OpenMP, which no command has done yet.
     wait_passively()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app(standalone_mode=True)
     except InputError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {with_options(str(error))}", err=True)
         sys.exit(2)

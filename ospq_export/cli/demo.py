@@ -93,6 +93,6 @@ def _is_finished(folder: Path, recipe: Recipe, seed: int) -> bool:
         raise InputError(
             "the folder holds a run with other settings",
             where=folder,
-            mend="choose another --out, or delete it",
+            fix="choose another --out, or delete it",
         )
     return True

@@ -12,9 +12,9 @@ def doctor() -> None:
 
     from ospq_export.engines.doctor import examine
 
-    table = Table("", "what", "seen", "mend")
+    table = Table("", "what", "seen", "fix")
     for result in examine():
         table.add_row(
-            "works" if result.works else "no", result.name, escape(result.detail), escape(result.mend)
+            "works" if result.works else "no", result.name, escape(result.detail), escape(result.fix)
         )
     console().print(table)

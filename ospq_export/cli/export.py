@@ -98,7 +98,7 @@ def export(
     uint8 = activation_layout is ActivationLayout.UINT8
     if uint8 and engine is not None:
         raise InputError(
-            "TensorRT takes int8 activations only", where="--activation-layout uint8", mend="leave it out"
+            "TensorRT takes int8 activations only", where="--activation-layout uint8", fix="leave it out"
         )
     extras = Extras(
         fp16=fp16 or engine is not None,
@@ -153,13 +153,13 @@ def export(
 def _refuse_engine_options(options: Mapping[str, object]) -> None:
     given = [name for name, value in options.items() if value]
     if given:
-        raise InputError("only an engine has these", where=", ".join(given), mend="give --engine")
+        raise InputError("only an engine has these", where=", ".join(given), fix="give --engine")
 
 
 def _batches(text: str) -> tuple[int, int, int]:
     parts = text.replace(",", " ").split()
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise InputError(f"{text!r} is not three batch sizes", where="--profile", mend="write it like 1,8,32")
+        raise InputError(f"{text!r} is not three batch sizes", where="--profile", fix="write it like 1,8,32")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 

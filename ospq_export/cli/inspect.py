@@ -64,9 +64,7 @@ def inspect(
 ) -> None:
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
     if out is not None and out.suffix not in (".json", ".png"):
-        raise InputError(
-            "the profile is written as JSON or PNG", where=out, mend="end --out in .json or .png"
-        )
+        raise InputError("the profile is written as JSON or PNG", where=out, fix="end --out in .json or .png")
     compute_with(threads)
     import torch
 

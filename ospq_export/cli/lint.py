@@ -50,6 +50,6 @@ def _table(findings: list[Finding]) -> object:
     table = Table("", "rule", "node", "what", "fix")
     for finding in findings:
         table.add_row(
-            finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.mend
+            finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.fix
         )
     return table

@@ -162,7 +162,7 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
         return numbers
     except ValueError as error:
         raise InputError(
-            f"{text!r} is not a list of numbers", where=option, mend="write it like 0.5,0.5,0.5"
+            f"{text!r} is not a list of numbers", where=option, fix="write it like 0.5,0.5,0.5"
         ) from error
 
 

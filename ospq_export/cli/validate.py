@@ -198,5 +198,5 @@ def _thresholds(**values: float | None) -> Thresholds:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
         raise InputError(
-            first["msg"], where=f"{option} {first['input']}", mend="choose another value"
+            first["msg"], where=f"{option} {first['input']}", fix="choose another value"
         ) from error

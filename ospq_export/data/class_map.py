@@ -58,8 +58,8 @@ def read_class_map(path: Path) -> dict[str, int]:
     return _checked([(class_name(name.strip()), index) for name, index in pairs], path)
 
 
-def _refuse(what: str, path: Path, mend: str = f"write {_FORMS}") -> InputError:
-    return InputError(f"the class map {what}", where=f"--class-map {path}", mend=mend)
+def _refuse(what: str, path: Path, fix: str = f"write {_FORMS}") -> InputError:
+    return InputError(f"the class map {what}", where=f"`class_map` {path}", fix=fix)
 
 
 def _read(path: Path) -> str:

@@ -21,7 +21,7 @@ ClassOrder = Literal["plain", "natural"]
 
 _SHOWN = 6
 _WAYS = (
-    "give --class-map FILE (one name a line), or --class-order plain or natural, as the network was trained"
+    "give `class_map` FILE (one name a line), or `class_order` plain or natural, as the network was trained"
 )
 _AGREE = "folders, plain and natural order agree"
 
@@ -44,7 +44,7 @@ class ClassChoice:
         """Raises InputError where both a map and an order are given."""
         if self.map_file is not None and self.order is not None:
             raise InputError(
-                "--class-map and --class-order are both given", where=self.map_file, mend="give one of them"
+                "`class_map` and `class_order` are both given", where=self.map_file, fix="give one of them"
             )
 
 
@@ -111,14 +111,14 @@ def known_classes(scan: Scan, choice: ClassChoice, known: Classes) -> Classes:
             raise InputError(
                 f"the run has other classes than {said.source}: {difference}",
                 where=known.source or "the manifest",
-                mend="leave the option out, or calibrate again with it",
+                fix="leave the option out, or calibrate again with it",
             )
         logger.warning("the run's classes were numbered by a guess; %s is used: %s", said.source, difference)
         known = said
     elif guessed and said is None:
         logger.warning(
             "the run's classes were numbered in natural order by an earlier version, which did not ask: "
-            "if the network was trained in plain order, give --class-order plain"
+            "if the network was trained in plain order, give `class_order` plain"
         )
     check_folders(scan, known)
     _name_missing(scan, known)
@@ -140,7 +140,7 @@ def check_folders(scan: Scan, classes: Classes) -> None:
         f"{len(strangers)} class folders are not among the run's {len(classes.indices)} classes"
         f" ({classes.source or 'by the manifest'})",
         where=f"{scan.root}: {', '.join(strangers[:_SHOWN])}",
-        mend=f"a class is called {close[0]!r}" if close else "rename or remove them, or give their class map",
+        fix=f"a class is called {close[0]!r}" if close else "rename or remove them, or give their class map",
     )
 
 
@@ -164,10 +164,10 @@ def _from_map(path: Path, classes: int | None) -> Classes:
         )
         raise InputError(
             f"the class map has {len(names)} classes and the network {classes}: {detail}",
-            where=f"--class-map {path}",
-            mend="give one name for each output of the network",
+            where=f"`class_map` {path}",
+            fix="give one name for each output of the network",
         )
-    return Classes(indices, f"--class-map {path}")
+    return Classes(indices, f"class_map={path}")
 
 
 def _from_table(scan: Scan, choice: ClassChoice, outputs: int | None) -> Classes | None:
@@ -189,12 +189,12 @@ def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> 
             raise InputError(
                 f"{what}: nothing tells which folder is which class",
                 where=scan.root,
-                mend="give --class-map FILE, which names every class of the network",
+                fix="give `class_map` FILE, which names every class of the network",
             )
         logger.warning("%s: %s: the run keeps no class names", scan.root, what)
         return Classes()
     if choice.order is not None:
-        return Classes(_numbered(_ordered(scan, choice.order)), f"--class-order {choice.order}")
+        return Classes(_numbered(_ordered(scan, choice.order)), f"class_order={choice.order}")
     _refuse_other_orders(scan)
     return Classes(_numbered(plain_order(scan.names)), _AGREE)
 
@@ -213,7 +213,7 @@ def _ordered(scan: Scan, order: ClassOrder) -> list[str]:
         raise InputError(
             f"natural order does not tell {ties[0]!r} from {ties[1]!r}",
             where=scan.root,
-            mend="give --class-map FILE, or --class-order plain",
+            fix="give `class_map` FILE, or `class_order` plain",
         )
     return natural_order(scan.names) if order == "natural" else plain_order(scan.names)
 
@@ -234,7 +234,7 @@ def _refuse_other_orders(scan: Scan) -> None:
         f"the class folders have two orders{reason}: plain (torchvision) {_excerpt(plain, start)}; "
         f"natural (timm) {_excerpt(natural, start)}",
         where=scan.root,
-        mend=_WAYS,
+        fix=_WAYS,
     )
 
 
@@ -276,7 +276,7 @@ def _said(choice: ClassChoice, known: Classes) -> Classes | None:
         return None
     names = list(known.indices)
     ordered = natural_order(names) if choice.order == "natural" else plain_order(names)
-    return Classes(_numbered(ordered), f"--class-order {choice.order}")
+    return Classes(_numbered(ordered), f"class_order={choice.order}")
 
 
 def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

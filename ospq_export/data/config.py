@@ -88,7 +88,7 @@ def _check_units(**settings: tuple[float, ...]) -> None:
     given = " and ".join(f"{name} {_listed(values)}" for name, values in large.items())
     if max(abs(value) for values in large.values() for value in values) > _WHITE:
         raise ValueError(f"{given}: neither in 0..1 nor in 0..255")
-    scaled = " ".join(f"--{n} {_listed([v / _WHITE for v in values])}" for n, values in large.items())
+    scaled = " ".join(f"`{n}` {_listed([v / _WHITE for v in values])}" for n, values in large.items())
     raise ValueError(f"{given}: above 1, so in units of 0..255; over 255 it is {scaled}")
 
 
@@ -116,7 +116,7 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
     unknown = sorted(given.keys() - set(_OVERRIDES))
     if unknown:
         raise InputError(
-            "no such setting", where=", ".join(unknown), mend=f"choose from {', '.join(_OVERRIDES)}"
+            "no such setting", where=", ".join(unknown), fix=f"choose from {', '.join(_OVERRIDES)}"
         )
     try:
         resolved = resolve_input_data_config(model, {**given, "model_kwargs": spec.kwargs})
@@ -129,5 +129,5 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
     raise InputError(
         f"the preprocessing does not fit: {message}",
         where=spec.name,
-        mend="check --input-size, --mean, --std, --crop-pct, --interpolation, and img_size in --model-kwargs",
+        fix="check `input_size`, `mean`, `std`, `crop_pct`, `interpolation`, and img_size in `model_kwargs`",
     )

@@ -108,7 +108,7 @@ def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
         raise InputError(
             f"no images in this folder{_instead(walk.passed_over)}",
             where=root,
-            mend="give one with images that Pillow opens, jpg, png, webp, tiff, bmp, ...",
+            fix="give one with images that Pillow opens, jpg, png, webp, tiff, bmp, ...",
         )
     if class_from is None:
         _refuse_splits(root, walk.pictures)
@@ -159,7 +159,7 @@ class _Walk:
             raise InputError(
                 f"cannot read this folder: {error.strerror}",
                 where=error.filename,
-                mend="give a folder of images",
+                fix="give a folder of images",
             ) from error
         here = (status.st_dev, status.st_ino)
         if here in above:
@@ -213,7 +213,7 @@ def _classes(
     """
     if "" in pictured:
         raise InputError(
-            "images lie both in class folders and beside them", where=root, mend="move those beside away"
+            "images lie both in class folders and beside them", where=root, fix="move those beside away"
         )
     if class_from is None:
         _refuse_ambiguous(root, pictured)
@@ -229,7 +229,7 @@ def _classes(
         raise InputError(
             f"two folders are called {twice[0]!r}, spelt with other code points",
             where=root,
-            mend="join them, or rename one",
+            fix="join them, or rename one",
         )
     return class_of, list(names), class_from or "first"
 
@@ -253,7 +253,7 @@ def _refuse_ambiguous(root: Path, pictured: Sequence[str]) -> None:
             f"the images lie below the first level, and their classes could be {strange[0].partition('/')[0]!r} or "
             f"{_text(strange[0])!r}, ...",
             where=f"{root}: {', '.join(map(_text, strange[:_SHOWN]))}",
-            mend="say which with --class-from first or --class-from path, or give the folder that holds the classes",
+            fix="say which with `class_from` first or `class_from` path, or give the folder that holds the classes",
         )
     if below:
         logger.warning(
@@ -269,11 +269,11 @@ def _refuse_splits(root: Path, folders: dict[str, list[str]]) -> None:
     held_out = [name for name in top if name.casefold() in _HELD_OUT]
     if (training and held_out) or len(held_out) > 1:
         splits = sorted(training + held_out)
-        choices = " or ".join(f"--data {root / name}" for name in splits)
+        choices = " or ".join(f"`data` {root / name}" for name in splits)
         raise InputError(
             f"this folder holds {' and '.join(f'{name}/' for name in splits)}: these are parts of a data set, not classes",
             where=root,
-            mend=f"say which: {choices} (or --class-from first, if they are classes)",
+            fix=f"say which: {choices} (or `class_from` first, if they are classes)",
         )
 
 

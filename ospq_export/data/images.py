@@ -202,7 +202,7 @@ class ImageSet:
             raise InputError(
                 f"none of {len(order)} images can be read",
                 where=self._name,
-                mend=f"the first is {self._source.ids[order[0]]}",
+                fix=f"the first is {self._source.ids[order[0]]}",
             )
 
     def sample(self, count: int, seed: int, workers: int = 0) -> Batch:
@@ -220,7 +220,7 @@ class ImageSet:
             InputError: Not one image can be read, or none is asked for.
         """
         if count < 1:
-            raise InputError("no images are asked for", where=count, mend="ask for one at least")
+            raise InputError("no images are asked for", where=count, fix="ask for one at least")
         order = np.random.default_rng(seed).permutation(len(self)).tolist()
         # One allocation: joining batches at the end would hold every image twice.
         images = torch.empty(min(count, len(self)), *self.config.input_size)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
-ORIENTATION_IGNORED = "have an EXIF orientation, which is ignored as timm does; --exif applies it"
+ORIENTATION_IGNORED = "have an EXIF orientation, which is ignored as timm does; `exif` applies it"
 ORIENTATION_APPLIED = "have an EXIF orientation, which was applied"
 ALPHA = "have transparent pixels, whose hidden colours are used, as timm does"
 FRAMES = "have several frames, of which the first is used"

@@ -64,7 +64,7 @@ def demo_spec(name: str) -> ModelSpec:
         InputError: There is no such network.
     """
     if name not in NETWORKS:
-        raise InputError("no such demo network", where=name, mend=f"choose from {', '.join(NETWORKS)}")
+        raise InputError("no such demo network", where=name, fix=f"choose from {', '.join(NETWORKS)}")
     return NETWORKS[name].model_copy(update={"checkpoint": str(_asset(f"{name}.safetensors"))})
 
 

@@ -71,7 +71,7 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
         raise InputError(
             f"{settings.product} refuses to build: {_reason(log.messages)}",
             where=onnx_file,
-            mend="`ospq-export lint` names what it cannot take",
+            fix="`ospq-export lint` names what it cannot take",
         )
     if cache is not None and settings.timing_cache is not None:
         with replacing(settings.timing_cache) as temporary:
@@ -94,7 +94,7 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
         raise InputError(
             f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}",
             where=onnx_file,
-            mend="`ospq-export lint` names what it cannot take",
+            fix="`ospq-export lint` names what it cannot take",
         )
     return network
 
@@ -114,7 +114,7 @@ def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> An
     if settings.hardware_compatibility is not None:
         levels = trt.HardwareCompatibilityLevel
         config.hardware_compatibility_level = _member(
-            levels, settings.hardware_compatibility, "--hardware-compatibility"
+            levels, settings.hardware_compatibility, "`hardware_compatibility`"
         )
     _set_targets(config, settings)
     _set_profile(builder, network, config, settings)
@@ -124,7 +124,7 @@ def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> An
 def _member(kind: Any, name: str, option: str) -> Any:
     known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
-        raise InputError(f"{name!r} is not known here", where=option, mend=f"use one of {', '.join(known)}")
+        raise InputError(f"{name!r} is not known here", where=option, fix=f"use one of {', '.join(known)}")
     return getattr(kind, name.upper())
 
 
@@ -140,33 +140,33 @@ def check_settings(settings: BuildSettings) -> None:
     if settings.product is Product.TENSORRT_RTX:
         _check_rtx(settings)
     if settings.hardware_compatibility is not None:
-        _member(trt.HardwareCompatibilityLevel, settings.hardware_compatibility, "--hardware-compatibility")
+        _member(trt.HardwareCompatibilityLevel, settings.hardware_compatibility, "`hardware_compatibility`")
     if settings.workspace_mib is not None and settings.workspace_mib < 1:
-        raise InputError(f"{settings.workspace_mib} MiB", where="--workspace", mend="give 1 or more")
+        raise InputError(f"{settings.workspace_mib} MiB", where="`workspace`", fix="give 1 or more")
     if settings.profile is not None:
         _check_profile(settings.profile)
     if settings.timing_cache is not None:
-        check_file(settings.timing_cache, "--timing-cache")
+        check_file(settings.timing_cache, "`timing_cache`")
 
 
 def _check_rtx(settings: BuildSettings) -> None:
     refused = {
-        "--timing-cache": (
+        "`timing_cache`": (
             settings.timing_cache is not None,
             "TensorRT-RTX measures nothing while it builds: it has no timing cache",
         ),
-        "--version-compatible": (
+        "`version_compatible`": (
             settings.version_compatible,
             "TensorRT-RTX comes without the lean runtime that a version-compatible engine needs",
         ),
-        "--hardware-compatibility": (
+        "`hardware_compatibility`": (
             settings.hardware_compatibility is not None,
-            "TensorRT-RTX builds for the targets that --compute-capability names, whatever the level",
+            "TensorRT-RTX builds for the targets that `compute_capability` names, whatever the level",
         ),
     }
     for option, (given, why) in refused.items():
         if given:
-            raise InputError(why, where=option, mend="leave it out")
+            raise InputError(why, where=option, fix="leave it out")
 
 
 def _check_profile(profile: tuple[int, int, int]) -> None:
@@ -174,8 +174,8 @@ def _check_profile(profile: tuple[int, int, int]) -> None:
     if not 1 <= smallest <= likely <= largest:
         raise InputError(
             f"batches {smallest}, {likely}, {largest} do not rise",
-            where="--profile",
-            mend="write MIN,OPT,MAX",
+            where="`profile`",
+            fix="write MIN,OPT,MAX",
         )
 
 
@@ -190,21 +190,21 @@ def target_members(settings: BuildSettings) -> list[Any]:
     if wanted and not has_targets:
         raise InputError(
             f"{settings.product} builds for the GPU of this machine only",
-            where="--compute-capability",
-            mend="leave it out, or use --engine tensorrt-rtx",
+            where="`compute_capability`",
+            fix="leave it out, or use `engine` tensorrt-rtx",
         )
     if not wanted and not _has_gpu():
         known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")] if has_targets else []
         raise InputError(
             "there is no GPU here to build for",
-            where="--compute-capability",
-            mend=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
+            where="`compute_capability`",
+            fix=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
         )
     if not has_targets:
         return []
     if not wanted:
         return [trt.ComputeCapability.CURRENT]
-    return [_member(trt.ComputeCapability, name, "--compute-capability") for name in dict.fromkeys(wanted)]
+    return [_member(trt.ComputeCapability, name, "`compute_capability`") for name in dict.fromkeys(wanted)]
 
 
 def _set_targets(config: Any, settings: BuildSettings) -> None:
@@ -228,7 +228,7 @@ def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSetting
     if shape[0] != -1:
         if settings.profile is not None and set(settings.profile) != {shape[0]}:
             raise InputError(
-                f"the file has a static batch of {shape[0]}", where="--profile", mend="export a dynamic one"
+                f"the file has a static batch of {shape[0]}", where="`profile`", fix="export a dynamic one"
             )
         return
     batches = settings.profile or (1, 1, 1)
@@ -248,7 +248,7 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
         raise InputError(
             "the timing cache is of another version or GPU",
             where=path,
-            mend="delete it, or choose another file",
+            fix="delete it, or choose another file",
         )
     return cache
 

@@ -22,7 +22,7 @@ class Diagnosis(BaseModel):
         name: what.
         works: whether it did what it is for.
         detail: version and what was seen, or the reason.
-        mend: what to install or do where it does not work.
+        fix: what to install or do where it does not work.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,7 +30,7 @@ class Diagnosis(BaseModel):
     name: str
     works: bool
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine() -> list[Diagnosis]:
@@ -40,13 +40,13 @@ def examine() -> list[Diagnosis]:
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     results = [Diagnosis(name="packages", works=True, detail=versions), _processor()]
     results.append(_tried("torch on CUDA", _torch_cuda, "a GPU with its driver, and torch built for CUDA"))
-    for provider, mend in _PROVIDERS.items():
-        results.append(_tried(f"onnxruntime {provider}", partial(_onnx_runtime, provider), mend))
+    for provider, fix in _PROVIDERS.items():
+        results.append(_tried(f"onnxruntime {provider}", partial(_onnx_runtime, provider), fix))
     for product in Product:
-        mend = f"pip install 'ospq-export[{product}]'"
-        results.append(_tried(f"{product} builds", partial(_builds, product), mend))
+        fix = f"pip install 'ospq-export[{product}]'"
+        results.append(_tried(f"{product} builds", partial(_builds, product), fix))
         results.append(
-            _tried(f"{product} runs", partial(_runs, product), f"{mend}, and a GPU with its driver")
+            _tried(f"{product} runs", partial(_runs, product), f"{fix}, and a GPU with its driver")
         )
     return results
 
@@ -60,7 +60,7 @@ def _processor() -> Diagnosis:
         name="8-bit integer products on the CPU",
         works=found.saturates is False,
         detail=f"{found}; {found.consequence()}",
-        mend=f"ONNX Runtime's session option {PRECISE_KERNELS}=1, a processor with VNNI, or weight_bits=7"
+        fix=f"ONNX Runtime's session option {PRECISE_KERNELS}=1, a processor with VNNI, or weight_bits=7"
         if found.saturates
         else "",
     )
@@ -74,13 +74,13 @@ _PROVIDERS = {
 }
 
 
-def _tried(name: str, attempt: Callable[[], str], mend: str) -> Diagnosis:
+def _tried(name: str, attempt: Callable[[], str], fix: str) -> Diagnosis:
     try:
         return Diagnosis(name=name, works=True, detail=attempt())
     except Exception as error:
         # Whatever a missing driver or library raises is the answer here, not a fault of this program.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Diagnosis(name=name, works=False, detail=reason, mend=mend)
+        return Diagnosis(name=name, works=False, detail=reason, fix=fix)
 
 
 def _torch_cuda() -> str:

@@ -68,7 +68,7 @@ def check_target(out: Path, settings: BuildSettings, *, overwrite: bool) -> None
         InputError: the engine exists, the product is missing, or it cannot build as the settings say.
     """
     if out.exists() and not overwrite:
-        raise InputError("the engine exists", where=out, mend="give --overwrite, or move it away")
+        raise InputError("the engine exists", where=out, fix="give `overwrite`, or move it away")
     check_settings(settings)
 
 

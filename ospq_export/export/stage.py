@@ -94,7 +94,7 @@ def export(
     """
     for size in (batch_size, deploy_batch_size):
         if size is not None and size < 1:
-            raise InputError(f"a batch of {size} images", where="--batch-size", mend="give 1 or more")
+            raise InputError(f"a batch of {size} images", where="`batch_size`", fix="give 1 or more")
     check_folder(path, "RUN")
     run = Run.open(path)
     jobs = _jobs(run, extras or Extras(), batch_size, deploy_batch_size)
@@ -146,7 +146,7 @@ def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
         raise InputError(
             f"{', '.join(there)} of an earlier export {'exists' if len(there) == 1 else 'exist'}",
             where=run.path,
-            mend="give --overwrite, or copy the run directory",
+            fix="give `overwrite`, or copy the run directory",
         )
 
 
@@ -216,8 +216,8 @@ def _int4_job(run: Run, batch_size: int | None) -> _Job:
     if not narrow:
         raise InputError(
             f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",
-            where="--int4",
-            mend="calibrate with weight_bits=4, or leave --int4 out",
+            where="`int4`",
+            fix="calibrate with weight_bits=4, or leave `int4` out",
         )
     return _Job(
         INT4_ONNX, batch_size, passes=(partial(store_int4, weights=narrow),), metadata=(("storage", "int4"),)

@@ -160,7 +160,7 @@ def _unsupported(node: fx.Node, detail: str) -> InputError:
     return InputError(
         f"operator {node.target} cannot be brought into canonical form: {detail}",
         where=f"module {node.meta.get('module_path') or '(root)'}",
-        mend="this model is not supported",
+        fix="this model is not supported",
     )
 
 
@@ -235,6 +235,6 @@ def _with_plain_buffers(module: fx.GraphModule, share: bool) -> fx.GraphModule:
 def _single_output(output: fx.Node) -> fx.Node:
     if len(output.all_input_nodes) != 1:
         raise InputError(
-            "the model returns more than one tensor", mend="choose a model with a single classifier output"
+            "the model returns more than one tensor", fix="choose a model with a single classifier output"
         )
     return output.all_input_nodes[0]

@@ -62,7 +62,7 @@ def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         raise InputError(
             f"the model cannot be captured as one graph: {_first_line(error)}",
             where=_failing_module(model, example) or type(model).__name__,
-            mend="data-dependent control flow cannot be exported; choose another model or rewrite that module",
+            fix="data-dependent control flow cannot be exported; choose another model or rewrite that module",
         ) from error
 
 

@@ -100,7 +100,7 @@ def _expand(node: fx.Node, dependent: set[fx.Node]) -> None:
         raise InputError(
             f"operator {node.target} cannot be written as matrix products: equation {equation}: {error}",
             where=f"module {node.meta.get('module_path') or '(root)'}",
-            mend="this model is not supported",
+            fix="this model is not supported",
         ) from error
     replace_node(node, result)
 

@@ -80,7 +80,7 @@ def slicing_of(graph: fx.Graph, granularity: str | Sequence[str]) -> list[Slice]
         raise InputError(
             f"there is no granularity {granularity!r}",
             where="slicing",
-            mend=f"use auto, {', '.join(named)}, blocks:N, or a list of cut points",
+            fix=f"use auto, {', '.join(named)}, blocks:N, or a list of cut points",
         )
     return blocks_slicing(graph, int(match[1]))
 
@@ -194,14 +194,14 @@ def _explicit(graph: fx.Graph, names: Sequence[str]) -> list[Slice]:
         raise InputError(
             f"the network has no cut point {unknown[0]!r} between its input and its output",
             where="slicing",
-            mend="`ospq-export inspect` lists the cut points",
+            fix="`ospq-export inspect` lists the cut points",
         )
     places = [points.index(name) for name in names]
     if any(b <= a for a, b in itertools.pairwise(places)):
         raise InputError(
             "the cut points are not in the network's order, so slices would overlap",
             where="slicing",
-            mend="list each once, from the input to the output",
+            fix="list each once, from the input to the output",
         )
     bounds = [points[0], *names, points[-1]]
     for start, end in itertools.pairwise(bounds):
@@ -209,7 +209,7 @@ def _explicit(graph: fx.Graph, names: Sequence[str]) -> list[Slice]:
             raise InputError(
                 f"between {start} and {end} there is nothing to quantize",
                 where="slicing",
-                mend="leave one of the two cut points out",
+                fix="leave one of the two cut points out",
             )
     return _numbered([Slice(name_of(graph, a, b), a, b) for a, b in itertools.pairwise(bounds)])
 
@@ -225,4 +225,4 @@ def check_partition(graph: fx.Graph, slices: Sequence[Slice]) -> None:
     work = [n for n in inside if n in set(quantizable_nodes(graph))]
     if gaps or work != quantizable_nodes(graph):
         where = gaps[0] if gaps else "the ends"
-        raise InputError(f"the slices leave a gap or overlap at {where}", mend="cut the network anew")
+        raise InputError(f"the slices leave a gap or overlap at {where}", fix="cut the network anew")

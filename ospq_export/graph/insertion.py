@@ -161,7 +161,7 @@ def _insert_weights(
             continue
         if weight.op != "get_attr":
             raise InputError(
-                f"the weight of {name} is computed from the images", mend="this model is not supported"
+                f"the weight of {name} is computed from the images", fix="this model is not supported"
             )
         node, weight = copies[original], copies[weight]
         if weight not in placed:

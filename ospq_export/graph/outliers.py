@@ -43,7 +43,7 @@ def inject_outliers(
     if not sites:
         raise InputError(
             "no channels of this network can be rescaled freely",
-            mend="outliers can only be injected where linears read a LayerNorm",
+            fix="outliers can only be injected where linears read a LayerNorm",
         )
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
@@ -93,7 +93,7 @@ def twin_state_dict(
             raise InputError(
                 f"{name} is computed from several parameters; it cannot be written back into a state dictionary",
                 where=type(model).__name__,
-                mend="inject the outliers into the captured graph instead",
+                fix="inject the outliers into the captured graph instead",
             )
         state[name] = value.detach().clone()
     return state

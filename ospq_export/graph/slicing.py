@@ -98,7 +98,7 @@ def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
     if start not in names or end not in names:
         missing = start if start not in names else end
         raise InputError(
-            f"the graph has no cut point {missing!r}", mend="the run belongs to another model or version"
+            f"the graph has no cut point {missing!r}", fix="the run belongs to another model or version"
         )
     inner = itertools.islice(graph.nodes, names.index(start) + 1, names.index(end) + 1)
     return list(inner)

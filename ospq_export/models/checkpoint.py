@@ -51,20 +51,20 @@ def read_checkpoint(path: Path) -> list[WeightSet]:
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "give the path of a checkpoint") from error
     if foreign is not None:
-        raise _unreadable(path, f"it is {foreign.what}", foreign.mend)
+        raise _unreadable(path, f"it is {foreign.what}", foreign.fix)
     content = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
     found = list(_sets(content, ""))
     if not found:
         raise InputError(
             f"the checkpoint holds no state dictionary, but {_described(content)}",
             where=path,
-            mend="save model.state_dict(), plain or under the key 'state_dict'",
+            fix="save model.state_dict(), plain or under the key 'state_dict'",
         )
     return found
 
 
-def _unreadable(path: Path, reason: str, mend: str) -> InputError:
-    return InputError(f"the checkpoint cannot be read: {reason}", where=path, mend=mend)
+def _unreadable(path: Path, reason: str, fix: str) -> InputError:
+    return InputError(f"the checkpoint cannot be read: {reason}", where=path, fix=fix)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -108,10 +108,10 @@ def _not_tensors(path: Path, error: Exception) -> InputError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     names = names or re.findall(r"(?:GLOBAL|global|class) '?([\w.]+\.[\w.]+)", str(error))
     if any("distributed" in name for name in names):
-        mend = (
+        fix = (
             "save the whole state dictionary (get_model_state_dict with full_state_dict=True) in one process"
         )
-        return _unreadable(path, f"it holds the shards of a distributed run ({names[0]})", mend)
+        return _unreadable(path, f"it holds the shards of a distributed run ({names[0]})", fix)
     if names:
         shown = ", ".join(dict.fromkeys(names[:3]))
         return _unreadable(path, f"it holds Python objects ({shown}), which are not run", _SAVE)

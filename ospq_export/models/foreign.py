@@ -21,7 +21,7 @@ class Foreign:
     """What a file is, as "it is ..." goes on, and what to do."""
 
     what: str
-    mend: str
+    fix: str
 
 
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -53,9 +53,9 @@ def foreign_file(path: Path) -> Foreign | None:
         head = file.read(_HEAD)
     if not head:
         return Foreign("an empty file", _AGAIN)
-    for magic, what, mend in _MAGIC:
+    for magic, what, fix in _MAGIC:
         if head.startswith(magic):
-            return Foreign(what, mend)
+            return Foreign(what, fix)
     if head[257:262] == b"ustar":
         return Foreign("a tar archive", _UNPACK)
     if head[4:8] == b"TFL3":
@@ -94,13 +94,13 @@ def _cut_short(path: Path, head: bytes) -> Foreign | None:
 def _folder(path: Path) -> Foreign:
     names = {child.name for child in path.iterdir()}
     if any(name.endswith(".distcp") for name in names):
-        mend = "join its shards with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        return Foreign("a folder of distributed shards", mend)
+        fix = "join its shards with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        return Foreign("a folder of distributed shards", fix)
     if "zero_to_fp32.py" in names or any("zero_pp_rank" in name for name in names):
         return Foreign("a folder of DeepSpeed shards", "join them with DeepSpeed's zero_to_fp32.py")
     files = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt")))
-    mend = f"give a file in it: {', '.join(files[:3])}" if files else "give the file of weights"
-    return Foreign("a folder (Is a directory)", mend)
+    fix = f"give a file in it: {', '.join(files[:3])}" if files else "give the file of weights"
+    return Foreign("a folder (Is a directory)", fix)
 
 
 def _archive(path: Path) -> Foreign | None:
@@ -111,11 +111,11 @@ def _archive(path: Path) -> Foreign | None:
         return Foreign("a torch file or zip archive that is cut short or damaged", _AGAIN)
     ends = [name.rsplit("/", 1)[-1] for name in names]
     if "constants.pkl" in ends and any("/code/" in f"/{name}" for name in names):
-        mend = "save torch.jit.load(FILE).state_dict() with torch.save, and give that"
-        return Foreign("a TorchScript archive", mend)
+        fix = "save torch.jit.load(FILE).state_dict() with torch.save, and give that"
+        return Foreign("a TorchScript archive", fix)
     if "archive_format" in ends or "serialized_exported_program.json" in ends:
-        mend = "save torch.export.load(FILE).state_dict with torch.save, and give that"
-        return Foreign("a program of torch.export", mend)
+        fix = "save torch.export.load(FILE).state_dict with torch.save, and give that"
+        return Foreign("a program of torch.export", fix)
     if "data.pkl" in ends:
         return None
     if names and all(name.endswith(".npy") for name in names):
@@ -150,8 +150,8 @@ def _json(path: Path) -> Foreign | None:
         return None
     if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
         files = sorted({str(name) for name in content["weight_map"].values()})
-        mend = "join the files into one: read each with safetensors.torch.load_file, and save all tensors together"
-        return Foreign(f"an index of weights in {len(files)} files ({', '.join(files[:3])})", mend)
+        fix = "join the files into one: read each with safetensors.torch.load_file, and save all tensors together"
+        return Foreign(f"an index of weights in {len(files)} files ({', '.join(files[:3])})", fix)
     return Foreign("a JSON text, not weights", _AGAIN)
 
 

@@ -93,7 +93,7 @@ class Fit:
 
     @property
     def label(self) -> str:
-        """What `--checkpoint-key` calls it: entry and prefix, "." for the plain file."""
+        """What `checkpoint_key` calls it: entry and prefix, "." for the plain file."""
         return ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part) or "."
 
 

@@ -95,10 +95,10 @@ def parse_model_kwargs(text: str) -> dict[str, Any]:
             raise InputError(
                 "a model argument is not name=value",
                 where=part,
-                mend="write them like 'img_size=112 num_classes=10'",
+                fix="write them like 'img_size=112 num_classes=10'",
             )
         if match[1] in kwargs:
-            raise InputError("a model argument is given twice", where=match[1], mend="give it once")
+            raise InputError("a model argument is given twice", where=match[1], fix="give it once")
         kwargs[match[1]] = _literal(match[2], part)
     return kwargs
 
@@ -107,7 +107,7 @@ def _literal(text: str, part: str) -> Any:
     """The Python literal, or the bare word, that `text` is."""
     if text in _NOT_PYTHON:
         raise InputError(
-            "a model argument's value is not Python", where=part, mend=f"write {_NOT_PYTHON[text]}"
+            "a model argument's value is not Python", where=part, fix=f"write {_NOT_PYTHON[text]}"
         )
     try:
         # '112,' is a tuple to Python, but a slip of the one who separates arguments with commas.
@@ -119,7 +119,7 @@ def _literal(text: str, part: str) -> Any:
     raise InputError(
         "a model argument's value is no Python literal",
         where=part,
-        mend="separate arguments by spaces, and put text in quotes",
+        fix="separate arguments by spaces, and put text in quotes",
     )
 
 
@@ -143,8 +143,8 @@ def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
     if spec.checkpoint_key is not None and spec.checkpoint is None:
         raise InputError(
             "there is no checkpoint to take it from",
-            where=f"--checkpoint-key {spec.checkpoint_key}",
-            mend="give the file with --checkpoint",
+            where=f"`checkpoint_key` {spec.checkpoint_key}",
+            fix="give the file with `checkpoint`",
         )
     pretrained = load_weights and spec.pretrained and spec.checkpoint is None
     model = _build_pretrained(spec) if pretrained else _build(spec)
@@ -162,13 +162,13 @@ def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
 def _check_name(name: str) -> None:
     if re.search(r"[:/\\]", name):
         raise InputError(
-            "a model is called by its name in timm", where=name, mend="give local weights with --checkpoint"
+            "a model is called by its name in timm", where=name, fix="give local weights with `checkpoint`"
         )
     if timm.is_model(name):
         return
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-    mend = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
-    raise InputError("timm knows no such model", where=name, mend=mend)
+    fix = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+    raise InputError("timm knows no such model", where=name, fix=fix)
 
 
 def _build(spec: ModelSpec) -> nn.Module:
@@ -176,7 +176,7 @@ def _build(spec: ModelSpec) -> nn.Module:
     reserved = sorted(_RESERVED & spec.kwargs.keys())
     if reserved:
         raise InputError(
-            "not a keyword argument of the network", where=", ".join(reserved), mend="leave it out"
+            "not a keyword argument of the network", where=", ".join(reserved), fix="leave it out"
         )
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
@@ -184,11 +184,11 @@ def _build(spec: ModelSpec) -> nn.Module:
         raise InputError(
             f"{spec.name} cannot be built with these arguments: {first_line(error)}",
             where=_written(spec.kwargs),
-            mend="check --model-kwargs and the name's weight tag",
+            fix="check `model_kwargs` and the name's weight tag",
         ) from error
     # timm counts the outputs of a headless network as 0, and takes negative numbers for it too.
     if getattr(model, "num_classes", 0) < 1:
-        raise InputError("the network has no classifier", where=spec.name, mend="give num_classes=N")
+        raise InputError("the network has no classifier", where=spec.name, fix="give num_classes=N")
     return model
 
 
@@ -202,7 +202,7 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
         raise InputError(
             f"timm's pretrained weights cannot be loaded: {first_line(error)}",
             where=spec.name,
-            mend="check the connection, or give weights with --checkpoint",
+            fix="check the connection, or give weights with `checkpoint`",
         ) from error
     if classes != model.pretrained_cfg["num_classes"]:
         logger.warning("%s: the pretrained weights have another classifier; this one is random", spec.name)
@@ -210,7 +210,7 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
 
 
 def _written(kwargs: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no --model-kwargs"
+    return " ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no `model_kwargs`"
 
 
 def torch_device(name: str) -> torch.device:
@@ -227,6 +227,6 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"device {name!r} cannot be used: {reason}", where="--device", mend="use --device cpu"
+            f"device {name!r} cannot be used: {reason}", where="`device`", fix="use `device` cpu"
         ) from error
     return device

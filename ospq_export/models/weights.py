@@ -26,7 +26,7 @@ class CheckpointRecord(BaseModel):
     Attributes:
         entry: where in the file the weights lay, as a dotted path; "" is the file itself.
         prefix: what was stripped from all names.
-        chosen: "only" where one set of weights fits, "option" by `--checkpoint-key`, "rule" where several fit and timm's rule
+        chosen: "only" where one set of weights fits, "option" by `checkpoint_key`, "rule" where several fit and timm's rule
             decided: moving averages first.
         others: the other sets that fit too and hold other values.
         aside: tensors of the same entry outside the prefix.
@@ -64,7 +64,7 @@ class CheckpointRecord(BaseModel):
         if self.others:
             also = ", ".join(map(repr, self.others))
             taken = ".".join(p for p in (self.entry, self.prefix.rstrip(".")) if p) or "."
-            parts.append(f"{also} would fit as well as {taken!r}: choose with --checkpoint-key")
+            parts.append(f"{also} would fit as well as {taken!r}: choose with `checkpoint_key`")
         lists = {
             "left aside": self.aside,
             "ignored, without effect": self.ignored,
@@ -160,7 +160,7 @@ def _named(
         raise InputError(
             f"the checkpoint has no entry {key or '.'!r}; it has {listed(list(dict.fromkeys(there)), 8)}",
             where=path,
-            mend="choose one of them with --checkpoint-key, or leave it out",
+            fix="choose one of them with `checkpoint_key`, or leave it out",
         )
     return named
 
@@ -207,16 +207,16 @@ def _refusal(nearest: Fit, network: Network, path: Path) -> InputError:
         nearest.prefix
     )
     summary = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items())
-    classes, mend = _classes(nearest, network), "check the model's name and --model-kwargs"
+    classes, fix = _classes(nearest, network), "check the model's name and `model_kwargs`"
     if classes is not None:
         own = network.model.num_classes
         summary = f"only its classifier differs, {classes} classes for the model's {own} ({summary})"
-        mend = f"give num_classes={classes} with --model-kwargs"
+        fix = f"give num_classes={classes} with `model_kwargs`"
     elif problems.keys() == {"missing"} and all(_is_classifier(k, network) for k in problems["missing"]):
         summary = f"it has no classifier ({summary})"
-        mend = "give weights that were trained with one: those of a backbone alone predict nothing"
+        fix = "give weights that were trained with one: those of a backbone alone predict nothing"
     said = f"the checkpoint is not of this model: {' '.join([*where, summary])}"
-    return InputError(said, where=path, mend=mend)
+    return InputError(said, where=path, fix=fix)
 
 
 def _is_classifier(name: str, network: Network) -> bool:
@@ -247,7 +247,7 @@ def check_finite(model: nn.Module, where: str) -> None:
     ]
     if broken:
         raise InputError(
-            f"weights are NaN or infinite: {listed(broken)}", where=where, mend="give sound weights"
+            f"weights are NaN or infinite: {listed(broken)}", where=where, fix="give sound weights"
         )
 
 

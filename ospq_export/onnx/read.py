@@ -58,7 +58,7 @@ def read_model(path: Path) -> Any:
         # protobuf, the checker and the file system each raise their own types.
         _check_external_data(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a valid ONNX file: {reason}", where=path, mend=_AGAIN) from error
+        raise InputError(f"not a valid ONNX file: {reason}", where=path, fix=_AGAIN) from error
     check_external(model, path)
     return model
 
@@ -70,13 +70,13 @@ def _check_size(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"not a valid ONNX file: {error.strerror or error}", where=path, mend="check the path"
+            f"not a valid ONNX file: {error.strerror or error}", where=path, fix="check the path"
         ) from error
     if size > PROTOBUF_BYTES:
         raise InputError(
             f"not a valid ONNX file: it has {size / 2**30:.2f} GiB, one protobuf message holds 2",
             where=path,
-            mend="save the model with external data",
+            fix="save the model with external data",
         )
 
 
@@ -145,7 +145,7 @@ def check_external(model: Any, path: Path) -> None:
             raise InputError(
                 f"the external data {location} has {files[location]:,} bytes, {tensor.name} ends at {end:,}",
                 where=path,
-                mend=_BOTH,
+                fix=_BOTH,
             )
         if _raw_bytes(tensor) <= SMALL_BYTES:
             read = numpy_helper.from_array(numpy_helper.to_array(tensor, str(path.parent)), tensor.name)
@@ -170,7 +170,7 @@ def _place(tensor: Any, path: Path) -> tuple[str, int]:
         raise InputError(
             f"{tensor.name} names external data outside of the file's folder: {location!r}",
             where=path,
-            mend=_AGAIN,
+            fix=_AGAIN,
         )
     try:
         size = _raw_bytes(tensor)
@@ -178,13 +178,13 @@ def _place(tensor: Any, path: Path) -> tuple[str, int]:
     except (ValueError, TypeError) as error:
         # A type of no fixed size, or an offset or a length that is no number.
         raise InputError(
-            f"{tensor.name}'s external data cannot be read: {error}", where=path, mend=_AGAIN
+            f"{tensor.name}'s external data cannot be read: {error}", where=path, fix=_AGAIN
         ) from error
     if offset < 0 or length != size:
         raise InputError(
             f"{tensor.name} has {size:,} bytes, its external data is {length:,} at {offset:,}",
             where=path,
-            mend=_AGAIN,
+            fix=_AGAIN,
         )
     return location, offset + length
 
@@ -203,7 +203,7 @@ def _data_size(path: Path, location: str) -> int:
         return data.stat().st_size
     except OSError as error:
         raise InputError(
-            f"the external data {location} cannot be read: {error.strerror or error}", where=path, mend=_BOTH
+            f"the external data {location} cannot be read: {error.strerror or error}", where=path, fix=_BOTH
         ) from error
 
 
@@ -214,7 +214,7 @@ def _check_digest(path: Path, location: str, wanted: str) -> None:
         raise InputError(
             f"the external data {location} is not the one that the file was written with: its hash differs",
             where=path,
-            mend=_BOTH,
+            fix=_BOTH,
         )
 
 

@@ -57,7 +57,7 @@ def check(proto: Any, tensors: list[Any], where: Path) -> None:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(
-            f"the exported file is not valid ONNX: {error}", where=where, mend="report this model"
+            f"the exported file is not valid ONNX: {error}", where=where, fix="report this model"
         ) from error
     finally:
         del proto.graph.input[declared:]
@@ -95,7 +95,7 @@ def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
         raise InputError(
             f"the file would have {total / 1e9:.2f} GB, one ONNX file holds {MAX_BYTES / 1e9:.2f}",
             where=where,
-            mend="this model is too large",
+            fix="this model is too large",
         )
     proto.ClearField("graph")
     with path.open("wb") as file:

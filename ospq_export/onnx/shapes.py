@@ -35,7 +35,7 @@ def infer_shapes(
         raise InputError(
             f"the ONNX graph's shapes or types contradict each other: {reason}",
             where=where,
-            mend="export it again",
+            fix="export it again",
         ) from error
 
 

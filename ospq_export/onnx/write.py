@@ -130,7 +130,7 @@ def translate(
             (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
         )
         raise InputError(
-            f"the network cannot be written as ONNX: {reason}", mend="this model is not supported"
+            f"the network cannot be written as ONNX: {reason}", fix="this model is not supported"
         ) from error
     assert program is not None
     return program.model
@@ -193,5 +193,5 @@ def check_deployable(proto: Any, where: Path) -> None:
             problem = f"{node.name} without an int8 zero_point of 0"
     if problem is not None:
         raise InputError(
-            f"the exported file cannot be deployed: {problem}", where=where, mend="report this model"
+            f"the exported file cannot be deployed: {problem}", where=where, fix="report this model"
         )

@@ -127,7 +127,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(
             f"recipe value {key!r}: {first['msg']}",
             where=name_or_path,
-            mend="see the packaged recipes for every key",
+            fix="see the packaged recipes for every key",
         ) from error
 
 
@@ -143,7 +143,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     else:
         known = ", ".join(packaged_recipes())
         raise InputError(
-            f"there is no recipe {name_or_path!r}", mend=f"use one of {known}, or the path of a TOML file"
+            f"there is no recipe {name_or_path!r}", fix=f"use one of {known}, or the path of a TOML file"
         )
     try:
         return tomllib.loads(text)
@@ -154,13 +154,13 @@ def _read(name_or_path: str) -> dict[str, Any]:
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise InputError(f"override {override!r} is not of the form key=value", where="--set")
+        raise InputError(f"override {override!r} is not of the form key=value", where="`overrides`")
     *sections, last = key.strip().split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise InputError(f"{section!r} is not a section of a recipe", where=f"--set {override}")
+            raise InputError(f"{section!r} is not a section of a recipe", where=f"`overrides` {override}")
     target[last] = _literal(text.strip())
 
 

@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(
             f"cannot be written: {error.strerror or error}",
             where=path,
-            mend="free some space or choose another folder",
+            fix="free some space or choose another folder",
         ) from error
     finally:
         if temporary is not None:

@@ -220,16 +220,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(
             "not a run directory: it has no manifest.json",
             where=folder,
-            mend="give a folder that `calibrate` wrote",
+            fix="give a folder that `calibrate` wrote",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the manifest cannot be read: {error}", where=path, mend=_FOREIGN) from error
+        raise InputError(f"the manifest cannot be read: {error}", where=path, fix=_FOREIGN) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
             f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}",
             where=path,
-            mend="calibrate again with this version",
+            fix="calibrate again with this version",
         )
     try:
         return Manifest.model_validate(values)
@@ -237,7 +237,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"the manifest's {key!r} is wrong: {first['msg']}", where=path, mend=_FOREIGN
+            f"the manifest's {key!r} is wrong: {first['msg']}", where=path, fix=_FOREIGN
         ) from error
 
 
@@ -251,15 +251,15 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         path = folder / name
         if Path(name).name != name:
             raise InputError(
-                f"the manifest names a file outside the run directory: {name!r}", where=folder, mend=_FOREIGN
+                f"the manifest names a file outside the run directory: {name!r}", where=folder, fix=_FOREIGN
             )
         if not path.is_file():
-            raise InputError(f"the run directory lacks {name}", where=folder, mend=_FOREIGN)
+            raise InputError(f"the run directory lacks {name}", where=folder, fix=_FOREIGN)
         if sha256(path) != expected:
             raise InputError(
                 f"{name} was changed or truncated since it was written: its hash differs",
                 where=folder,
-                mend=_FOREIGN,
+                fix=_FOREIGN,
             )
 
 

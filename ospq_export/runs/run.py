@@ -64,7 +64,7 @@ class Run:
             raise InputError(
                 "the calibration was interrupted",
                 where=path,
-                mend="run the same `calibrate` command again to finish it",
+                fix="run the same `calibrate` command again to finish it",
             )
         check_files(path, manifest)
         return cls(path, manifest)
@@ -77,7 +77,7 @@ class Run:
         """
         if name not in self.manifest.files:
             raise InputError(
-                f"the run has no {name}", where=self.path, mend=f"run `ospq-export export {self.path}` first"
+                f"the run has no {name}", where=self.path, fix=f"run `ospq-export export {self.path}` first"
             )
         return self.path / name
 
@@ -93,7 +93,7 @@ class Run:
         try:
             return frozenset(map(str, json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
-            raise InputError(f"cannot be read: {error}", where=path, mend=_MEND) from error
+            raise InputError(f"cannot be read: {error}", where=path, fix=_MEND) from error
 
     @property
     def outputs(self) -> int | None:
@@ -144,7 +144,7 @@ class Run:
             raise InputError(
                 f"the model's graph is not the calibrated one (changed since: {', '.join(changed) or 'no version'})",
                 where=self.path,
-                mend="install the versions named in the manifest, or calibrate again",
+                fix="install the versions named in the manifest, or calibrate again",
             )
         return graph
 
@@ -194,7 +194,7 @@ def _load_constants(
             raise InputError(
                 f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
                 where=path,
-                mend=_MEND,
+                fix=_MEND,
             )
         buffer.set_(value)  # type: ignore[call-overload]
 
@@ -259,7 +259,7 @@ def load_quantizers(
     quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
     unknown = {r.name for r in records} ^ set(quantizers)
     if unknown:
-        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, mend=_MEND)
+        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=_MEND)
     for record in records:
         load_quantizer(quantizers[record.name], record, tensors, path)
 
@@ -271,9 +271,9 @@ def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
         InputError: it is missing, or has another shape or dtype, or is not finite.
     """
     if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
-        raise InputError(f"{bias.name} does not fit the graph", where=path, mend=_MEND)
+        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=_MEND)
     if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{bias.name} is not finite", where=path, mend=_MEND)
+        raise InputError(f"{bias.name} is not finite", where=path, fix=_MEND)
     bias.value.copy_(value)
 
 
@@ -287,21 +287,21 @@ def load_quantizer(
     try:
         quantizer.levels = Levels(record.lo, record.hi)
     except ValueError as error:
-        raise InputError(f"{record.name}: {error}", where=path, mend=_MEND) from error
+        raise InputError(f"{record.name}: {error}", where=path, fix=_MEND) from error
     for key, value in quantizer_tensors([quantizer]).items():
         found = tensors.get(key)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise InputError(
-                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, mend=_MEND
+                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=_MEND
             )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise InputError(f"{key} is not finite", where=path, mend=_MEND)
+            raise InputError(f"{key} is not finite", where=path, fix=_MEND)
         # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
-        raise InputError(f"{record.name}.scale is not positive", where=path, mend=_MEND)
+        raise InputError(f"{record.name}.scale is not positive", where=path, fix=_MEND)
     if isinstance(quantizer, ActivationQuantizer):
         quantizer.grid = Grid(record.grid)
     elif quantizer.codes.min() < record.lo or quantizer.codes.max() > record.hi:
-        raise InputError(f"{record.name}.codes leave [{record.lo}, {record.hi}]", where=path, mend=_MEND)
+        raise InputError(f"{record.name}.codes leave [{record.lo}, {record.hi}]", where=path, fix=_MEND)

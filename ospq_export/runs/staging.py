@@ -28,7 +28,7 @@ def staging(run: Path) -> Iterator[Path]:
         raise InputError(
             f"cannot be written: {error.strerror or error}",
             where=run,
-            mend="free some space, or copy the run",
+            fix="free some space, or copy the run",
         ) from error
     try:
         yield folder

@@ -52,4 +52,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot be read as safetensors: {error}", where=path, mend=_FOREIGN) from error
+        raise InputError(f"cannot be read as safetensors: {error}", where=path, fix=_FOREIGN) from error

@@ -33,8 +33,8 @@ class Outputs:
             if self.threshold is not None:
                 raise InputError(
                     f"the network has {output.shape[1]} logits, the largest one decides",
-                    where="--decision-threshold",
-                    mend="leave it out: it is for networks with a single logit",
+                    where="`decision_threshold`",
+                    fix="leave it out: it is for networks with a single logit",
                 )
             return output
         self.used = self.threshold or 0.0

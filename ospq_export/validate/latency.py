@@ -48,8 +48,8 @@ def check_batches(executions: Sequence[Backend], sizes: Sequence[int]) -> None:
         if padded:
             raise InputError(
                 f"{execution.name} takes batches of {fixed} only: a batch of {padded[0]} would be padded, its time wrong",
-                where=f"--latency-batch {padded[0]}",
-                mend=f"time a multiple of {fixed}, or export with another --batch-size",
+                where=f"`latency_batches` {padded[0]}",
+                fix=f"time a multiple of {fixed}, or export with another `batch_size`",
             )
 
 

@@ -75,7 +75,7 @@ def check_batch_memory(
         f"{count:,} images of {'x'.join(map(str, size))}",
         certain=needed,
         likely=needed,
-        where="--batch-size",
-        mend="give a smaller one",
+        where="`batch_size`",
+        fix="give a smaller one",
         available=available,
     )

@@ -26,8 +26,8 @@ def share_of(world: World, count: int, batch_size: int) -> range:
     if batches < world.size:
         raise InputError(
             f"{batches} batches for {world.size} processes",
-            where="--batch-size",
-            mend="lower it, or start fewer processes",
+            where="`batch_size`",
+            fix="lower it, or start fewer processes",
         )
     first, last = (batches * place // world.size for place in (world.rank, world.rank + 1))
     return range(first * batch_size, min(count, last * batch_size))

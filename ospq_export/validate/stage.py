@@ -195,7 +195,7 @@ def _check_classes(logits: dict[str, FloatArray]) -> None:
             raise InputError(
                 f"{name} has {count} classes, {first} {counts[first]}",
                 where="the executions",
-                mend="export the run again, or compare with a baseline for the same classes",
+                fix="export the run again, or compare with a baseline for the same classes",
             )
 
 
@@ -204,6 +204,6 @@ def _check_labels(batch: Batch, classes: int) -> None:
     if bool((labels >= classes).any()):
         raise InputError(
             f"label {int(labels.max())}, but the network has {classes} classes",
-            where="--data",
-            mend="give this network's own data",
+            where="`data`",
+            fix="give this network's own data",
         )

@@ -57,12 +57,12 @@ def check_disk(where: Path, what: str, *, certain: int, likely: int, free: int |
         InputError: there is not even room for `certain`.
     """
     there = free_disk(where) if free is None else free
-    mend = "free some space, or choose another folder"
+    fix = "free some space, or choose another folder"
     if certain > there:
         raise InputError(
             f"{what} take at least {gigabytes(certain)} of disk, {gigabytes(there)} are free",
             where=where,
-            mend=mend,
+            fix=fix,
         )
     if likely > there:
         log.warning(
@@ -71,12 +71,12 @@ def check_disk(where: Path, what: str, *, certain: int, likely: int, free: int |
             gigabytes(likely),
             gigabytes(there),
             where,
-            mend,
+            fix,
         )
 
 
 def check_memory(
-    what: str, *, certain: int, likely: int, mend: str, where: str | None = None, available: int | None = None
+    what: str, *, certain: int, likely: int, fix: str, where: str | None = None, available: int | None = None
 ) -> None:
     """Hold what will be held in memory to what is available.
 
@@ -84,7 +84,7 @@ def check_memory(
         what: what is held, as a plural.
         certain: bytes that are needed at the least.
         likely: bytes that are expected.
-        mend: what to do about it.
+        fix: what to do about it.
         where: the option to blame.
         available: bytes there are; None asks the system.
 
@@ -98,7 +98,7 @@ def check_memory(
         raise InputError(
             f"{what} take at least {gigabytes(certain)} of memory, {gigabytes(there)} are available",
             where=where,
-            mend=mend,
+            fix=fix,
         )
     if likely > there:
         log.warning(
@@ -106,7 +106,7 @@ def check_memory(
             what,
             gigabytes(likely),
             gigabytes(there),
-            mend,
+            fix,
         )
 
 
@@ -118,12 +118,10 @@ def check_folder(path: Path, option: str) -> None:
     """
     found = nearest_folder(path)
     if not found.is_dir():
-        raise InputError(
-            f"{found} is not a folder", where=f"{option} {path}", mend=f"choose another {option}"
-        )
+        raise InputError(f"{found} is not a folder", where=f"{option} {path}", fix=f"choose another {option}")
     if not os.access(found, os.W_OK | os.X_OK):
         raise InputError(
-            f"{found} cannot be written to", where=f"{option} {path}", mend=f"choose another {option}"
+            f"{found} cannot be written to", where=f"{option} {path}", fix=f"choose another {option}"
         )
 
 
@@ -133,17 +131,17 @@ def check_file(path: Path, option: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    mend = f"choose another {option}"
+    fix = f"choose another {option}"
     if path.is_dir():
-        raise InputError("cannot be written: it is a folder", where=f"{option} {path}", mend=mend)
+        raise InputError("cannot be written: it is a folder", where=f"{option} {path}", fix=fix)
     if not path.absolute().parent.is_dir():
         raise InputError(
             f"cannot be written: there is no folder {path.absolute().parent}",
             where=f"{option} {path}",
-            mend=mend,
+            fix=fix,
         )
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise InputError("cannot be written: permission denied", where=f"{option} {path}", mend=mend)
+        raise InputError("cannot be written: permission denied", where=f"{option} {path}", fix=fix)
 
 
 def check_apart(out: Path, data: Path) -> None:
@@ -155,7 +153,7 @@ def check_apart(out: Path, data: Path) -> None:
     result, images = out.resolve(), data.resolve()
     if result == images or images in result.parents:
         raise InputError(
-            "the run directory would lie among the images", where=f"--out {out}", mend="choose another --out"
+            "the run directory would lie among the images", where=f"`out` {out}", fix="choose another `out`"
         )
 
 
@@ -217,7 +215,7 @@ def check_calibration(out: Path, weights: int | None) -> None:
         "the network's weights",
         certain=weights,
         likely=3 * weights,
-        mend="use a machine with more memory",
+        fix="use a machine with more memory",
     )
 
 
@@ -246,8 +244,8 @@ def check_images(
         f"{count:,} calibration images of {'x'.join(map(str, size))}",
         certain=count * image,
         likely=count * image,
-        where="--data",
-        mend="--set calibration_images=N with a smaller N",
+        where="`data`",
+        fix="`overrides` calibration_images=N with a smaller N",
         available=available,
     )
     # A slice's data is the images for the float and for the quantized network, and its output: `cost.check_budget`.
@@ -255,6 +253,6 @@ def check_images(
     if budget is not None and budget < least:
         raise InputError(
             f"one batch of {batch_size} images takes {least / 1e6:.1f} MB, the budget is {budget / 1e6:.1f} MB",
-            where="--memory-budget",
-            mend="give a larger budget, or lower reconstruction.batch_size",
+            where="`memory_budget`",
+            fix="give a larger budget, or lower reconstruction.batch_size",
         )

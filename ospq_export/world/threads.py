@@ -79,10 +79,10 @@ def choose_threads(
         if not 1 <= given <= most:
             raise InputError(
                 f"{given} threads",
-                where="--threads",
-                mend=f"give 1 to {most} on this machine, or leave it out",
+                where="`threads`",
+                fix=f"give 1 to {most} on this machine, or leave it out",
             )
-        return Threads(given, "--threads")
+        return Threads(given, "threads")
     told = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if told.isdecimal() and int(told) > 0:
         return Threads(default, "OMP_NUM_THREADS")

@@ -234,7 +234,7 @@ def test_a_missing_product(tmp_path, monkeypatch):
 def test_doctor_really_asks():
     seen = {d.name: d for d in examine()}
     assert seen["onnxruntime CPUExecutionProvider"].works
-    assert all(d.works or d.mend for d in seen.values())
+    assert all(d.works or d.fix for d in seen.values())
     if not torch.cuda.is_available():
         assert not seen["onnxruntime CUDAExecutionProvider"].works and not seen["torch on CUDA"].works
         assert not seen["tensorrt-rtx runs"].works

@@ -479,11 +479,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path: Path, kind: str, suffix: str) -> None:
-    make, what, mend = FOREIGN[kind]
+    make, what, fix = FOREIGN[kind]
     path = make(tmp_path / f"w{suffix}")
     with pytest.raises(InputError, match=what) as caught:
         load_checkpoint(nn.Linear(3, 2), path)
-    assert mend in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert fix in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
 
 

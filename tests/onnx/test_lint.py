@@ -131,7 +131,7 @@ def test_rule_and_what_the_builder_does(tmp_path, rule):
     path = quantized_linear(tmp_path / "m.onnx", **changes)
     findings = [finding for finding in lint(path) if finding.rule == rule]
     assert findings and {finding.severity for finding in findings} == {severity}
-    assert all(finding.node in ("Q", "DQ", "W") and finding.mend for finding in findings)
+    assert all(finding.node in ("Q", "DQ", "W") and finding.fix for finding in findings)
     if expected is not None:
         assert outcome(path) == expected
 

@@ -59,8 +59,8 @@ def test_room_on_the_disk(
 
 def test_room_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InputError, match=r"weights take at least 3\.0 GB of memory, 2\.0 GB are available"):
-        room.check_memory("weights", certain=3 * GB, likely=4 * GB, mend="less", available=2 * GB)
-    room.check_memory("weights", certain=1 * GB, likely=3 * GB, mend="less", available=2 * GB)
+        room.check_memory("weights", certain=3 * GB, likely=4 * GB, fix="less", available=2 * GB)
+    room.check_memory("weights", certain=1 * GB, likely=3 * GB, fix="less", available=2 * GB)
     assert "weights take about 3.0 GB of memory, 2.0 GB are available: less" in caplog.text
 
 

@@ -111,7 +111,7 @@ class Store:
             raise InputError(
                 f"the activations take {size / 1e9:.1f} GB of disk beyond the memory budget: {error.strerror or error}",
                 where=self.folder,
-                mend="free some space, give a larger --memory-budget, or fewer images",
+                fix="free some space, give a larger `memory_budget`, or fewer images",
             ) from error
         self.maps = [r for r in self.maps if r() is not None] + [weakref.ref(pages)]
         return torch.frombuffer(pages, dtype=dtype).view(shape)
@@ -137,6 +137,6 @@ def parse_bytes(text: str) -> int:
             raise ValueError
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"{text!r} is no amount of memory", where="--memory-budget", mend="write it like 8GB or 512MB"
+            f"{text!r} is no amount of memory", where="`memory_budget`", fix="write it like 8GB or 512MB"
         ) from error
     return int(amount)

@@ -23,7 +23,7 @@ class Finding(BaseModel):
         severity: `error`: TensorRT refuses the file or computes something else; `warning`: it runs in float or is not fused.
         node: the node's name, or its output's where it has none.
         what: what is wrong there.
-        mend: what to do about it.
+        fix: what to do about it.
         refused: whether TensorRT's parser or builder refuses the file; an error that is not refused is computed differently.
     """
 
@@ -33,7 +33,7 @@ class Finding(BaseModel):
     severity: Severity
     node: str
     what: str
-    mend: str
+    fix: str
     refused: bool = False
 
 
@@ -42,17 +42,17 @@ def name_of(node: Any) -> str:
     return str(node.name or node.output[0])
 
 
-def refusal(rule: str, node: Any, what: str, mend: str) -> Finding:
+def refusal(rule: str, node: Any, what: str, fix: str) -> Finding:
     """TensorRT refuses the file here."""
     where = node if isinstance(node, str) else name_of(node)
-    return Finding(rule=rule, severity=Severity.ERROR, node=where, what=what, mend=mend, refused=True)
+    return Finding(rule=rule, severity=Severity.ERROR, node=where, what=what, fix=fix, refused=True)
 
 
-def different(rule: str, node: Any, what: str, mend: str) -> Finding:
+def different(rule: str, node: Any, what: str, fix: str) -> Finding:
     """TensorRT takes the file and computes something else."""
-    return Finding(rule=rule, severity=Severity.ERROR, node=name_of(node), what=what, mend=mend)
+    return Finding(rule=rule, severity=Severity.ERROR, node=name_of(node), what=what, fix=fix)
 
 
-def warning(rule: str, node: Any, what: str, mend: str) -> Finding:
+def warning(rule: str, node: Any, what: str, fix: str) -> Finding:
     """TensorRT takes the file, but not as it seems to be meant."""
-    return Finding(rule=rule, severity=Severity.WARNING, node=name_of(node), what=what, mend=mend)
+    return Finding(rule=rule, severity=Severity.WARNING, node=name_of(node), what=what, fix=fix)

@@ -118,7 +118,7 @@ class OnnxRuntimeBackend:
             raise InputError(
                 f"the file takes {self.input.type} {expected}, the data is float32 {list(images.shape[1:])}",
                 where=self.path,
-                mend="export the run again",
+                fix="export the run again",
             )
 
     def _run(self, images: FloatArray) -> FloatArray:
@@ -140,14 +140,14 @@ def check_provider(provider: str) -> str:
         raise InputError(
             f"this onnxruntime has no {wanted}",
             where=f"provider {provider!r}",
-            mend="install onnxruntime-gpu, or use the CPU",
+            fix="install onnxruntime-gpu, or use the CPU",
         )
     if provider != "cpu" and not torch.cuda.is_available():
         # ONNX Runtime would try, write its own lines all over the terminal, and fall back.
         raise InputError(
             "there is no NVIDIA GPU that can be used",
             where=f"provider {provider!r}",
-            mend="check the driver, or use the CPU",
+            fix="check the driver, or use the CPU",
         )
     return wanted
 
@@ -195,13 +195,13 @@ def open_session(
         # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"ONNX Runtime cannot load the file: {reason}", where=where, mend="export the run again"
+            f"ONNX Runtime cannot load the file: {reason}", where=where, fix="export the run again"
         ) from error
     # A provider whose libraries are missing falls back to the CPU without an error.
     if session.get_providers()[0] != wanted:
         raise InputError(
             f"{wanted} fell back to {session.get_providers()[0]}",
             where=f"provider {provider!r}",
-            mend="install its libraries",
+            fix="install its libraries",
         )
     return session

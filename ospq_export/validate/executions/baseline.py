@@ -44,8 +44,8 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
     if not chosen:
         raise InputError(
             f"neither {' nor '.join(_COMPARED)} is executed, so there is nothing to compare",
-            where="--baseline",
-            mend=f"add --backend {OPTIMIZED}",
+            where="`baseline`",
+            fix=f"add `backends` {OPTIMIZED}",
         )
     other.file(QUANTIZED_ONNX)
     check_origin(other)
@@ -62,12 +62,12 @@ def _check_comparable(run: Run, other: Run) -> None:
         key, mine, others = changed
         raise InputError(
             f"the other run prepares its images with another {key} ({others}, this one {mine})",
-            where=f"--baseline {other.path}",
-            mend="compare runs with the same preprocessing",
+            where=f"`baseline` {other.path}",
+            fix="compare runs with the same preprocessing",
         )
     if ours.class_to_idx != theirs.class_to_idx:
         raise InputError(
             f"the other run has other classes ({len(theirs.class_to_idx)} known, this one {len(ours.class_to_idx)})",
-            where=f"--baseline {other.path}",
-            mend="compare runs that were calibrated on folders with the same classes",
+            where=f"`baseline` {other.path}",
+            fix="compare runs that were calibrated on folders with the same classes",
         )

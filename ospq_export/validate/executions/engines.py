@@ -40,7 +40,7 @@ class EngineBackend:
             raise InputError(
                 f"{PACKAGES[name]} {trt.__version__} cannot load the engine",
                 where=path,
-                mend="build it again on this machine: engines are tied to a GPU and a version",
+                fix="build it again on this machine: engines are tied to a GPU and a version",
             )
         self.context = self.engine.create_execution_context()
         tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -90,7 +90,7 @@ def _package(name: str) -> Any:
         raise InputError(
             f"the package {PACKAGES[name]} is not installed",
             where=f"execution {name!r}",
-            mend=f"pip install 'ospq-export[{name}]'",
+            fix=f"pip install 'ospq-export[{name}]'",
         ) from error
 
 
@@ -99,7 +99,7 @@ def _check_gpu(name: str) -> None:
         raise InputError(
             "no CUDA device is usable",
             where=f"execution {name!r}",
-            mend="run on a machine with an NVIDIA GPU",
+            fix="run on a machine with an NVIDIA GPU",
         )
 
 
@@ -122,7 +122,7 @@ def engine_file(folder: Path) -> Path:
     """
     path = folder / ENGINE
     if not path.is_file():
-        raise InputError(f"the run has no {ENGINE}", where=folder, mend="build an engine with `export` first")
+        raise InputError(f"the run has no {ENGINE}", where=folder, fix="build an engine with `export` first")
     _sidecar(path)
     return path
 
@@ -133,7 +133,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         values = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the engine's sidecar cannot be read: {error}", where=beside, mend="build the engine again"
+            f"the engine's sidecar cannot be read: {error}", where=beside, fix="build the engine again"
         ) from error
     source = Path(str(values.get("onnx", "model.onnx"))).name if isinstance(values, dict) else ""
     claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}
@@ -142,6 +142,6 @@ def _sidecar(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{file.name} is not the one that the sidecar describes",
                 where=beside,
-                mend="build the engine again",
+                fix="build the engine again",
             )
     return dict(values)

@@ -52,10 +52,10 @@ def read_proto(path: Path) -> Any:
     except Exception as error:
         # protobuf's errors have no public common base.
         raise InputError(
-            f"the file is not readable ONNX: {type(error).__name__}", where=path, mend="export the run again"
+            f"the file is not readable ONNX: {type(error).__name__}", where=path, fix="export the run again"
         ) from error
     if not proto.graph.node:
-        raise InputError("the file holds no network", where=path, mend="export the run again")
+        raise InputError("the file holds no network", where=path, fix="export the run again")
     return proto
 
 

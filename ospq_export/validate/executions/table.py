@@ -126,15 +126,15 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
     unknown = [name for name in named if name not in ALL_BACKENDS]
     if unknown:
         raise InputError(
-            f"there is no execution {unknown[0]!r}", mend=f"use some of {', '.join(ALL_BACKENDS)}"
+            f"there is no execution {unknown[0]!r}", fix=f"use some of {', '.join(ALL_BACKENDS)}"
         )
     if float_type == "fp16":
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
     if not any(name in DEPLOYED or name in BASELINES for name in named):
         raise InputError(
             f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
-            where="--backend",
-            mend=f"add one of {', '.join(DEPLOYED)}",
+            where="`backends`",
+            fix=f"add one of {', '.join(DEPLOYED)}",
         )
     return named
 
@@ -161,7 +161,7 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
     if QDQ_FP16 in wanted:
         if QUANTIZED_HALF_ONNX not in run.manifest.files:
             raise InputError(
-                f"the run has no {QUANTIZED_HALF_ONNX}", where=run.path, mend="export it with --fp16"
+                f"the run has no {QUANTIZED_HALF_ONNX}", where=run.path, fix="export it with `fp16`"
             )
         check_origin(run, QUANTIZED_HALF_ONNX)
     if (run.path / ENGINE).is_file() and any(name in ENGINES for name in wanted):
@@ -217,12 +217,12 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
     path: Path = run.file(file)
     metadata = {p.key: p.value for p in read_proto(path).metadata_props}
     if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
-        raise InputError("the file was exported from another run", where=path, mend="export this run again")
+        raise InputError("the file was exported from another run", where=path, fix="export this run again")
     if json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
         raise InputError(
             "the file was exported for another preprocessing than the manifest's",
             where=path,
-            mend="export this run again",
+            fix="export this run again",
         )
 
 
@@ -245,6 +245,6 @@ def check_preprocessing(run: Run, config: DataConfig) -> None:
         key, ours, theirs = changed
         raise InputError(
             f"the images are prepared with another {key} ({theirs}) than the run was calibrated with ({ours})",
-            where="--data",
-            mend="use the preprocessing in the manifest",
+            where="`data`",
+            fix="use the preprocessing in the manifest",
         )
