@@ -4,7 +4,7 @@
 class InputError(Exception):
     """Something the user gave cannot be used; the command line prints it as one line and exits with status 2.
 
-    A setting is named as Python calls it, in backquotes: `batch_size`. The command line puts its option in that place, --batch-size.
+    A setting is named as Python calls it, in backquotes, `batch_size`; the command line puts its option in that place.
 
     Args:
         what: What is wrong, as a clause.

@@ -21,9 +21,10 @@ from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
 from ospq_export.export.stage import Extras
-from ospq_export.formats.integer import Levels
+from ospq_export.formats.choice import integers
+from ospq_export.formats.levels import Levels
 from ospq_export.graph.capture import capture
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
@@ -139,7 +140,7 @@ def noise() -> Tensor:
 @pytest.fixture
 def observed_vit(small_vit: fx.GraphModule, noise: Tensor) -> QuantizedGraph:
     """It with observed quantizers at W3A3, which a test may change."""
-    graph = insert_quantizers(small_vit, Bits(3, 3))
+    graph = insert_quantizers(small_vit, integers(3, 3))
     observe(graph, noise, batch_size=16, seed=0)
     return graph
 

@@ -1,6 +1,7 @@
 """Digests of what a calibration and an export give, bit for bit, on any x86-64 processor.
 
     python tests/digests.py > tests/digests.json
+    python tests/digests.py "swin w4a4"
 
 Float sums depend on the instructions that a processor has. The libraries are therefore told to use what all have, which has to be
 said before torch is imported: run this file in a process of its own.
@@ -58,8 +59,8 @@ def run_digests(model: str, recipe: str, folder: Path) -> dict[str, str]:
 def main() -> None:
     os.environ.update(COMMON_ARITHMETIC)
     with tempfile.TemporaryDirectory() as folder:
-        runs = [(model, recipe) for model in ("vit", "swin") for recipe in ("w8a8", "w4a4")]
-        digests = {f"{m} {r}": run_digests(m, r, Path(folder)) for m, r in runs}
+        names = sys.argv[1:] or ["vit w8a8", "vit w4a4", "swin w8a8", "swin w4a4"]
+        digests = {name: run_digests(*name.split(), Path(folder)) for name in names}
     sys.stdout.write(json.dumps(digests, indent=2) + "\n")
 
 

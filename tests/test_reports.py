@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import arithmetic as q
 import numpy as np
 import onnxruntime
 import pytest
@@ -21,11 +22,11 @@ from ospq_export.cli.app import app
 from ospq_export.cli.options import say
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
-from ospq_export.formats import integer as q
-from ospq_export.formats.integer import Grid
+from ospq_export.formats.choice import integers
+from ospq_export.formats.levels import Grid
 from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
 from ospq_export.graph.capture import capture, quantizable_nodes
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.onnx.half import fits_fp16, to_half
@@ -234,7 +235,7 @@ def test_calibration_images_of_one_colour_are_refused_and_copies_counted(
 
 def test_activations_that_never_change_are_named(caplog: pytest.LogCaptureFixture) -> None:
     dead = around(lambda x, conv: conv(F.relu(x - 1e6)), nn.Conv2d(8, 8, 1))
-    network = insert_quantizers(capture(dead, SIZE), Bits(8, 8))
+    network = insert_quantizers(capture(dead, SIZE), integers(8, 8))
     with caplog.at_level(logging.WARNING):
         observe(network, IMAGES, batch_size=7, seed=0)
     assert "parts.0.input" in caplog.text
@@ -257,9 +258,11 @@ def test_the_range_of_a_constant_leaves_room_for_other_values(value: float) -> N
 def test_small_weights_and_activations_keep_their_digits(factor: float) -> None:
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
     weight[3] = 0.0
-    scale = search_weight_scale(weight * factor, 8)
+    scale = search_weight_scale(weight * factor, q.symmetric_levels(8))
     assert bool((scale > 0).all())
-    torch.testing.assert_close(scale[:3] / factor, search_weight_scale(weight, 8)[:3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        scale[:3] / factor, search_weight_scale(weight, q.symmetric_levels(8))[:3], rtol=1e-5, atol=0
+    )
     for bits in (4, 8):
         small = search_activation_range(compress(weight * factor), bits, may_shift=True)
         plain = search_activation_range(compress(weight), bits, may_shift=True)
@@ -274,7 +277,7 @@ def test_a_layer_of_tiny_weights_before_a_large_factor_is_quantized_like_any_oth
     model = around(middle, nn.Linear(8, 8, bias=False))
     with torch.no_grad():
         model.parts[0].weight.mul_(1e-9)
-    network = insert_quantizers(capture(model, SIZE), Bits(8, 8))
+    network = insert_quantizers(capture(model, SIZE), integers(8, 8))
     observe(network, IMAGES, batch_size=7, seed=0)
     network.set_mode(Mode.QUANTIZE)
     with torch.no_grad():

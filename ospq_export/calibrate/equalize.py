@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ospq_export.formats.search import compress, search_activation_range
+from ospq_export.formats.choice import Choice
+from ospq_export.formats.search import compress
 from ospq_export.graph.equalization.rescale import bias_of, column_values, rescale, scaled_weight, weight_of
 from ospq_export.graph.equalization.sites import Site, find_sites
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
 from ospq_export.runs.manifest import EqualizedSite
 
@@ -43,7 +44,7 @@ class _Change:
 def equalize(
     captured: fx.GraphModule,
     images: Tensor,
-    bits: Bits,
+    formats: Choice,
     method: Method,
     *,
     seed: int = 0,
@@ -58,7 +59,7 @@ def equalize(
     Args:
         captured: from `capture`; its constants change, its structure does not.
         images: float32 (N, C, H, W), normalised, on any device; a few dozen are enough.
-        bits: of the quantizers that will be inserted.
+        formats: of the quantizers that will be inserted.
         method: "smooth": factors searched; "shift": factors and shifts; "repq": RepQ-ViT's form for every
             LayerNorm, unsearched.
         seed: of the choice of values that ranges are searched on.
@@ -69,7 +70,7 @@ def equalize(
         One record per site, in graph order.
     """
     sites = [s for s in find_sites(captured.graph) if method != "repq" or s.is_norm]
-    network = insert_quantizers(captured, bits)
+    network = insert_quantizers(captured, formats)
     search = _Search(network, sites, method, values_per_tensor, seed, advance)
     device = next(network.module.buffers()).device
     with torch.no_grad():
@@ -245,7 +246,7 @@ class _Region:
             tails = [flat.topk(16).values, flat.topk(16, largest=False).values]
             flat = torch.cat([flat[picks], *tails])
         sample = compress(flat, groups=1024, tail=64)
-        quantizer.set_range(search_activation_range(sample, quantizer.bits, may_shift=quantizer.may_shift))
+        quantizer.set_range(quantizer.format.search_range(sample, may_shift=quantizer.may_shift))
         quantizer.mode = Mode.QUANTIZE
         result: Tensor = quantizer(x)
         quantizer.mode = Mode.FLOAT

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ospq_export.errors import InputError
-from ospq_export.formats.search import compress, search_activation_range
+from ospq_export.formats.search import compress
 from ospq_export.graph.quantizers import Mode, QuantizedGraph, _Observer
 from ospq_export.world.processes import SOLO, World
 
@@ -50,9 +50,8 @@ def observe(
                 f"the float network's activation {quantizer.name} is not finite on the calibration images",
                 fix="check the checkpoint and the preprocessing",
             )
-        quantizer.set_range(
-            search_activation_range(compress(values), quantizer.bits, may_shift=quantizer.may_shift)
-        )
+        found = quantizer.format.search_range(compress(values), may_shift=quantizer.may_shift)
+        quantizer.set_range(found)
         if bool(values.min() == values.max()):
             constant.append(quantizer.name)
         quantizer.observer = None

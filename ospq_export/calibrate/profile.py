@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.formats.choice import integers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.slicing import cut_points
 from ospq_export.runs.manifest import OutlierRecord
 
@@ -87,7 +88,7 @@ def outlier_profile(
         batch_size: images per forward pass.
         advance: called after each batch.
     """
-    network = insert_quantizers(captured, Bits(8, 8))
+    network = insert_quantizers(captured, integers(8, 8))
     points = {n.name for n in cut_points(captured.graph)}
     names = {f"quantizers.{name.replace('.', '__')}": name for name in network.activations}
     labels: dict[fx.Node, tuple[str, str]] = {}

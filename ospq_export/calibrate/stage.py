@@ -23,9 +23,10 @@ from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.errors import InputError
+from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.slicing import Slice
 from ospq_export.models.timm import ModelSpec, torch_device
@@ -140,10 +141,10 @@ def _calibrate(
         # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
         slices = slicing_of(captured.graph, recipe.slicing)
         check_cost(captured.graph, slices, len(images.images), recipe, out, target, options.memory_budget)
-    bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+    formats = recipe.formats()
     captured.to(target)
-    equalized = _equalize(captured, images.images, bits, recipe, seed, progress)
-    network = insert_quantizers(captured, bits)
+    equalized = _equalize(captured, images.images, formats, recipe, seed, progress)
+    network = insert_quantizers(captured, formats)
     record = CalibrationRecord(
         images=len(images.images),
         images_sha256=tensor_sha256(images.images),
@@ -275,13 +276,18 @@ def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[st
 
 
 def _equalize(
-    captured: fx.GraphModule, images: Tensor, bits: Bits, recipe: Recipe, seed: int, progress: Progress | None
+    captured: fx.GraphModule,
+    images: Tensor,
+    formats: Choice,
+    recipe: Recipe,
+    seed: int,
+    progress: Progress | None,
 ) -> list[EqualizedSite]:
     if recipe.equalization == "none":
         return []
     advance = stepper(progress, "equalize", count_sites(captured))
     sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
-    return equalize(captured, sample, bits, recipe.equalization, seed=seed, advance=advance)
+    return equalize(captured, sample, formats, recipe.equalization, seed=seed, advance=advance)
 
 
 def _observe(

@@ -207,8 +207,8 @@ def _print_engine(run: Path, record: EngineRecord) -> None:
     say(
         f"built {run / 'model.engine'} with {record.product} {record.version} for "
         f"{', '.join(record.compute_capabilities)}: "
-        f"{fusion.int8_gemms} of {fusion.gemms} products on Int8, "
+        f"{fusion.quantized_gemms} of {fusion.gemms} products quantized, "
         f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
     )
-    for name, reason in {**fusion.not_int8, **fusion.not_fused}.items():
+    for name, reason in {**fusion.not_quantized, **fusion.not_fused}.items():
         say(f"  {name}: {reason}")

@@ -1,4 +1,4 @@
-"""Which products of an ONNX file became Int8 kernels, and which attentions one kernel; what did not is named, with the reason."""
+"""Which products of an ONNX file multiply quantized, which attentions are one kernel, and why the others are not."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Fusion(BaseModel):
 
     Attributes:
         gemms: how many products (MatMul, Gemm, Conv) the file has.
-        int8_gemms: how many of them run on Int8 operands, inside attention kernels too.
+        quantized_gemms: how many of them multiply quantized operands, inside attention kernels too.
         attentions: how many pairs of products around a Softmax the file has.
-        fused_attentions: how many are one Int8 kernel.
-        not_int8: the other products, by node name, with the reason.
+        fused_attentions: how many are one quantized kernel.
+        not_quantized: the other products, by node name, with the reason.
         not_fused: the other attentions, by the name of the product after their Softmax, with the reason.
     """
 
     model_config = ConfigDict(frozen=True)
 
     gemms: int
-    int8_gemms: int
+    quantized_gemms: int
     attentions: int
     fused_attentions: int
-    not_int8: dict[str, str]
+    not_quantized: dict[str, str]
     not_fused: dict[str, str]
 
 
@@ -46,20 +46,20 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
     graph = OnnxGraph(model)
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     ran = {name: layer for layer in layers if layer.multiplies for name in layer.onnx}
-    not_int8 = {
+    not_quantized = {
         node.name: _why_float(graph, node, ran.get(node.name))
         for node in products
-        if node.name not in ran or not ran[node.name].is_int8
+        if node.name not in ran or not ran[node.name].is_quantized
     }
     attentions = [node for node in products if graph.reads_softmax(node)]
-    fused = {name for layer in layers if layer.is_attention and layer.is_int8 for name in layer.onnx}
+    fused = {name for layer in layers if layer.is_attention and layer.is_quantized for name in layer.onnx}
     not_fused = {n.name: _why_not_fused(graph, n) for n in attentions if n.name not in fused}
     return Fusion(
         gemms=len(products),
-        int8_gemms=len(products) - len(not_int8),
+        quantized_gemms=len(products) - len(not_quantized),
         attentions=len(attentions),
         fused_attentions=len(attentions) - len(not_fused),
-        not_int8=not_int8,
+        not_quantized=not_quantized,
         not_fused=not_fused,
     )
 

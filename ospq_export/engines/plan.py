@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.formats.choice import engine_types
+
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
 _DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
@@ -49,10 +51,10 @@ class PlanLayer(BaseModel):
         return self.is_attention or self.kind.lower() in _PRODUCTS
 
     @property
-    def is_int8(self) -> bool:
-        """Whether everything it multiplies is Int8."""
-        operands = self._operands()
-        return bool(operands) and all(kind == "Int8" for kind in operands)
+    def is_quantized(self) -> bool:
+        """Whether everything it multiplies is of one number format."""
+        operands = set(self._operands())
+        return len(operands) == 1 and operands <= engine_types()
 
     def _operands(self) -> Sequence[str]:
         if self.is_attention:

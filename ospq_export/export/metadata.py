@@ -12,7 +12,7 @@ from ospq_export.runs.run import Run
 def quantized_metadata(run: Run) -> dict[str, str]:
     """Of a file of the quantized network: bits, slices, and the digest of the codes that it holds."""
     manifest = run.manifest
-    bits = {record.name: record.bits for record in manifest.quantizers}
+    bits = {record.name: record.format["bits"] for record in manifest.quantizers}
     return {
         **_common_metadata(run),
         "weight_bits": str(manifest.recipe.weight_bits),

@@ -18,7 +18,7 @@ def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, An
         for s in manifest.slices
     ]
     for record in manifest.quantizers:
-        entry: dict[str, Any] = record.model_dump(mode="json", exclude={"slice"})
+        entry: dict[str, Any] = record.model_dump(mode="json", exclude={"slice", "format"}) | record.format
         if record.kind == "weight":
             entry["scale"] = network.weights[record.name].scale.tolist()
         else:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch import fx
 
 from ospq_export.errors import InputError
-from ospq_export.export.lower import lower, probe_names
+from ospq_export.export.lower.graph import lower, probe_names
 from ospq_export.export.metadata import float_metadata, quantized_metadata
 from ospq_export.export.scales import describe_scales
 from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
@@ -212,7 +212,7 @@ def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: i
 
 def _int4_job(run: Run, batch_size: int | None) -> _Job:
     weights = (record for record in run.manifest.quantizers if record.kind == "weight")
-    narrow = frozenset(f"{record.name}.codes" for record in weights if record.bits <= 4)
+    narrow = frozenset(f"{record.name}.codes" for record in weights if record.read_format().bits <= 4)
     if not narrow:
         raise InputError(
             f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",

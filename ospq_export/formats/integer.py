@@ -1,166 +1,121 @@
-"""Number semantics: pure functions that quantize, dequantize and fake-quantize tensors.
+"""Integers of 2 to 8 bits in int8, the number semantics that calibration, export and validation share.
 
-Everything deployable is defined here once and used by calibration, export and validation alike. All arithmetic is float32,
-rounds half to even and divides by the scale (ONNX QuantizeLinear divides; multiplying by the inverse gives other codes at
-rounding edges). Zero points do not exist: asymmetry is expressed by the integer limits (`embedded`) or by a float offset that
-is subtracted first (`shifted`).
+All arithmetic is float32, rounds half to even and divides by the scale (ONNX QuantizeLinear divides; multiplying by the inverse
+gives other codes at rounding edges). Zero points do not exist: asymmetry is expressed by the integer limits (`embedded`) or by a
+float offset that is subtracted first (`shifted`).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ospq_export.formats.kernels import FakeQuantize, lerp_mask
+from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample
+from ospq_export.formats.kernels import FakeQuantize
+from ospq_export.formats.levels import INT8_MAX, INT8_MIN, Grid, Levels, symmetric_levels
+from ospq_export.formats.search import search_activation_range, search_weight_scale
 
-INT8_MIN, INT8_MAX = -128, 127
-# [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
-EMBEDDED_MIN, EMBEDDED_MAX = -127, 127
-
-# Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, eq. 23): zeta = 1.1, gamma = -0.1.
-STRETCH, SHIFT = 1.2, -0.1
-
-
-class Grid(StrEnum):
-    """How the 2**bits levels of an activation lie in int8; see DESIGN section 3."""
-
-    SYMMETRIC = "symmetric"
-    EMBEDDED = "embedded"
-    SHIFTED = "shifted"
+_NAME = re.compile(r"int([2-8])")
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The integer levels of a quantizer: codes run from `lo` to `hi`, both included."""
+class Integer(Format):
+    """Codes `lo` .. `hi`; of a weight symmetric per output channel, of an activation per tensor on one of three grids."""
 
-    lo: int
-    hi: int
+    family = "integer"
+    storage = torch.int8
+    engine_type = "Int8"
 
-    def __post_init__(self) -> None:
-        if not INT8_MIN <= self.lo < self.hi <= INT8_MAX:
-            raise ValueError(f"levels [{self.lo}, {self.hi}] do not lie in int8")
+    bits: int
+    levels: Levels
+    granularity: Granularity = PER_TENSOR
+    grid: Grid = Grid.SYMMETRIC
 
     @property
-    def saturates_int8(self) -> bool:
-        """Whether QuantizeLinear's own saturation already is the clip, so that no Clip needs to be emitted."""
-        return self.lo == INT8_MIN and self.hi == INT8_MAX
+    def name(self) -> str:
+        """As recipes call it."""
+        return f"int{self.bits}"
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the grid is `shifted`."""
+        return self.grid is Grid.SHIFTED
+
+    def search_scale(self, weight: Tensor) -> Tensor:
+        """See `search.search_weight_scale`."""
+        return search_weight_scale(weight, self.levels)
+
+    def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
+        """See `search.search_activation_range`."""
+        found = search_activation_range(sample, self.bits, may_shift=may_shift)
+        format_ = Integer(self.bits, found.levels, self.granularity, found.grid)
+        return Range(format_, found.scale, found.offset, found.mse)
+
+    def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """clip((x - offset) / scale, lo, hi)."""
+        shifted = x if offset is None else x - offset
+        return torch.clamp(shifted / scale, self.levels.lo, self.levels.hi)
+
+    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """clip(round((x - offset) / scale), lo, hi)."""
+        shifted = x if offset is None else x - offset
+        return torch.clamp(torch.round(shifted / scale), self.levels.lo, self.levels.hi)
+
+    def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
+        """floor(x/s) and the next integer, both taken into the levels."""
+        scaled = x / scale
+        floor, (lo, hi) = torch.floor(scaled), (self.levels.lo, self.levels.hi)
+        return Neighbours(floor.clamp(lo, hi), (floor + 1.0).clamp(lo, hi), scaled - floor)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None) -> Tensor:
+        """The real values of the nearest levels, differentiable; elements may be left float.
+
+        Gradients: straight-through in x inside the range and zero outside; in scale as in LSQ (Esser et al. 2020, eq. 3),
+        without its gradient scaling factor; in offset 1 where x is clipped, 0 elsewhere.
+        """
+        out: Tensor = FakeQuantize.apply(x, scale, offset, kept, self.levels.lo, self.levels.hi)
+        return out
+
+    def holds(self, codes: Tensor) -> bool:
+        """Whether all codes lie in [lo, hi]."""
+        return bool(codes.min() >= self.levels.lo) and bool(codes.max() <= self.levels.hi)
+
+    def steps_apart(self, unrounded: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Differences of integers."""
+        return (torch.round(unrounded) - codes).abs(), (unrounded - codes).abs() - 0.5
+
+    def histogram(self, codes: Tensor) -> list[int]:
+        """How often each of -128 .. 127 occurs."""
+        counts: list[int] = torch.bincount(
+            codes.long().flatten() - INT8_MIN, minlength=INT8_MAX - INT8_MIN + 1
+        ).tolist()
+        return counts
+
+    def record(self) -> dict[str, Any]:
+        """Name, grid, levels, and the axis of the scales."""
+        return {
+            "format": self.name,
+            "bits": self.bits,
+            "grid": self.grid.value,
+            "lo": self.levels.lo,
+            "hi": self.levels.hi,
+            "axis": self.granularity.axis,
+        }
+
+    def read(self, record: dict[str, Any]) -> Integer:
+        """The format of a record."""
+        levels, grid = Levels(int(record["lo"]), int(record["hi"])), Grid(record["grid"])
+        return Integer(self.bits, levels, Granularity(record["axis"]), grid)
 
 
-def symmetric_levels(bits: int) -> Levels:
-    """Levels -2**(bits-1) .. 2**(bits-1) - 1 of a `symmetric` or `shifted` grid and of weights.
-
-    Raises:
-        ValueError: bits is not in 2..8.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{bits} bits: only 2 to 8 bits have an int8 container")
-    return Levels(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-def embedded_levels(bits: int, lo: int) -> Levels:
-    """Levels lo .. lo + 2**bits - 1 of an `embedded` grid.
-
-    Raises:
-        ValueError: bits is not in 2..7, or the levels leave [-127, 127].
-    """
-    if not 2 <= bits <= 7:
-        raise ValueError(f"{bits} bits: an embedded grid holds 2 to 7 bits")
-    hi = lo + 2**bits - 1
-    if lo < EMBEDDED_MIN or hi > EMBEDDED_MAX:
-        raise ValueError(f"embedded levels [{lo}, {hi}] leave [{EMBEDDED_MIN}, {EMBEDDED_MAX}]")
-    return Levels(lo, hi)
-
-
-def quantize(x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None = None) -> Tensor:
-    """Integer codes of x, as float32: clip(round((x - offset) / scale), lo, hi).
-
-    Args:
-        x: float32, any shape.
-        scale: float32, positive, broadcastable to x.
-        levels: integer limits.
-        offset: float32 scalar of a `shifted` grid, in the units of x.
-    """
-    shifted = x if offset is None else x - offset
-    return torch.clamp(torch.round(shifted / scale), levels.lo, levels.hi)
-
-
-def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Real values of codes: codes * scale (+ offset); float32, the shape of codes broadcast with scale."""
-    real = codes * scale
-    return real if offset is None else real + offset
-
-
-def fake_quantize(
-    x: Tensor, scale: Tensor, levels: Levels, offset: Tensor | None = None, kept: Tensor | None = None
-) -> Tensor:
-    """dequantize(quantize(x)), differentiable; elements may be left float (QDrop).
-
-    Gradients: straight-through in x inside the range and zero outside; in scale as in LSQ (Esser et al. 2020, eq. 3), without
-    its gradient scaling factor; in offset 1 where x is clipped, 0 elsewhere.
-
-    Args:
-        x: float32, any shape.
-        scale: float32 scalar, positive.
-        levels: integer limits.
-        offset: float32 scalar of a `shifted` grid, in the units of x.
-        kept: 0 and 1 of any dtype, the shape of x: 1 where the element is quantized, 0 where it stays float; None quantizes all.
-
-    Returns:
-        float32, the shape of x.
-    """
-    out: Tensor = FakeQuantize.apply(x, scale, offset, kept, levels.lo, levels.hi)
-    return out
-
-
-def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1) (AdaRound, eq. 23)."""
-    return torch.clamp(torch.sigmoid(v) * STRETCH + SHIFT, 0.0, 1.0)
-
-
-def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
-    """The V with h(V) = h, for h in [0, 1]."""
-    return torch.logit((h - SHIFT) / STRETCH)
-
-
-def soft_quantize_weight(weight_floor: Tensor, v: Tensor, scale: Tensor, levels: Levels) -> Tensor:
-    """W^ = s * clip(floor(W/s) + h(V), lo, hi) (AdaRound, eq. 22).
-
-    Args:
-        weight_floor: floor(W/s), float32, the weight's shape.
-        v: rounding parameter V, the weight's shape.
-        scale: float32, broadcastable to the weight (per output channel).
-        levels: integer limits.
-    """
-    return scale * torch.clamp(weight_floor + rectified_sigmoid(v), levels.lo, levels.hi)
-
-
-def per_channel(scale: Tensor, ndim: int) -> Tensor:
-    """View a scale of shape (channels,) so that it broadcasts along axis 0 of a weight with `ndim` dimensions."""
-    return scale.reshape(-1, *[1] * (ndim - 1))
-
-
-def random_kept(like: Tensor, drop_probability: float) -> Tensor | None:
-    """A mask that leaves each element float with the given probability (QDrop, Wei et al. 2022, eq. 5).
-
-    Random bytes decide, so the probability is rounded to a multiple of 1/256; the global generator gives them.
-
-    Returns:
-        uint8 of 0 (float) and 1 (quantized), the shape of `like`; None where nothing is dropped.
-    """
-    threshold = round(drop_probability * 256)
-    if threshold <= 0:
+def find(name: str, *, weight: bool) -> Integer | None:
+    """The format called `name`, such as "int4": per output channel for weights, per tensor for activations; or None."""
+    match = _NAME.fullmatch(name)
+    if match is None:
         return None
-    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device)
-    random_bytes = words.random_(-(2**63), None).view(torch.uint8)[: like.numel()]
-    if threshold >= 256:
-        return torch.zeros_like(like, dtype=torch.uint8)
-    return torch.ge(random_bytes, threshold, out=random_bytes).view(like.shape)
-
-
-def mix(quantized: Tensor, original: Tensor, drop_probability: float) -> Tensor:
-    """Quantized activations with a random share of elements replaced by the float network's (QDrop's input)."""
-    kept = random_kept(original, drop_probability)
-    return quantized if kept is None else lerp_mask(original, quantized, kept)
+    bits = int(match[1])
+    return Integer(bits, symmetric_levels(bits), Granularity(0) if weight else PER_TENSOR)

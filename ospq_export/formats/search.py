@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ospq_export.formats.integer import (
+from ospq_export.formats.base import Sample
+from ospq_export.formats.levels import (
     EMBEDDED_MAX,
     EMBEDDED_MIN,
     Grid,
@@ -35,14 +36,6 @@ class ActivationRange:
     scale: float
     offset: float
     mse: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Weighted values that stand for a tensor's distribution: float32 (n,), sorted, and weights that sum to one."""
-
-    values: Tensor
-    weights: Tensor
 
 
 def compress(values: Tensor, *, groups: int = _GROUPS, tail: int = _TAIL) -> Sample:
@@ -162,12 +155,12 @@ def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> Ac
     return shifted if shifted.mse < _SHIFT_MUST_GAIN * symmetric.mse else symmetric
 
 
-def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
+def search_weight_scale(weight: Tensor, levels: Levels) -> Tensor:
     """Scale per output channel with the least squared error under round to nearest.
 
     Args:
         weight: float32 (out_channels, ...).
-        bits: 2 to 8.
+        levels: of its codes.
 
     Returns:
         float32 (out_channels,), positive.
@@ -176,7 +169,7 @@ def search_weight_scale(weight: Tensor, bits: int) -> Tensor:
     # A few rows at a time: every candidate passes over them, and small parts stay in a processor's cache. A GPU has few launches.
     count = len(rows) if rows.is_cuda else max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
     parts = rows.split(count)
-    return torch.cat([_search_rows(part, symmetric_levels(bits)) for part in parts])
+    return torch.cat([_search_rows(part, levels) for part in parts])
 
 
 def _search_rows(rows: Tensor, levels: Levels) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 from ospq_export.errors import InputError
+from ospq_export.formats.base import Format
+from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import operator_names
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import cut_points
@@ -24,15 +26,6 @@ _MOVES = (
     aten.unsqueeze.default,
     aten.squeeze.dim,
 )
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits of weights and activations, and of the first and last quantizable operator."""
-
-    weight: int
-    activation: int
-    first_last: int = 8
 
 
 def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
@@ -68,12 +61,12 @@ class _Site:
     """A tensor to be quantized and who reads it quantized."""
 
     name: str
-    bits: int
+    format: Format
     may_shift: bool
     readers: list[fx.Node]
 
 
-def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
+def _activation_sites(graph: fx.Graph, formats: Choice) -> dict[fx.Node, _Site]:
     cuts, names = set(cut_points(graph)), operator_names(graph)
     ends = {next(iter(names)), next(reversed(names))}
     sites: dict[fx.Node, _Site] = {}
@@ -85,17 +78,17 @@ def _activation_sites(graph: fx.Graph, bits: Bits) -> dict[fx.Node, _Site]:
         for label, operand in operands:
             assert isinstance(operand, fx.Node)
             tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
-            wanted = bits.first_last if node in ends else bits.activation
+            wanted = formats.end_activation if node in ends else formats.activation
             site = sites.setdefault(
                 tensor, _Site(f"{name}.{label}", wanted, not _comes_from_matmul(tensor), [])
             )
-            site.bits = max(site.bits, wanted)
+            site.format = max(site.format, wanted, key=lambda f: f.bits)
             site.may_shift = site.may_shift and _is_unpadded(node)
             site.readers.append(reader or node)
     return sites
 
 
-def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
+def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph:
     """Put a quantizer on every image-dependent operand and every constant weight of the quantizable operators.
 
     A constant operand of a matmul (one matrix per head or position) has no output channels of its own: it is quantized per
@@ -103,7 +96,7 @@ def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
 
     Args:
         module: what `capture` returned; it is not changed, its constants are shared.
-        bits: of weights, activations and the two ends.
+        formats: of weights, activations and the two ends.
 
     Returns:
         The network with quantizers in Mode.FLOAT; node names of `module` are kept.
@@ -118,10 +111,10 @@ def insert_quantizers(module: fx.GraphModule, bits: Bits) -> QuantizedGraph:
     result = QuantizedGraph(fx.GraphModule(module, graph, class_name="QuantizedNetwork"))
     result.module.add_module("quantizers", nn.Module())
     # Sites are computed on the untouched graph: cut points and names must not see the quantizers.
-    sites = _activation_sites(module.graph, bits)
+    sites = _activation_sites(module.graph, formats)
     for tensor, site in sites.items():
         _insert_activation(result, copies[tensor], site, [copies[r] for r in site.readers])
-    _insert_weights(result, module.graph, copies, bits)
+    _insert_weights(result, module.graph, copies, formats)
     _insert_biases(result, module.graph, copies)
     result.module.recompile()
     return result
@@ -136,7 +129,7 @@ def _register(result: QuantizedGraph, name: str, quantizer: nn.Module) -> str:
 
 
 def _insert_activation(result: QuantizedGraph, tensor: fx.Node, site: _Site, readers: list[fx.Node]) -> None:
-    quantizer = ActivationQuantizer(site.name, site.bits, site.may_shift)
+    quantizer = ActivationQuantizer(site.name, site.format, site.may_shift)
     result.activations[site.name] = quantizer
     target = _register(result, site.name, quantizer)
     # Placed ahead of its first reader, it belongs to the slice that reads it, also where the tensor is a cut point.
@@ -150,7 +143,7 @@ def _insert_activation(result: QuantizedGraph, tensor: fx.Node, site: _Site, rea
 
 
 def _insert_weights(
-    result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], bits: Bits
+    result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], formats: Choice
 ) -> None:
     names = operator_names(graph)
     ends = {next(iter(names)), next(reversed(names))}
@@ -166,7 +159,7 @@ def _insert_weights(
         node, weight = copies[original], copies[weight]
         if weight not in placed:
             constant = str(weight.target)
-            wanted = bits.first_last if original in ends else bits.weight
+            wanted = formats.end_weight if original in ends else formats.weight
             quantizer = WeightQuantizer(
                 f"{name}.weight", wanted, constant, result.module.get_buffer(constant)
             )

@@ -9,8 +9,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.formats import integer as q
-from ospq_export.formats.search import ActivationRange, search_weight_scale
+from ospq_export.formats.base import Format, Neighbours, Range
+from ospq_export.formats.soft import inverse_rectified_sigmoid, random_kept, rectified_sigmoid
 
 
 class Mode(StrEnum):
@@ -27,18 +27,17 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         name: of the first operator that reads the tensor, with the operand: "blocks.0.attn.qkv.input".
-        bits: 2 to 8.
-        may_shift: whether a `shifted` grid can be deployed (every reader is a linear or an unpadded convolution).
+        format: of the codes; with the levels that a search has found.
+        may_shift: whether an offset can be deployed (every reader is a linear or an unpadded convolution).
         scale, offset: float32 scalars, in the units of the tensor.
     """
 
     scale: Tensor
     offset: Tensor
 
-    def __init__(self, name: str, bits: int, may_shift: bool) -> None:
+    def __init__(self, name: str, format_: Format, may_shift: bool) -> None:
         super().__init__()
-        self.name, self.bits, self.may_shift = name, bits, may_shift
-        self.grid, self.levels = q.Grid.SYMMETRIC, q.symmetric_levels(bits)
+        self.name, self.format, self.may_shift = name, format_, may_shift
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("offset", torch.tensor(0.0))
         self.mode = Mode.FLOAT
@@ -48,20 +47,20 @@ class ActivationQuantizer(nn.Module):
         self.offset_delta: nn.Parameter | None = None
         self.logarithmic = False
 
-    def set_range(self, found: ActivationRange) -> None:
+    def set_range(self, found: Range) -> None:
         """Take over a searched range."""
-        self.grid, self.levels = found.grid, found.levels
+        self.format = found.format
         self.scale.fill_(found.scale)
         self.offset.fill_(found.offset)
 
     def start_learning(self, *, logarithmic: bool, offsets: bool = False) -> list[nn.Parameter]:
-        """Make the scale learnable, as scale + delta or scale * exp(delta), and a `shifted` grid's offset, in steps of the scale.
+        """Make the scale learnable, as scale + delta or scale * exp(delta), and an offset, in steps of the scale.
 
         All deltas start at 0.
         """
         self.delta = nn.Parameter(torch.zeros_like(self.scale))
         self.logarithmic = logarithmic
-        if not offsets or self.grid is not q.Grid.SHIFTED:
+        if not offsets or not self.format.has_offset:
             return [self.delta]
         self.offset_delta = nn.Parameter(torch.zeros_like(self.offset))
         return [self.delta, self.offset_delta]
@@ -83,14 +82,14 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def used_offset(self) -> Tensor | None:
-        """The offset of a `shifted` grid, else None."""
-        if self.grid is not q.Grid.SHIFTED:
+        """The offset, None where the format has none."""
+        if not self.format.has_offset:
             return None
         return self.offset if self.offset_delta is None else self.offset + self.offset_delta * self.scale
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x, as float32."""
-        return q.quantize(x, self.scale, self.levels, self.used_offset)
+        """The levels of x, float32."""
+        return self.format.nearest(x, self.scale, self.used_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass, record or fake-quantize x, as the mode says; float32, the shape of x."""
@@ -103,8 +102,8 @@ class ActivationQuantizer(nn.Module):
         if x.dtype is torch.bfloat16:
             # What a product gave under autocast; codes of 8 bits want more digits than it has.
             x = x.float()
-        kept = q.random_kept(x, self.drop_probability) if self.mode is Mode.LEARN else None
-        return q.fake_quantize(x, self.current_scale(), self.levels, self.used_offset, kept)
+        kept = random_kept(x, self.drop_probability) if self.mode is Mode.LEARN else None
+        return self.format.fake_quantize(x, self.current_scale(), self.used_offset, kept)
 
 
 class _Observer:
@@ -131,46 +130,50 @@ class _Observer:
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizer of one weight, symmetric per output channel (axis 0).
+    """Fake-quantizer of one weight.
 
     Attributes:
-        scale: float32 (out_channels,), in the units of the weight.
-        codes: int8, the weight's shape; what is deployed.
+        format: of the codes.
+        scale: float32, of the format's `granularity.scale_shape`, in the units of the weight.
+        codes: of the format's `storage`, the weight's shape; what is deployed.
         soft: the softly rounded weight where a caller computes it for a whole slice at once; else it is computed from V.
     """
 
     scale: Tensor
     codes: Tensor
 
-    def __init__(self, name: str, bits: int, constant: str, weight: Tensor) -> None:
+    def __init__(self, name: str, format_: Format, constant: str, weight: Tensor) -> None:
         super().__init__()
-        self.name, self.bits, self.constant = name, bits, constant
-        self.levels = q.symmetric_levels(bits)
-        self.register_buffer("scale", torch.ones(weight.shape[0], device=weight.device))
-        self.register_buffer("codes", torch.zeros_like(weight, dtype=torch.int8))
+        self.name, self.format, self.constant = name, format_, constant
+        shape = format_.granularity.scale_shape(weight.shape)
+        self.register_buffer("scale", torch.ones(shape, device=weight.device))
+        self.register_buffer("codes", torch.zeros_like(weight, dtype=format_.storage))
         self.mode = Mode.FLOAT
         self.v: nn.Parameter | None = None
-        self.floor: Tensor | None = None
+        self.around: Neighbours | None = None
         self.soft: Tensor | None = None
 
     def round_to_nearest(self, weight: Tensor) -> None:
         """Search the scale and take the nearest codes."""
-        self.scale.copy_(search_weight_scale(weight, self.bits))
-        self.codes.copy_(q.quantize(weight, q.per_channel(self.scale, weight.dim()), self.levels))
+        self.scale.copy_(self.format.search_scale(weight))
+        self.codes.copy_(self.format.encode(self.format.nearest(weight, self.spread_scale())))
+
+    def spread_scale(self) -> Tensor:
+        """The scale so that it broadcasts with the weight."""
+        return self.format.granularity.spread(self.scale, self.codes.shape)
 
     def start_learning(self, weight: Tensor) -> nn.Parameter:
-        """Make the rounding learnable, starting where W^ = W (AdaRound): h(V) = W/s - floor(W/s)."""
-        scaled = weight / q.per_channel(self.scale, weight.dim())
-        self.floor = torch.floor(scaled)
-        self.v = nn.Parameter(q.inverse_rectified_sigmoid(scaled - self.floor))
+        """Make the rounding learnable, starting where W^ = W (AdaRound): h(V) is W's position between its neighbours."""
+        self.around = self.format.neighbours(weight, self.spread_scale())
+        self.v = nn.Parameter(inverse_rectified_sigmoid(self.around.position))
         return self.v
 
     def settle(self) -> None:
-        """Harden: round up where h(V) >= 1/2, and keep integer codes."""
-        assert self.v is not None and self.floor is not None
-        up = (q.rectified_sigmoid(self.v.detach()) >= 0.5).to(self.floor.dtype)
-        self.codes.copy_(torch.clamp(self.floor + up, self.levels.lo, self.levels.hi))
-        self.v = self.floor = self.soft = None
+        """Harden: the upper neighbour where h(V) >= 1/2, else the lower one."""
+        assert self.v is not None and self.around is not None
+        up = rectified_sigmoid(self.v.detach()) >= 0.5
+        self.codes.copy_(self.format.encode(torch.where(up, self.around.upper, self.around.lower)))
+        self.v = self.around = self.soft = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as the mode says: float, dequantized codes, or softly rounded while learning."""
@@ -178,10 +181,12 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.mode is Mode.LEARN and self.soft is not None:
             return self.soft
-        scale = q.per_channel(self.scale, weight.dim())
-        if self.mode is Mode.LEARN and self.v is not None and self.floor is not None:
-            return q.soft_quantize_weight(self.floor, self.v, scale, self.levels)
-        return q.dequantize(self.codes.to(scale.dtype), scale)
+        scale = self.spread_scale()
+        if self.mode is Mode.LEARN and self.v is not None and self.around is not None:
+            # W^ = s (lower + h(V) (upper - lower)): for integers AdaRound's eq. 22.
+            lower, upper = self.around.lower, self.around.upper
+            return scale * (lower + rectified_sigmoid(self.v) * (upper - lower))
+        return self.format.dequantize(self.format.decode(self.codes).to(scale.dtype), scale)
 
 
 class CorrectedBias(nn.Module):

@@ -10,11 +10,14 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.formats.choice import Choice
 
 # Too long a number and too deep a list are no TOMLDecodeError.
 _UNREADABLE = (ValueError, RecursionError)
@@ -98,6 +101,12 @@ class Recipe(BaseModel):
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction
     pilot: Pilot
+
+    def formats(self) -> Choice:
+        """The formats of weights, activations and the two ends."""
+        from ospq_export.formats.choice import integers
+
+        return integers(self.weight_bits, self.activation_bits, self.first_last_bits)
 
 
 def packaged_recipes() -> list[str]:

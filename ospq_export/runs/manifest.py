@@ -6,9 +6,9 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ospq_export.data.config import DataConfig
 from ospq_export.data.record import ClassLevel
@@ -18,7 +18,10 @@ from ospq_export.models.weights import CheckpointRecord
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from ospq_export.formats.base import Format
+
+SCHEMA_VERSION = 2
 _FOREIGN = "calibrate again, or copy the run directory anew"
 
 
@@ -75,17 +78,26 @@ class SlicingRecord(_Record):
 
 
 class QuantizerRecord(_Record):
-    """The integer side of one quantizer; its scale and offset are tensors "<name>.scale" and "<name>.offset"."""
+    """One quantizer; its scale and offset are tensors "<name>.scale" and "<name>.offset".
+
+    `format` is what `Format.record` said; `constant` the float network's constant that a weight quantizer reads.
+    """
 
     name: str
     kind: Literal["activation", "weight"]
     slice: int
-    bits: int
-    grid: Literal["symmetric", "embedded", "shifted"]
-    lo: int
-    hi: int
-    axis: int | None = None
+    format: dict[str, JsonValue]
     constant: str | None = None
+
+    def read_format(self) -> Format:
+        """The format.
+
+        Raises:
+            InputError: the record describes none.
+        """
+        from ospq_export.formats.choice import read
+
+        return read(self.format, weight=self.kind == "weight")
 
 
 class EqualizedSite(_Record):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
-from ospq_export.formats.integer import Grid, Levels
 from ospq_export.graph.capture import capture, fingerprint
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     CorrectedBias,
@@ -164,9 +163,7 @@ class Run:
         path = self.file(QUANTIZED_TENSORS)
         graph = self._recaptured() if captured is None else captured
         tensors, _ = read_tensors(path)
-        recipe = self.manifest.recipe
-        bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
-        network = insert_quantizers(graph, bits)
+        network = insert_quantizers(graph, self.manifest.recipe.formats())
         replaced = {w.constant for w in network.weights.values()}
         kept = [name for name, _ in graph.named_buffers() if name not in replaced]
         _load_constants(graph, kept, tensors, path)
@@ -206,34 +203,18 @@ def _forget(weight: Tensor) -> None:
 
 
 def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
-    """The integer side of all quantizers of a calibrated network."""
-    records = [
-        QuantizerRecord(
-            name=a.name,
-            kind="activation",
-            slice=slice_of[a.name],
-            bits=a.bits,
-            grid=a.grid.value,
-            lo=a.levels.lo,
-            hi=a.levels.hi,
-        )
+    """What the manifest says of all quantizers of a calibrated network."""
+    activations = [
+        QuantizerRecord(name=a.name, kind="activation", slice=slice_of[a.name], format=a.format.record())
         for a in network.activations.values()
     ]
-    for w in network.weights.values():
-        records.append(
-            QuantizerRecord(
-                name=w.name,
-                kind="weight",
-                slice=slice_of[w.name],
-                bits=w.bits,
-                grid="symmetric",
-                lo=w.levels.lo,
-                hi=w.levels.hi,
-                axis=0,
-                constant=w.constant,
-            )
+    weights = [
+        QuantizerRecord(
+            name=w.name, kind="weight", slice=slice_of[w.name], format=w.format.record(), constant=w.constant
         )
-    return records
+        for w in network.weights.values()
+    ]
+    return [*activations, *weights]
 
 
 def quantizer_tensors(quantizers: Sequence[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
@@ -285,8 +266,8 @@ def load_quantizer(
 ) -> None:
     """Set one quantizer; see `load_quantizers`."""
     try:
-        quantizer.levels = Levels(record.lo, record.hi)
-    except ValueError as error:
+        quantizer.format = record.read_format()
+    except InputError as error:
         raise InputError(f"{record.name}: {error}", where=path, fix=_MEND) from error
     for key, value in quantizer_tensors([quantizer]).items():
         found = tensors.get(key)
@@ -301,7 +282,5 @@ def load_quantizer(
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
         raise InputError(f"{record.name}.scale is not positive", where=path, fix=_MEND)
-    if isinstance(quantizer, ActivationQuantizer):
-        quantizer.grid = Grid(record.grid)
-    elif quantizer.codes.min() < record.lo or quantizer.codes.max() > record.hi:
-        raise InputError(f"{record.name}.codes leave [{record.lo}, {record.hi}]", where=path, fix=_MEND)
+    if isinstance(quantizer, WeightQuantizer) and not quantizer.format.holds(quantizer.codes):
+        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=_MEND)

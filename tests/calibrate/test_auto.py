@@ -14,9 +14,10 @@ from ospq_export.calibrate.slicing.auto import choose_slicing, division, image_s
 from ospq_export.calibrate.slicing.outlier_aware import cut_dominance
 from ospq_export.errors import InputError
 from ospq_export.export import export
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
@@ -48,7 +49,7 @@ def dominances(network, images):
 
 
 def observed(network, images):
-    graph = insert_quantizers(network, Bits(3, 3))
+    graph = insert_quantizers(network, integers(3, 3))
     observe(graph, images, batch_size=16, seed=0)
     return graph
 

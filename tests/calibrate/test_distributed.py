@@ -16,8 +16,9 @@ from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.calibrate.reconstruct.batches import Batches
 from ospq_export.calibrate.stage import check_processes
 from ospq_export.errors import InputError
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import QUANTIZED_TENSORS
@@ -126,7 +127,7 @@ def test_shares_of_the_observation_are_the_observation():
     ranges = []
     held.clear()
     for world in (SOLO, Recorded(0, 2), Recorded(1, 2)):
-        graph = insert_quantizers(network, Bits(4, 4))
+        graph = insert_quantizers(network, integers(4, 4))
         observe(graph, images, batch_size=5, seed=0, values_per_tensor=400, world=world)
         ranges.append([(float(a.scale), float(a.offset)) for a in graph.activations.values()])
     # The last one found what the others had observed beside its own.

@@ -7,10 +7,11 @@ from torch import nn
 
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.observe import observe
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.equalization.rescale import rescale
 from ospq_export.graph.equalization.sites import find_sites
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.timm import ModelSpec, create_model
 
@@ -101,7 +102,7 @@ def test_the_search_keeps_the_function(name, method):
     network, images = restless(name)
     expected = network(images)
     constants = {k: v.clone() for k, v in network.named_buffers()}
-    records = equalize(network, images, Bits(4, 4), method)
+    records = equalize(network, images, integers(4, 4), method)
     assert relative(network(images), expected) < 1e-4
     assert any(not torch.equal(constants[k], v) for k, v in network.named_buffers())
     assert 0 < len(records) <= count_sites(network)
@@ -129,14 +130,14 @@ def test_outliers_in_layer_norms_are_undone(method):
 
     def error(network):
         expected = network(images)
-        quantized = insert_quantizers(network, Bits(4, 4))
+        quantized = insert_quantizers(network, integers(4, 4))
         observe(quantized, images, batch_size=16, seed=0)
         quantized.set_mode(Mode.QUANTIZE)
         with torch.no_grad():
             return float((quantized.module(images) - expected).square().mean() / expected.var())
 
     plain, network = with_outliers(), with_outliers()
-    equalize(network, images, Bits(4, 4), method)
+    equalize(network, images, integers(4, 4), method)
     assert error(network) < 0.25 * error(plain)
 
 
@@ -144,9 +145,9 @@ def test_reproducible():
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     networks = [with_outliers() for _ in range(2)]
     torch.manual_seed(5)
-    first = equalize(networks[0], images, Bits(4, 4), "shift")
+    first = equalize(networks[0], images, integers(4, 4), "shift")
     torch.manual_seed(6)
-    assert equalize(networks[1], images, Bits(4, 4), "shift") == first
+    assert equalize(networks[1], images, integers(4, 4), "shift") == first
     for (name, a), (_, b) in zip(networks[0].named_buffers(), networks[1].named_buffers(), strict=True):
         assert torch.equal(a, b), name
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import arithmetic as q
 import pytest
 import torch
 from conftest import straight_through
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from ospq_export.calibrate.objectives.losses import rounding_regularizer
 from ospq_export.calibrate.reconstruct.rounding import SoftRounding
-from ospq_export.formats import integer as q
+from ospq_export.formats.choice import named
 from ospq_export.formats.kernels import BLOCK, blocks, lerp_mask
 from ospq_export.graph.quantizers import WeightQuantizer
 
@@ -81,7 +82,7 @@ def soft_rounding(tensors, bits):
     quantizers = []
     for index, tensor in enumerate(tensors):
         piece.register_buffer(f"w{index}", tensor)
-        quantizer = WeightQuantizer(f"w{index}", bits[index], f"w{index}", tensor)
+        quantizer = WeightQuantizer(f"w{index}", named(f"int{bits[index]}", weight=True), f"w{index}", tensor)
         quantizer.round_to_nearest(tensor)
         # A scale smaller than the search's, so that some weights lie beyond the levels on both sides.
         quantizer.scale.mul_(0.6)
@@ -112,10 +113,11 @@ def test_gradient_of_v_is_autograds(beta, strength, spread, seed):
 
     v = rounding.v.detach().double().requires_grad_()
     total, start = torch.zeros((), dtype=torch.float64), 0
-    for quantizer, factor in zip(quantizers, factors, strict=True):
+    for quantizer, tensor, factor in zip(quantizers, tensors, factors, strict=True):
         part = v[start : start + factor.numel()].view(factor.shape)
         scale = q.per_channel(quantizer.scale.double(), factor.dim())
-        soft = q.soft_quantize_weight(quantizer.floor.double(), part, scale, quantizer.levels)
+        floor = torch.floor(tensor / q.per_channel(quantizer.scale, tensor.dim()))
+        soft = q.soft_quantize_weight(floor.double(), part, scale, quantizer.format.levels)
         torch.testing.assert_close(quantizer.soft.double(), soft, rtol=1e-5, atol=1e-6)
         total = total + (soft * factor).sum() + strength * rounding_regularizer(part, beta)
         start += factor.numel()
@@ -124,12 +126,13 @@ def test_gradient_of_v_is_autograds(beta, strength, spread, seed):
 
 
 def test_settling_hardens_every_part_of_v():
-    rounding, quantizers = soft_rounding([torch.randn(5, 7), torch.randn(6, 2)], (4, 4))
+    tensors = [torch.randn(5, 7), torch.randn(6, 2)]
+    rounding, quantizers = soft_rounding(tensors, (4, 4))
     with torch.no_grad():
         rounding.v.copy_(torch.where(torch.arange(47) % 2 == 0, 9.0, -9.0))
     rounding.refresh()
     rounding.collect(0.1, 2.0)
-    floors = [w.floor.clone() for w in quantizers]
+    floors = [torch.floor(t / w.scale[:, None]) for t, w in zip(tensors, quantizers, strict=True)]
     ups = torch.cat([torch.zeros(0)])
     for quantizer, floor in zip(quantizers, floors, strict=True):
         quantizer.settle()

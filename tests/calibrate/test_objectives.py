@@ -15,9 +15,10 @@ from ospq_export.calibrate.reconstruct.activations import SliceData, forward, ro
 from ospq_export.calibrate.reconstruct.bias import correct_biases
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
 from ospq_export.calibrate.reconstruct.walk import walk
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, quantizers_of
 from ospq_export.graph.slicing import extract, run_slice
 from ospq_export.models.timm import ModelSpec, create_model
@@ -116,7 +117,7 @@ def test_fisher_weights_are_squared_gradients(small_vit, observed_vit, noise, te
 @pytest.mark.parametrize("loss", ["normalized", "channel", "fisher"])
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 def test_every_loss_lowers_its_own_objective(small_vit, noise, loss, granularity):
-    graph = insert_quantizers(small_vit, Bits(3, 3))
+    graph = insert_quantizers(small_vit, integers(3, 3))
     observe(graph, noise, batch_size=16, seed=0)
     slices = slicing_of(small_vit.graph, granularity)
     chosen = settings(f"loss={loss}", "final_loss=kl", "bias_correction=true")
@@ -137,7 +138,7 @@ def test_every_loss_lowers_its_own_objective(small_vit, noise, loss, granularity
         ours = graph.module(noise)
         graph.set_mode(Mode.FLOAT)
         reference = graph.module(noise)
-    nearest = insert_quantizers(small_vit, Bits(3, 3))
+    nearest = insert_quantizers(small_vit, integers(3, 3))
     observe(nearest, noise, batch_size=16, seed=0)
     nearest.set_mode(Mode.QUANTIZE)
     with torch.no_grad():
@@ -169,13 +170,13 @@ def test_bias_correction_gives_every_operator_the_float_mean(small_vit, observed
 
 
 def test_offsets_are_learned_where_a_grid_is_shifted(small_vit, noise):
-    graph = insert_quantizers(small_vit, Bits(8, 8))
+    graph = insert_quantizers(small_vit, integers(8, 8))
     observe(graph, noise, batch_size=16, seed=0)
     first = next(iter(graph.activations.values()))
     piece = extract(graph.module, slicing_of(small_vit.graph, "block")[1])
     x = forward(extract(graph.module, slicing_of(small_vit.graph, "block")[0]), (noise,), Mode.FLOAT, CPU, 32)
     data = SliceData(x, x, forward(piece, x, Mode.FLOAT, CPU, 32)[0], 32)
-    shifted = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and m.grid == "shifted"]
+    shifted = [m for m in quantizers_of(piece) if isinstance(m, ActivationQuantizer) and m.format.has_offset]
     assert shifted, f"no shifted grid in {first.name}'s network: the test needs one"
     before = [float(a.offset) for a in shifted]
     for wanted in (False, True):
@@ -198,7 +199,7 @@ def test_a_layer_slicing_reconstructs_windows(noise):
         create_model(ModelSpec(name="swin_tiny_patch4_window7_224", kwargs=kwargs)), (3, 56, 56)
     )
     x = torch.randn(8, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    graph = insert_quantizers(network, Bits(4, 4))
+    graph = insert_quantizers(network, integers(4, 4))
     observe(graph, x, batch_size=8, seed=0)
     slices = slicing_of(network.graph, "layer")
     chosen = settings("iterations=2", "batch_size=4")

@@ -12,9 +12,10 @@ from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.objectives.losses import class_logits, kl_divergence, total_variation
 from ospq_export.calibrate.objectives.objective import fisher_weights
 from ospq_export.data import Batch, resolve_data_config
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
 from ospq_export.models.timm import ModelSpec, create_model
@@ -71,7 +72,7 @@ def test_total_variation_is_the_difference_of_probabilities(temperature):
 def test_fisher_weights_are_those_of_bernoulli_labels(model, noise, temperature):
     """Against autograd on the logistic loss; and on average over labels it is p (1 - p) (dx / da)^2."""
     graph = capture(model, (3, 32, 32))
-    network = insert_quantizers(graph, Bits(4, 4))
+    network = insert_quantizers(graph, integers(4, 4))
     slices = slicing_of(graph.graph, "block")
     found = fisher_weights(network, [s.end for s in slices], noise, torch.device("cpu"), 3, temperature)
     network.set_mode(Mode.FLOAT)

@@ -10,8 +10,9 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.calibrate.reconstruct.walk import walk
+from ospq_export.formats.choice import integers
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.recipes import load_recipe
@@ -48,7 +49,7 @@ def test_learning_lowers_the_error(small_vit, observed_vit, noise):
     assert any(not torch.equal(w.codes, nearest[w.name]) for w in weights)
     for weight in weights:
         floor = torch.floor(piece.get_buffer(weight.constant) / weight.scale[:, None])
-        off = weight.codes - floor.clamp(weight.levels.lo, weight.levels.hi)
+        off = weight.codes - floor.clamp(weight.format.levels.lo, weight.format.levels.hi)
         assert off.min() >= 0 and off.max() <= 1, "AdaRound rounds down or up, never further"
         assert weight.v is None
     moved = [
@@ -62,7 +63,7 @@ def test_learning_lowers_the_error(small_vit, observed_vit, noise):
 def test_reproducible_for_a_seed_only(small_vit, noise):
     states = []
     for seed in (5, 5, 6):
-        graph = insert_quantizers(small_vit, Bits(3, 3))
+        graph = insert_quantizers(small_vit, integers(3, 3))
         observe(graph, noise, batch_size=16, seed=0)
         piece, data = block(small_vit, graph, noise)
         torch.manual_seed(seed * 100)  # the caller's generator must not matter
@@ -106,7 +107,7 @@ def test_a_resumed_walk_ends_in_the_same_bytes(small_vit, noise):
     reconstructor = Reconstructor(settings("iterations=5"), CPU)
 
     def run(restored):
-        graph = insert_quantizers(small_vit, Bits(3, 3))
+        graph = insert_quantizers(small_vit, integers(3, 3))
         observe(graph, noise, batch_size=16, seed=0)
 
         def restore(index, piece):

@@ -18,9 +18,10 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.errors import InputError
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.models.timm import create_model
@@ -126,7 +127,7 @@ def block():
     torch.manual_seed(0)
     network = capture(create_model(SPEC), (1, 32, 32))
     images = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    graph = insert_quantizers(network, Bits(4, 4))
+    graph = insert_quantizers(network, integers(4, 4))
     observe(graph, images, batch_size=16, seed=0)
     slices = block_slicing(network.graph)
     x = forward(extract(graph.module, slices[0]), (images,), Mode.FLOAT, CPU, 16)
@@ -174,7 +175,7 @@ def test_divergence_at_both_rates_leaves_the_best_state(block):
 def test_a_loss_that_begins_at_zero_may_grow():
     # An input on the grid and float weights to start from: the first loss is the sums' rounding, any step is a thousand times it.
     network = capture(create_model(SPEC), (1, 32, 32))
-    graph = insert_quantizers(network, Bits(3, 3))
+    graph = insert_quantizers(network, integers(3, 3))
     images = torch.randint(-127, 128, (16, 1, 32, 32), generator=torch.Generator().manual_seed(1)) / 127.0
     observe(graph, images, batch_size=16, seed=0)
     piece = extract(graph.module, block_slicing(network.graph)[0])

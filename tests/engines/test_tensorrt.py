@@ -20,9 +20,10 @@ from ospq_export.engines.plan import layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product
 from ospq_export.engines.record import EngineRecord, build_engine
 from ospq_export.errors import InputError
-from ospq_export.export.lower import lower
+from ospq_export.export.lower.graph import lower
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.onnx.half import to_half
@@ -46,7 +47,7 @@ def quantized_file(path, name, kwargs, bits=8, batch_size=1):
     size = (3, 224, 224)
     torch.manual_seed(0)
     network = insert_quantizers(
-        capture(create_model(ModelSpec(name=name, kwargs=kwargs)), size), Bits(bits, bits)
+        capture(create_model(ModelSpec(name=name, kwargs=kwargs)), size), integers(bits, bits)
     )
     observe(network, torch.randn(1, *size), batch_size=1, seed=0, values_per_tensor=4096)
     network.set_mode(Mode.QUANTIZE)
@@ -69,7 +70,7 @@ def test_all_products_are_int8_and_all_attentions_one_kernel(tmp_path, name):
     record = build_engine(file, tmp_path / "m.engine", SETTINGS)
     products = [n for n in onnx.load(str(file)).graph.node if n.op_type in ("MatMul", "Gemm", "Conv")]
     assert record.fusion.gemms == len(products) > 5
-    assert set(record.fusion.not_int8) <= {"patch_embed.proj/Conv"}
+    assert set(record.fusion.not_quantized) <= {"patch_embed.proj/Conv"}
     assert record.fusion.attentions == record.fusion.fused_attentions == attentions, record.fusion.not_fused
 
 
@@ -78,7 +79,7 @@ def test_below_8_bits_products_stay_int8_and_the_reason_is_named(tmp_path):
     model, kwargs, _ = NETWORKS["vit"]
     file = quantized_file(tmp_path / "m.onnx", model, kwargs, bits=4)
     fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
-    assert set(fusion.not_int8) <= {"patch_embed.proj/Conv"}
+    assert set(fusion.not_quantized) <= {"patch_embed.proj/Conv"}
     assert set(fusion.not_fused) == {"blocks.0.attn/MatMul_1"}
     assert "Clip between the softmax and its quantizer" in fusion.not_fused["blocks.0.attn/MatMul_1"]
 
@@ -95,7 +96,7 @@ def test_float_products_are_named(tmp_path):
     cast.input[0] = quantize.input[0]
     onnx.save(model, str(file))
     fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
-    assert fusion.not_int8["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
+    assert fusion.not_quantized["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
 
 
 @pytest.mark.slow
@@ -104,14 +105,14 @@ def test_float_products_are_named(tmp_path):
 @pytest.mark.parametrize(("name", "gemms", "attentions"), [("vit", 74, 12), ("swin", 52, 8)])
 def test_the_packaged_networks_at_every_recipe(tmp_path, name, gemms, attentions, recipe):
     chosen = load_recipe(recipe)
-    bits = Bits(chosen.weight_bits, chosen.activation_bits, chosen.first_last_bits)
+    bits = integers(chosen.weight_bits, chosen.activation_bits, chosen.first_last_bits)
     network = insert_quantizers(capture(create_model(demo_spec(name)), (1, 28, 28)), bits)
     observe(network, torch.randn(8, 1, 28, 28), batch_size=8, seed=0, values_per_tensor=4096)
     network.set_mode(Mode.QUANTIZE)
     file = tmp_path / "m.onnx"
     write_onnx(lower(network), file, input_size=(1, 28, 28), batch_size=1, metadata={}, passes=(to_half,))
     fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
-    assert fusion.gemms == fusion.int8_gemms == gemms
+    assert fusion.gemms == fusion.quantized_gemms == gemms
     assert fusion.attentions == attentions
     assert fusion.fused_attentions == (attentions if chosen.activation_bits == 8 else 0), fusion.not_fused
     assert len(fusion.not_fused) == attentions - fusion.fused_attentions
@@ -135,7 +136,7 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
     assert record.onnx_sha256 == sha256(run / "model_qdq_fp16.onnx")
     assert record.profile == (1, 2, 4) and record.input["shape"] == [-1, 1, 28, 28]
     assert record.compute_capabilities == ("SM86",) and record.preprocessing["mean"] == [0.286]
-    assert record.fusion.gemms == record.fusion.int8_gemms == 52 and record.layers
+    assert record.fusion.gemms == record.fusion.quantized_gemms == 52 and record.layers
     assert len(record.classes) == 10
     assert "Layers:" in (run / "model.engine.log").read_text()
     assert {"model.engine", "model.engine.json"} <= read_manifest(run).files.keys()
@@ -249,7 +250,7 @@ LAYER = (
 
 def test_log_and_inspector_agree():
     (layer,) = layers_from_log(["something else", LAYER])
-    assert layer.is_int8 and layer.multiplies and not layer.is_attention
+    assert layer.is_quantized and layer.multiplies and not layer.is_attention
     assert (layer.inputs, layer.constants, layer.outputs) == (("Int8",), ("Int8", "Float"), ("Half",))
     assert layer.onnx == ("a/MatMul", "a/DQ") and layers_from_log(["no plan"]) == []
     entry = {

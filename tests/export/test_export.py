@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.lower import lower, probe_names
+from ospq_export.export.lower.graph import lower, probe_names
 from ospq_export.graph.slicing import Slice
 from ospq_export.onnx.write import check_deployable
 from ospq_export.runs.files import QUANTIZED_TENSORS
@@ -181,7 +181,7 @@ def test_scales_json_is_complete_and_exact(finished_runs):
     assert {q["name"] for _, q in entries} == {r.name for r in run.manifest.quantizers}
     for index, entry in entries:
         record = next(r for r in run.manifest.quantizers if r.name == entry["name"])
-        assert (record.slice, record.bits, record.lo, record.hi) == (
+        assert (record.slice, *(record.format[key] for key in ("bits", "lo", "hi"))) == (
             index,
             entry["bits"],
             entry["lo"],

@@ -113,7 +113,9 @@ def test_debug_codes_are_the_fake_quantizers(run, images):
     def follow(quantizer, args, _output):
         """Compare in float64, then go on from the deployed codes: the next quantizer's inputs are equal again."""
         offset = 0.0 if quantizer.used_offset is None else quantizer.used_offset
-        real = torch.clamp((args[0] - offset) / quantizer.scale, quantizer.levels.lo, quantizer.levels.hi)
+        real = torch.clamp(
+            (args[0] - offset) / quantizer.scale, quantizer.format.levels.lo, quantizer.format.levels.hi
+        )
         deployed = torch.from_numpy(got[f"{quantizer.name}.codes"]).double()
         step = (torch.round(real) - deployed).abs()
         seen[quantizer.name] = (
@@ -201,7 +203,11 @@ def test_int4_storage_has_the_same_values(run, images):
     small, full = run.file("model_int4.onnx"), run.file("model.onnx")
     packed, plain = constants(small), constants(full)
     narrow = [n for n, t in packed.items() if t.data_type == TensorProto.INT4 and n.endswith(".codes")]
-    assert len(narrow) == sum(r.kind == "weight" and r.bits <= 4 for r in run.manifest.quantizers) > 20
+    assert (
+        len(narrow)
+        == sum(r.kind == "weight" and r.read_format().bits <= 4 for r in run.manifest.quantizers)
+        > 20
+    )
     for name in narrow:
         np.testing.assert_array_equal(
             numpy_helper.to_array(packed[name]).astype(np.int8), numpy_helper.to_array(plain[name])
@@ -231,7 +237,10 @@ def test_uint8_input_is_normalised_inside(run):
 def test_metadata(run):
     properties = {p.key: p.value for p in onnx.load(str(run.file("model_qdq_fp16.onnx"))).metadata_props}
     bits = json.loads(properties["bits"])
-    assert bits == {r.name: r.bits for r in run.manifest.quantizers} and set(bits.values()) == {4, 8}
+    assert bits == {r.name: r.read_format().bits for r in run.manifest.quantizers} and set(bits.values()) == {
+        4,
+        8,
+    }
     assert json.loads(properties["slicing"]) == [s.name for s in run.manifest.slices]
     assert json.loads(properties["classes"])[9] == "Ankle boot" and properties["precision"] == "float16"
 

@@ -1,5 +1,6 @@
 """The number semantics against ONNX's own definition: its reference evaluator and ONNX Runtime."""
 
+import arithmetic as q
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ospq_export.formats import integer as q
+from ospq_export.formats.choice import named
+from ospq_export.graph.quantizers import Mode, WeightQuantizer
 
 floats = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 scales = st.floats(2**-12, 2**6, width=32)
@@ -135,13 +137,16 @@ def test_rectified_sigmoid_reaches_both_ends():
 
 def test_soft_weight_starts_at_the_weight_and_hardens_to_codes():
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    scale = q.per_channel(torch.full((6,), 0.5), 2)
-    levels = q.symmetric_levels(4)
-    floor = torch.floor(weight / scale)
-    v = q.inverse_rectified_sigmoid(weight / scale - floor)
-    torch.testing.assert_close(q.soft_quantize_weight(floor, v, scale, levels), weight, rtol=0, atol=1e-5)
-    hard = q.soft_quantize_weight(floor, torch.where(v > 0, 50.0, -50.0), scale, levels)
-    torch.testing.assert_close(hard, torch.round(weight / scale) * scale)
+    quantizer = WeightQuantizer("w", named("int4", weight=True), "w", weight)
+    quantizer.scale.fill_(0.5)
+    v, quantizer.mode = quantizer.start_learning(weight), Mode.LEARN
+    torch.testing.assert_close(quantizer(weight), weight, rtol=0, atol=1e-5)
+    scale, floor = torch.full((6, 1), 0.5), torch.floor(weight / 0.5)
+    soft = q.soft_quantize_weight(floor, v, scale, q.symmetric_levels(4))
+    torch.testing.assert_close(quantizer(weight), soft, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        v.copy_(torch.where(v > 0, 50.0, -50.0))
+    torch.testing.assert_close(quantizer(weight), torch.round(weight / scale) * scale)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import arithmetic as q
 import pytest
 import torch
 from conftest import CUDA, straight_through
@@ -15,7 +16,6 @@ from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.graphed import Graphed
 from ospq_export.calibrate.reconstruct.learner import Learner, arithmetic
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
-from ospq_export.formats import integer as q
 from ospq_export.formats import kernels
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import Mode, quantizers_of

@@ -1,9 +1,9 @@
 """Range search against plain minimum and maximum, and against brute force."""
 
+import arithmetic as q
 import pytest
 import torch
 
-from ospq_export.formats import integer as q
 from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
 
 
@@ -73,7 +73,7 @@ def test_weight_scale_against_brute_force(bits):
             (torch.clamp(torch.round(row / scale), levels.lo, levels.hi) * scale - row).square().sum()
         )
 
-    found = search_weight_scale(weight, bits)
+    found = search_weight_scale(weight, levels)
     assert found.shape == (5,) and bool((found > 0).all())
     for row, scale in zip(weight, found, strict=True):
         full = max(float(row.max()) / levels.hi, float(row.min()) / levels.lo)
@@ -85,6 +85,6 @@ def test_weight_scale_against_brute_force(bits):
 @pytest.mark.parametrize("shape", [(64, 96), (7, 3, 5, 5), (1, 1000)])
 def test_weights_in_parts_have_the_same_scales(shape, monkeypatch):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    whole = search_weight_scale(weight, 4)
+    whole = search_weight_scale(weight, q.symmetric_levels(4))
     monkeypatch.setattr("ospq_export.formats.search._ELEMENTS_AT_ONCE", 3 * 96)
-    assert torch.equal(search_weight_scale(weight, 4), whole)
+    assert torch.equal(search_weight_scale(weight, q.symmetric_levels(4)), whole)

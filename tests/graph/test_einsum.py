@@ -12,10 +12,11 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import fx, nn
 
 from ospq_export.calibrate.observe import observe
-from ospq_export.export.lower import lower
+from ospq_export.export.lower.graph import lower
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, operator_names, quantizable_nodes
 from ospq_export.graph.einsum import expand_einsums, parse_equation
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.onnx.write import write_onnx
 
@@ -174,7 +175,7 @@ def test_in_a_network_with_a_dynamic_batch(equation, left, right, constant, kind
 def test_a_constant_operand_is_quantized(equation, left, right, constant, kind):
     torch.manual_seed(0)
     graph = capture(Mixed(equation, left, right, constant).eval(), (12,))
-    network = insert_quantizers(graph, Bits(4, 8, 4))
+    network = insert_quantizers(graph, integers(4, 8, 4))
     name = list(operator_names(graph.graph).values())[-1]
     assert (f"{name}.weight" in network.weights) == (kind == "linear")
     assert (f"{name}.rhs" in network.activations) == (kind == "matmul")
@@ -224,7 +225,7 @@ def test_mvit_is_quantized_exported_and_computed_by_onnx_runtime(tmp_path):
     # As the file says it: the fused integer kernels of processors without VNNI saturate.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for bits in (8, 4):
-        network = insert_quantizers(graph, Bits(bits, bits))
+        network = insert_quantizers(graph, integers(bits, bits))
         observe(network, images, batch_size=8, seed=0)
         network.set_mode(Mode.QUANTIZE)
         nodes = [n for n in network.module.graph.nodes if n.op == "call_module" and n.name.endswith("rhs")]

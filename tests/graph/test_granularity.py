@@ -10,9 +10,10 @@ from conftest import Captured
 from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_aware_slicing
 from ospq_export.errors import InputError
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, own_quantizers
 from ospq_export.graph.slicing import Slice, atoms, extract, run_slice
 
@@ -38,7 +39,7 @@ def test_every_granularity_is_a_partition_that_chains_to_the_network(networks, n
     slices = slicing_of(network.graph, granularity)
     check_partition(network.graph, slices)
     assert len({s.name for s in slices}) == len(slices)
-    quantized = insert_quantizers(network, Bits(4, 4))
+    quantized = insert_quantizers(network, integers(4, 4))
     for batch in (1, 3):
         x = torch.randn(batch, 3, size, size)
         with torch.no_grad():
@@ -51,7 +52,7 @@ def test_every_granularity_is_a_partition_that_chains_to_the_network(networks, n
 @pytest.mark.parametrize("name", Captured.parameters(FAMILIES))
 def test_every_quantizer_belongs_to_exactly_one_slice(networks, name):
     network, _ = networks[name]
-    quantized = insert_quantizers(network, Bits(4, 4))
+    quantized = insert_quantizers(network, integers(4, 4))
     for granularity in ("layer", "atom"):
         owned = [
             q.name
@@ -80,7 +81,7 @@ def test_a_quantizer_that_an_earlier_slice_owns_is_evaluated_again():
 
     torch.manual_seed(0)
     network = capture(Net().eval(), (3, 2, 2))
-    quantized = insert_quantizers(network, Bits(8, 8))
+    quantized = insert_quantizers(network, integers(8, 8))
     quantized.set_mode(Mode.QUANTIZE)
     for a in quantized.activations.values():
         a.scale.fill_(0.1)

@@ -6,9 +6,10 @@ from torch import nn
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.errors import InputError
-from ospq_export.formats.integer import Grid
+from ospq_export.formats.choice import integers
+from ospq_export.formats.levels import Grid
 from ospq_export.graph.capture import capture, quantizable_nodes
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.timm import ModelSpec, create_model
 
@@ -27,14 +28,14 @@ def network():
 
 
 def test_float_mode_is_the_network_bit_for_bit(network):
-    quantized = insert_quantizers(network, Bits(4, 4))
+    quantized = insert_quantizers(network, integers(4, 4))
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(quantized.module(x), network(x))
 
 
 def test_every_operand_and_weight_has_a_quantizer(network):
-    quantized = insert_quantizers(network, Bits(4, 4))
+    quantized = insert_quantizers(network, integers(4, 4))
     modules = dict(quantized.module.named_modules())
     for node in quantizable_nodes(quantized.module.graph):
         for operand in node.args[:2]:
@@ -49,10 +50,10 @@ def test_every_operand_and_weight_has_a_quantizer(network):
 
 
 def test_first_and_last_operator_have_their_own_bits(network):
-    quantized = insert_quantizers(network, Bits(3, 4, first_last=8))
+    quantized = insert_quantizers(network, integers(3, 4, first_last_bits=8))
     bits = {
-        **{n: a.bits for n, a in quantized.activations.items()},
-        **{n: w.bits for n, w in quantized.weights.items()},
+        **{n: a.format.bits for n, a in quantized.activations.items()},
+        **{n: w.format.bits for n, w in quantized.weights.items()},
     }
     eight = {name for name, b in bits.items() if b == 8}
     assert eight == {"patch_embed.proj.input", "patch_embed.proj.weight", "head.input", "head.weight"}
@@ -60,7 +61,7 @@ def test_first_and_last_operator_have_their_own_bits(network):
 
 
 def test_keys_are_quantized_before_their_transpose(network):
-    quantized = insert_quantizers(network, Bits(8, 8))
+    quantized = insert_quantizers(network, integers(8, 8))
     matmul = next(n for n in quantizable_nodes(quantized.module.graph) if n.target is aten.matmul.default)
     assert matmul.args[1].target is aten.transpose.int
     assert matmul.args[1].args[0].op == "call_module"
@@ -83,7 +84,7 @@ class Shared(nn.Module):
 
 def test_one_tensor_has_one_quantizer_and_padding_forbids_an_offset():
     torch.manual_seed(0)
-    quantized = insert_quantizers(capture(Shared().eval(), (3, 6, 6)), Bits(8, 8))
+    quantized = insert_quantizers(capture(Shared().eval(), (3, 6, 6)), integers(8, 8))
     assert set(quantized.activations) == {"padded.input", "plain.input", "q.input", "head.input"}
     assert not quantized.activations["padded.input"].may_shift
     assert quantized.activations["plain.input"].may_shift and quantized.activations["q.input"].may_shift
@@ -101,9 +102,9 @@ def test_a_tensor_read_at_two_bit_widths_gets_the_larger():
             x = x.flatten(1)
             return self.head(self.first(x) + self.second(x))
 
-    quantized = insert_quantizers(capture(Net().eval(), (3, 2, 2)), Bits(4, 4, first_last=8))
-    assert quantized.activations["first.input"].bits == 8
-    assert quantized.weights["second.weight"].bits == 4
+    quantized = insert_quantizers(capture(Net().eval(), (3, 2, 2)), integers(4, 4, first_last_bits=8))
+    assert quantized.activations["first.input"].format.bits == 8
+    assert quantized.weights["second.weight"].format.bits == 4
 
 
 def test_weight_computed_from_images_is_refused():
@@ -117,18 +118,21 @@ def test_weight_computed_from_images_is_refused():
             return nn.functional.linear(x, x)
 
     with pytest.raises(InputError, match="computed from the images"):
-        insert_quantizers(capture(Net().eval(), (3, 2, 2)), Bits(8, 8))
+        insert_quantizers(capture(Net().eval(), (3, 2, 2)), integers(8, 8))
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (4, 1.0)])
 def test_observed_network_is_near_the_float_one(network, bits, tolerance):
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    quantized = insert_quantizers(network, Bits(bits, bits))
+    quantized = insert_quantizers(network, integers(bits, bits))
     observe(quantized, images, batch_size=8, seed=0)
-    assert {a.grid for a in quantized.activations.values() if a.bits < 8} <= {Grid.EMBEDDED}
+    assert {a.format.grid for a in quantized.activations.values() if a.format.bits < 8} <= {Grid.EMBEDDED}
     for weight in quantized.weights.values():
-        assert weight.levels.lo <= int(weight.codes.min()) and int(weight.codes.max()) <= weight.levels.hi
-        assert int(weight.codes.abs().max()) >= weight.levels.hi // 2, "the codes use their range"
+        assert (
+            weight.format.levels.lo <= int(weight.codes.min())
+            and int(weight.codes.max()) <= weight.format.levels.hi
+        )
+        assert int(weight.codes.abs().max()) >= weight.format.levels.hi // 2, "the codes use their range"
     quantized.set_mode(Mode.QUANTIZE)
     with torch.no_grad():
         reference, ours = network(images), quantized.module(images)
@@ -140,14 +144,14 @@ def test_observe_is_deterministic(network):
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scales = []
     for _ in range(2):
-        quantized = insert_quantizers(network, Bits(4, 4))
+        quantized = insert_quantizers(network, integers(4, 4))
         observe(quantized, images, batch_size=8, seed=3, values_per_tensor=1000)
         scales.append([float(a.scale) for a in quantized.activations.values()])
     assert scales[0] == scales[1]
 
 
 def test_activation_that_is_not_finite_is_named(network):
-    quantized = insert_quantizers(network, Bits(8, 8))
+    quantized = insert_quantizers(network, integers(8, 8))
     images = torch.full((2, 3, 32, 32), torch.inf)
     with pytest.raises(InputError, match=r"patch_embed\.proj\.input is not finite"):
         observe(quantized, images, batch_size=2, seed=0)

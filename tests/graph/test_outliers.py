@@ -9,8 +9,9 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, fingerprint
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.outliers import inject_outliers, twin_state_dict
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.timm import ModelSpec, create_model
@@ -69,8 +70,8 @@ def test_round_to_nearest_collapses_and_equalization_recovers(name, tmp_path):
     def top1(equalized):
         network = capture(model, SIZE)
         if equalized:
-            equalize(network, calibration[:32], Bits(4, 4), "shift")
-        quantized = insert_quantizers(network, Bits(4, 4))
+            equalize(network, calibration[:32], integers(4, 4), "shift")
+        quantized = insert_quantizers(network, integers(4, 4))
         observe(quantized, calibration, batch_size=64, seed=0)
         with torch.inference_mode():
             floats = torch.cat([quantized.module(x) for x in test.images.split(100)])

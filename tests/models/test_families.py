@@ -30,6 +30,8 @@ def test_family(label):
     fusion = models.compiled(quantized)
     assert fusion.gemms >= len(quantized.network.weights) > 5
     # A product that is not on Int8 has a reason: nothing is lost in silence, and most are.
-    assert fusion.int8_gemms + len(fusion.not_int8) == fusion.gemms and all(fusion.not_int8.values())
-    assert fusion.int8_gemms >= 0.5 * fusion.gemms, fusion.not_int8
+    assert fusion.quantized_gemms + len(fusion.not_quantized) == fusion.gemms and all(
+        fusion.not_quantized.values()
+    )
+    assert fusion.quantized_gemms >= 0.5 * fusion.gemms, fusion.not_quantized
     assert fusion.fused_attentions + len(fusion.not_fused) == fusion.attentions

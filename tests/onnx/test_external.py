@@ -226,7 +226,7 @@ def test_an_engine_is_built_from_them(pair: tuple[Path, Path], tmp_path: Path) -
     whole, beside = (
         build_engine(run / "model_qdq_fp16.onnx", tmp_path / f"{run.name}.engine", SETTINGS) for run in pair
     )
-    assert whole.fusion == beside.fusion and beside.fusion.int8_gemms > 0
+    assert whole.fusion == beside.fusion and beside.fusion.quantized_gemms > 0
     assert [layer.kind for layer in whole.layers] == [layer.kind for layer in beside.layers]
 
 

@@ -81,7 +81,7 @@ def outcome(path):
     except InputError:
         return "refused"
     layers = layers_from_log(m.text for m in built.log)
-    return "int8" if any(layer.multiplies and layer.is_int8 for layer in layers) else "float"
+    return "int8" if any(layer.multiplies and layer.is_quantized for layer in layers) else "float"
 
 
 def rules(path):
@@ -154,7 +154,8 @@ def test_four_bit_blocks_are_refused_or_miscompiled(tmp_path):
     if outcome(path) != "refused":
         listing, layers = plan(path)
         assert (
-            next(layer for layer in layers if layer.multiplies).is_int8 and "Dimensions: [1,128]" in listing
+            next(layer for layer in layers if layer.multiplies).is_quantized
+            and "Dimensions: [1,128]" in listing
         )
 
 

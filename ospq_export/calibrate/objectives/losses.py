@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ospq_export.formats import integer as q
+from ospq_export.formats.soft import rectified_sigmoid
 from ospq_export.graph.quantizers import WeightQuantizer
 from ospq_export.recipes import Reconstruction
 
 
 def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
     """Sum of 1 - |2 h(V) - 1| ** beta (AdaRound, eq. 24)."""
-    return (1.0 - (2.0 * q.rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
+    return (1.0 - (2.0 * rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
 
 
 def annealed_beta(step: int, settings: Reconstruction) -> float | None:

@@ -21,7 +21,7 @@ from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.calibrate.reconstruct.batches import Batches
 from ospq_export.calibrate.reconstruct.graphed import Graphed, Step
 from ospq_export.calibrate.reconstruct.rounding import SoftRounding
-from ospq_export.formats import integer as q
+from ospq_export.formats.soft import mix
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,
@@ -146,7 +146,7 @@ class Learner:
     def _learn(self, part: SliceData) -> Tensor:
         """Forward, backward and one step of Adam on a batch whose input mixes quantized and float elements (QDrop)."""
         pairs = zip(part.quantized_input, part.float_input, strict=True)
-        inputs = [q.mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
+        inputs = [mix(quantized, original, self.settings.drop_probability) for quantized, original in pairs]
         if self.rounding is not None:
             self.rounding.refresh()
         with arithmetic(self.settings.precision, part.target.device):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.formats import integer as q
 from ospq_export.formats.kernels import blocks
+from ospq_export.formats.soft import SHIFT, STRETCH
 from ospq_export.graph.quantizers import WeightQuantizer
 from ospq_export.world.processes import SOLO, World
 
@@ -14,9 +14,8 @@ from ospq_export.world.processes import SOLO, World
 class SoftRounding:
     """V of every weight of a slice, side by side, and what the forward and the backward pass need of it.
 
-    clip(floor(W/s) + h(V), lo, hi) does not depend on V where floor(W/s) lies outside the levels, so that the soft weight is
-    `base + gain * h(V)` with constants that are computed once: base = s * clip(floor(W/s), lo, hi), and gain = s, or 0 where V
-    does not matter.
+    The soft weight is `base + gain * h(V)` with constants that are computed once: base = s * lower, and gain = s * (upper -
+    lower), which is 0 where a weight lies outside of its format's range and V does not matter.
 
     Attributes:
         v: float32 (n,), the parameter.
@@ -52,7 +51,7 @@ class SoftRounding:
         for block in blocks(self.v):
             sigmoid, weight = self.sigmoid[block], self.weight[block]
             torch.sigmoid(self.v[block], out=sigmoid)
-            torch.mul(sigmoid, q.STRETCH, out=weight).add_(q.SHIFT).clamp_(0.0, 1.0)
+            torch.mul(sigmoid, STRETCH, out=weight).add_(SHIFT).clamp_(0.0, 1.0)
             weight.mul_(self.gain[block]).add_(self.base[block])
         for quantizer in self.quantizers:
             assert quantizer.soft is not None
@@ -77,11 +76,11 @@ class SoftRounding:
         on = isinstance(strength, Tensor) or strength > 0
         for block in blocks(gradient):
             part, sigmoid = gradient[block].mul_(self.gain[block]), self.sigmoid[block]
-            h = (sigmoid * q.STRETCH).add_(q.SHIFT)
+            h = (sigmoid * STRETCH).add_(SHIFT)
             if on:
                 part.sub_(_rounding_slope(h, beta).mul_(2.0 * beta * strength))
             clipped = torch.ne(h.clamp(0.0, 1.0), h, out=torch.empty_like(h))
-            slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0).mul_(q.STRETCH)
+            slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0).mul_(STRETCH)
             part.mul_(slope.mul_(clipped.neg_().add_(1.0)))
 
 
@@ -98,8 +97,6 @@ def _gradient(quantizer: WeightQuantizer) -> Tensor:
 
 
 def _base_and_gain(quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
-    floor, levels = quantizer.floor, quantizer.levels
-    assert floor is not None
-    scale = q.per_channel(quantizer.scale, floor.dim())
-    inside = ((floor >= levels.lo) & (floor < levels.hi)).to(floor.dtype)
-    return (floor.clamp(levels.lo, levels.hi) * scale).flatten(), (inside * scale).flatten()
+    around, scale = quantizer.around, quantizer.spread_scale()
+    assert around is not None
+    return (around.lower * scale).flatten(), ((around.upper - around.lower) * scale).flatten()

@@ -8,7 +8,7 @@ so a difference belongs to the stretch of graph right before it. That one decide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class QuantizerComparison(_Record):
         excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
             takes, at most, in steps; about 0 is a rounding edge.
         sqnr: of quantizing this tensor in the fake-quantized network, dB.
-        histogram: how often each of the codes -128 .. 127 was deployed.
+        histogram: how often each code was deployed, in ascending order: of integers -128 .. 127.
     """
 
     name: str
@@ -125,26 +125,22 @@ class _Codes:
     differing: int = 0
     max_step: int = 0
     excess: float = 0.0
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    histogram: NDArray[np.int64] | None = None
 
-    def add(self, scaled: Tensor, deployed: Tensor) -> None:
-        """Compare real-valued codes, clipped to the levels, with deployed ones."""
-        step = (torch.round(scaled) - deployed).abs()
-        self.total += step.numel()
-        self.differing += int((step != 0).sum())
-        self.max_step = max(self.max_step, int(step.max()))
-        self.excess = max(self.excess, float((scaled - deployed).abs().max()) - 0.5)
-        self.histogram += np.bincount(deployed.long().flatten().numpy() + 128, minlength=256)
+    def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
+        """Compare the codes that x should have with deployed ones."""
+        unrounded = quantizer.format.unrounded(x, quantizer.scale, quantizer.used_offset)
+        steps, excess = quantizer.format.steps_apart(unrounded, deployed)
+        self.total += steps.numel()
+        self.differing += int((steps != 0).sum())
+        self.max_step = max(self.max_step, int(steps.max()))
+        self.excess = max(self.excess, float(excess.max()))
+        counts = np.array(quantizer.format.histogram(deployed))
+        self.histogram = counts if self.histogram is None else self.histogram + counts
 
     @property
     def share(self) -> float:
         return 100.0 * self.differing / max(self.total, 1)
-
-
-def scaled_codes(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """Codes of x before rounding, clipped to the levels."""
-    shifted = x if quantizer.used_offset is None else x - quantizer.used_offset
-    return torch.clamp(shifted / quantizer.scale, quantizer.levels.lo, quantizer.levels.hi)
 
 
 class _Tap(fx.Interpreter):
@@ -246,8 +242,7 @@ class Locator:
             self.quality.setdefault(quantizer.name, Power()).add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                pair = scaled_codes(quantizer, value), torch.from_numpy(codes).float()
-                self.free.setdefault(quantizer.name, _Codes()).add(*pair)
+                self.free.setdefault(quantizer.name, _Codes()).add(quantizer, value, torch.from_numpy(codes))
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
@@ -263,10 +258,10 @@ class Locator:
             found = tensors.get(f"{quantizer.name}{CODES}")
             if found is None:
                 return None
-            codes = torch.from_numpy(found).double()
-            self.equal.setdefault(quantizer.name, _Codes()).add(scaled_codes(quantizer, value), codes)
-            real = codes * quantizer.scale
-            return real if quantizer.used_offset is None else real + quantizer.used_offset
+            codes = torch.from_numpy(found)
+            self.equal.setdefault(quantizer.name, _Codes()).add(quantizer, value, codes)
+            levels = quantizer.format.decode(codes).double()
+            return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)
 
         def on_end(name: str, value: Tensor) -> Tensor | None:
             given = self._given(name, tensors)
@@ -307,7 +302,7 @@ class Locator:
             max_step=equal.max_step,
             excess=max(equal.excess, 0.0),
             sqnr=self.quality[name].decibel,
-            histogram=equal.histogram.tolist(),
+            histogram=[] if equal.histogram is None else equal.histogram.tolist(),
         )
 
     def _slice(self, name: str) -> SliceComparison:

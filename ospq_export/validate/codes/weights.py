@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ospq_export.formats import integer as q
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.validate.codes.locate import Power
@@ -21,7 +19,7 @@ class WeightComparison(BaseModel):
 
     Attributes:
         sqnr: signal-to-quantization-noise ratio, dB.
-        histogram: how often each of the codes -128 .. 127 occurs.
+        histogram: how often each code occurs, in ascending order: of integers -128 .. 127.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,17 +44,17 @@ def weight_comparisons(run: Run) -> list[WeightComparison]:
         if record.kind != "weight" or record.constant is None:
             continue
         codes, weight = integers[f"{record.name}.codes"], floats[record.constant]
-        scale = q.per_channel(integers[f"{record.name}.scale"], weight.dim())
+        format_ = record.read_format()
+        scale = format_.granularity.spread(integers[f"{record.name}.scale"], weight.shape)
         power = Power()
-        power.add(weight, q.dequantize(codes.to(scale.dtype), scale))
-        counts = np.bincount(codes.flatten().long().numpy() + 128, minlength=256)
+        power.add(weight, format_.dequantize(format_.decode(codes), scale))
         result.append(
             WeightComparison(
                 name=record.name,
                 slice=run.manifest.slices[record.slice].name,
-                bits=record.bits,
+                bits=format_.bits,
                 sqnr=power.decibel,
-                histogram=counts.tolist(),
+                histogram=format_.histogram(codes),
             )
         )
     return result

@@ -1,4 +1,4 @@
-"""Lowering: a network with fake-quantizers becomes one with Q/DQ operators, integer weights and folded offsets.
+"""Lowering: a network with fake-quantizers becomes one with deployable operators, stored codes and folded offsets.
 
 The result computes what the fake-quantized network computes, up to the order of float sums.
 """
@@ -8,26 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-
-# Importing the module registers the quantized_decomposed operators with the dispatcher.
-import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from ospq_export.formats import integer as q
+from ospq_export.export.lower.base import lowering_of
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import Slice
 
 aten = torch.ops.aten
-qd = torch.ops.quantized_decomposed
 
 
 def lower(network: QuantizedGraph, probes: Mapping[str, str] | None = None) -> fx.GraphModule:
     """Replace fake-quantizers by deployable operators.
 
-    - activation: Clip(s*lo, s*hi) where int8 does not saturate by itself, or Sub(k) on a `shifted` grid; then Q and DQ with
-      zero_point 0;
-    - weight: int8 codes and DQ per output channel;
-    - linear: matmul with the (in, out) weight, then its bias; the product with a `shifted` grid's offset is part of the bias.
+    What an activation and a weight become is up to the module of its format. A linear becomes a matmul with the (in, out)
+    weight, then its bias; the product with an activation's offset is part of the bias.
 
     Args:
         network: calibrated.
@@ -43,7 +37,7 @@ def lower(network: QuantizedGraph, probes: Mapping[str, str] | None = None) -> f
 def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, str]:
     """Names for the tensors that tell where two executions part: node name -> "<quantizer>.codes" or "<slice>.output".
 
-    The codes are int8, what QuantizeLinear gives; a slice's output is what the next slice starts from. The last slice's output
+    The codes are what QuantizeLinear gives; a slice's output is what the next slice starts from. The last slice's output
     is the logits, which need no other name.
     """
     modules = dict(network.module.named_modules())
@@ -87,19 +81,21 @@ class _Lowering:
         by_name = {node.name: self.codes.get(node, copy) for node, copy in self.copies.items()}
         return (logits, *(by_name[name] for name in self.probes)) if self.probes else logits
 
-    def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+    def call(self, target: object, *args: object) -> fx.Node:
+        """An operator."""
+        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
         node.meta["nn_module_stack"] = self.stack
         return node
 
-    def _attribute(self, name: str, value: Tensor) -> fx.Node:
+    def attribute(self, name: str, value: Tensor) -> fx.Node:
+        """A constant."""
         self.constants[name] = value.detach().clone().contiguous()
         return self.graph.get_attr(name)
 
     def _constant(self, node: fx.Node) -> None:
         # Weights that a quantizer reads travel as codes only.
         if any(not isinstance(self.modules.get(str(user.target)), WeightQuantizer) for user in node.users):
-            self.copies[node] = self._attribute(
+            self.copies[node] = self.attribute(
                 str(node.target), self.network.module.get_buffer(str(node.target))
             )
 
@@ -107,17 +103,9 @@ class _Lowering:
         if isinstance(quantizer, WeightQuantizer | CorrectedBias):
             return
         assert isinstance(quantizer, ActivationQuantizer)
-        x: fx.Node = self.copies[node.all_input_nodes[0]]
-        scale, levels = float(quantizer.scale), quantizer.levels
-        if quantizer.grid is q.Grid.SHIFTED:
-            x = self._call(aten.sub.Tensor, x, float(quantizer.offset))
-        elif not levels.saturates_int8:
-            low, high = (float(quantizer.scale * limit) for limit in (levels.lo, levels.hi))
-            x = self._call(aten.clamp.default, x, low, high)
-        grid = (scale, 0, q.INT8_MIN, q.INT8_MAX, torch.int8)
-        codes = self._call(qd.quantize_per_tensor.default, x, *grid)
-        self.codes[node] = codes
-        self.copies[node] = self._call(qd.dequantize_per_tensor.default, codes, *grid)
+        x = self.copies[node.all_input_nodes[0]]
+        codes, values = lowering_of(quantizer.format).activation(self, x, quantizer)
+        self.codes[node], self.copies[node] = codes, values
 
     def _weight_quantizer(self, node: fx.Node) -> WeightQuantizer | None:
         if node.op != "call_function" or node.target not in (aten.linear.default, aten.conv2d.default):
@@ -133,36 +121,26 @@ class _Lowering:
         assert isinstance(source, fx.Node)
         bias = self._bias(node, weight, self.modules.get(str(source.target)))
         x = self.copies[source]
+        lowering = lowering_of(weight.format)
         if node.target is aten.conv2d.default:
-            dequantized = self._dequantized(weight, weight.codes, axis=0)
             rest = [fx.node.map_arg(a, self.copies.__getitem__) for a in node.args[3:]]
-            bias_node = None if bias is None else self._attribute(f"{weight.name}.bias_folded", bias)
-            self.copies[node] = self._call(aten.conv2d.default, x, dequantized, bias_node, *rest)
+            dequantized = lowering.weight(self, weight, transposed=False)
+            bias_node = None if bias is None else self.attribute(f"{weight.name}.bias_folded", bias)
+            self.copies[node] = self.call(aten.conv2d.default, x, dequantized, bias_node, *rest)
             return
-        dequantized = self._dequantized(weight, weight.codes.t(), axis=1)
-        out = self._call(aten.matmul.default, x, dequantized)
+        out = self.call(aten.matmul.default, x, lowering.weight(self, weight, transposed=True))
         if bias is not None:
-            out = self._call(aten.add.Tensor, out, self._attribute(f"{weight.name}.bias_folded", bias))
+            out = self.call(aten.add.Tensor, out, self.attribute(f"{weight.name}.bias_folded", bias))
         self.copies[node] = out
 
-    def _dequantized(self, weight: WeightQuantizer, codes: Tensor, axis: int) -> fx.Node:
-        scale = self._attribute(f"{weight.name}.scale", weight.scale)
-        zero_point = self._attribute(
-            f"{weight.name}.zero_point", torch.zeros_like(weight.scale, dtype=torch.int8)
-        )
-        stored = self._attribute(f"{weight.name}.codes", codes)
-        limits = (q.INT8_MIN, q.INT8_MAX, torch.int8)
-        return self._call(qd.dequantize_per_channel.default, stored, scale, zero_point, axis, *limits)
-
     def _bias(self, node: fx.Node, weight: WeightQuantizer, source: object) -> Tensor | None:
-        """The operator's bias plus k * (W^ summed over its inputs) where its input is `shifted` by k."""
+        """The operator's bias plus k * (W^ summed over its inputs) where its input has lost an offset of k."""
         bias = None
         if len(node.args) > 2 and isinstance(node.args[2], fx.Node):
             own = self.modules.get(str(node.args[2].target))
             constant = str(node.args[2].target)
             bias = own.value if isinstance(own, CorrectedBias) else self.network.module.get_buffer(constant)
-        if isinstance(source, ActivationQuantizer) and source.grid is q.Grid.SHIFTED:
-            sums = weight.codes.double().flatten(1).sum(1) * weight.scale.double()
-            shift = sums * source.offset.double()
+        if isinstance(source, ActivationQuantizer) and source.format.has_offset:
+            shift = lowering_of(weight.format).sums(weight) * source.offset.double()
             return (shift if bias is None else shift + bias.double()).float()
         return bias

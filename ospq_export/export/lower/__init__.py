@@ -1,0 +1,1 @@
+"""Lowering of a quantized network to deployable operators: the graph, and a module for each family of formats."""
