@@ -15,3 +15,9 @@ class InputError(Exception):
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
         line = what if where is None else f"{what} ({where})"
         super().__init__(" ".join(f"{line}: {fix}".split()) if fix else " ".join(line.split()))
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more

@@ -1,16 +1,12 @@
 """Shared fixtures: one torch thread, small networks, and small finished runs that tests copy before they damage them."""
 
 import contextlib
-import copy
-import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, fx
@@ -26,7 +22,8 @@ from ospq_export.formats.levels import Levels
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.run import Run
 
@@ -95,32 +92,6 @@ def straight_through(
     real = codes * scale
     real = real if offset is None else real + offset
     return real if kept is None else torch.where(kept > 0, real, x)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def captured_once() -> Iterator[None]:
-    """Runs of one network capture its graph once per process: that takes as long as all the rest of a short validation."""
-    known: dict[tuple[Any, ...], fx.GraphModule] = {}
-    capture_run, create = Run._capture, timm.create_model
-
-    def remembered(self: Run) -> fx.GraphModule:
-        # A test that watches how the network is made gets it made.
-        if timm.create_model is not create:
-            return capture_run(self)
-        m = self.manifest
-        key = (
-            m.model.name,
-            json.dumps(m.model.kwargs, sort_keys=True),
-            m.data.input_size,
-            m.graph_fingerprint,
-        )
-        if key not in known:
-            known[key] = capture_run(self)
-        return copy.deepcopy(known[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_capture", remembered)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from ospq_export.calibrate import calibrate
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.engines.build import BuildSettings
 from ospq_export.engines.products import Product
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import MANIFEST
 

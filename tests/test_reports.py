@@ -28,7 +28,8 @@ from ospq_export.formats.search import compress, search_activation_range, search
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.onnx.half import fits_fp16, to_half
 from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe

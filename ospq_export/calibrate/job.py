@@ -27,12 +27,14 @@ from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_a
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
+from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,
     CHECKPOINTS,
     FLOAT_TENSORS,
+    GRAPH,
     MANIFEST,
     QUANTIZED_TENSORS,
     remove_temporary,
@@ -57,6 +59,8 @@ from ospq_export.world.room import ONNX_BYTES, files_summary
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R", bound=BaseModel)
+# What is written before anything is computed.
+_INPUTS = (GRAPH, FLOAT_TENSORS, CALIBRATION_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,11 @@ class Job:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             write_manifest(self.out, self.manifest)
             write_tensors(self.out / FLOAT_TENSORS, dict(captured.named_buffers()))
+            write_json(self.out / GRAPH, describe(captured), indent=None)
             write_json(self.out / CALIBRATION_IMAGES, image_digests(images.cpu().numpy()))
-            self.manifest = record_files(self.out, self.manifest, FLOAT_TENSORS, CALIBRATION_IMAGES)
+            self.manifest = record_files(self.out, self.manifest, *_INPUTS)
         except InputError:
-            for name in (MANIFEST, FLOAT_TENSORS, CALIBRATION_IMAGES):
+            for name in (MANIFEST, *_INPUTS):
                 (self.out / name).unlink(missing_ok=True)
             raise
 

@@ -29,7 +29,8 @@ from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.slicing import Slice
-from ospq_export.models.timm import ModelSpec, torch_device
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import torch_device
 from ospq_export.models.weights import checkpoint_record
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe

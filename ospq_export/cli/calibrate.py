@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ospq_export.data import Batch, DataConfig, ImageSet
-    from ospq_export.models.timm import ModelSpec
+    from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
 
 
@@ -179,7 +179,7 @@ def run_calibrate(
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
     """What is known before the network is built."""
     from ospq_export.calibrate.stage import check_processes
-    from ospq_export.models.timm import torch_device
+    from ospq_export.models.timm import network_bytes, torch_device
     from ospq_export.world import room
 
     room.check_folder(out, "--out")
@@ -187,7 +187,7 @@ def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_j
         room.check_file(Path(log_json), "--log-json")
     torch_device(device)
     check_processes(recipe)
-    room.check_calibration(out, room.network_bytes(spec))
+    room.check_calibration(out, network_bytes(spec))
 
 
 def _check_images(

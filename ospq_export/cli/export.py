@@ -11,6 +11,7 @@ import typer
 
 from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, compute_with, say
 from ospq_export.errors import InputError
+from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, SIDECAR
 
 if TYPE_CHECKING:
     from ospq_export.engines.build import BuildSettings
@@ -123,7 +124,7 @@ def export(
         return
     from ospq_export.engines.build import BuildSettings
     from ospq_export.engines.products import Product
-    from ospq_export.engines.record import ENGINE, check_target
+    from ospq_export.engines.record import check_target
     from ospq_export.runs.manifest import read_manifest
 
     settings = BuildSettings(
@@ -174,9 +175,8 @@ def run_export(
     engine: BuildSettings | None = None,
 ) -> None:
     """Export, and build an engine on request, with progress bars and a line at the end."""
-    from ospq_export.engines.record import ENGINE, SIDECAR, build_engine
+    from ospq_export.engines.record import build_engine
     from ospq_export.export import export
-    from ospq_export.export.stage import DEPLOY_ONNX
     from ospq_export.progress import stage_progress
 
     built: list[EngineRecord] = []
@@ -184,7 +184,7 @@ def run_export(
     def build(folder: Path) -> list[str]:
         assert engine is not None
         shown = None if quiet else progress
-        built.append(build_engine(folder / DEPLOY_ONNX, folder / ENGINE, engine, progress=shown))
+        built.append(build_engine(folder / QUANTIZED_HALF_ONNX, folder / ENGINE, engine, progress=shown))
         return [ENGINE, SIDECAR]
 
     with stage_progress(disable=quiet) as progress:

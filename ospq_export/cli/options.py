@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ospq_export.data import ClassChoice
-    from ospq_export.models.timm import ModelSpec
+    from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
@@ -98,7 +98,8 @@ def model_spec(
     Raises:
         InputError: the keyword arguments cannot be read.
     """
-    from ospq_export.models.timm import ModelSpec, parse_model_kwargs
+    from ospq_export.models.record import ModelSpec
+    from ospq_export.models.timm import parse_model_kwargs
 
     return ModelSpec(
         name=name,

@@ -147,7 +147,7 @@ def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
         known = Classes(manifest.class_to_idx, manifest.classes_source)
         classes = known_classes(scan, choice, known)
     else:
-        classes = number_classes(scan, choice, run.outputs)
+        classes = number_classes(scan, choice, run.manifest.outputs)
     config = manifest.data
     if exif and not config.exif:
         log.warning("images are turned as EXIF says, those of the calibration were not")

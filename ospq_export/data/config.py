@@ -1,8 +1,10 @@
 """The preprocessing a network expects: timm's answer, the user's overrides, and the transform they define."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from PIL import Image
 from pydantic import (
@@ -13,11 +15,12 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from timm.data import create_transform, resolve_input_data_config
-from torch import Tensor, nn
 
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec
+from ospq_export.models.record import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _WHITE = 255
@@ -74,6 +77,8 @@ class DataConfig(BaseModel):
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
+        from timm.data import create_transform
+
         transform: Callable[[Image.Image], Tensor] = create_transform(
             is_training=False, **self.model_dump(exclude={"exif"})
         )
@@ -111,6 +116,8 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
     Raises:
         InputError: A value is impossible, or the network does not take inputs of this size.
     """
+    from timm.data import resolve_input_data_config
+
     given = {key: value for key, value in overrides.items() if value is not None}
     exif = given.pop("exif", False)
     unknown = sorted(given.keys() - set(_OVERRIDES))

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
-
 # timm has the table of this subset's heads but no name for it.
 _UNNAMED = {10450: ("imagenet-21k-miil-w21", "imagenet21k_miil_w21_synsets.txt")}
 
@@ -21,6 +19,8 @@ def wordnet_table(outputs: int) -> tuple[str, Sequence[str]] | None:
     Returns:
         The subset's name and the WordNet ids in the order of the outputs; None where timm knows no such subset.
     """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
     if outputs in _UNNAMED:
         name, file = _UNNAMED[outputs]
         return name, (files("timm.data") / "_info" / file).read_text().split()

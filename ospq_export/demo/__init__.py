@@ -9,7 +9,7 @@ import numpy as np
 
 from ospq_export.data import DataConfig, ImageSet
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec
+from ospq_export.models.record import ModelSpec
 
 MEAN, STD = 0.2860, 0.3530
 """Of the 60,000 training images' pixels, scaled to [0, 1]."""

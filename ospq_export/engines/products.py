@@ -44,7 +44,6 @@ def load(product: Product) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{product} cannot be used: {reason}",
-            where="`engine`",
             fix=f"pip install 'ospq-export[{product}]'",
         ) from error
 

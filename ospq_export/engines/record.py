@@ -17,8 +17,6 @@ from ospq_export.engines.products import Product, load, recorder
 from ospq_export.errors import InputError
 from ospq_export.runs.files import json_text, replacing, sha256
 
-ENGINE, SIDECAR, LOG = "model.engine", "model.engine.json", "model.engine.log"
-
 
 class EngineRecord(BaseModel):
     """The sidecar.

@@ -23,7 +23,21 @@ from ospq_export.onnx.half import to_half
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.onnx.write import translate, write_translated
 from ospq_export.progress import stepper
-from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS, data_file, write_json
+from ospq_export.runs.files import (
+    DEBUG_ONNX,
+    FLOAT_ONNX,
+    FLOAT_TENSORS,
+    HALF_ONNX,
+    INT4_ONNX,
+    QUANTIZED_HALF_ONNX,
+    QUANTIZED_ONNX,
+    QUANTIZED_TENSORS,
+    SCALES,
+    UINT8_ACTIVATIONS_ONNX,
+    UINT8_ONNX,
+    data_file,
+    write_json,
+)
 from ospq_export.runs.manifest import Manifest, record_files, write_manifest
 from ospq_export.runs.run import Run
 from ospq_export.runs.staging import staging, take
@@ -31,10 +45,6 @@ from ospq_export.world.processor import examine_processor
 from ospq_export.world.room import CERTAIN, check_disk, check_folder
 
 log = logging.getLogger(__name__)
-QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
-DEPLOY_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
-DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
-UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 Pass = Callable[[Any], None]
 
 
@@ -191,7 +201,7 @@ def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: i
     jobs = [_Job(FLOAT_ONNX, batch_size, quantized=False)]
     if extras.fp16:
         jobs.append(_Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
-        jobs.append(_Job(DEPLOY_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
+        jobs.append(_Job(QUANTIZED_HALF_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
     jobs.append(_Job(QUANTIZED_ONNX, batch_size))
     if extras.debug:
         jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 
 from ospq_export.errors import InputError
+from ospq_export.models.record import ModelSpec, plain
 from ospq_export.models.weights import check_finite, first_line, load_checkpoint
 from ospq_export.world.processes import local_rank
 
@@ -36,43 +36,6 @@ _RESERVED = frozenset(
     }
 )
 _NOT_PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None"}
-
-
-class ModelSpec(BaseModel):
-    """What a network is made from.
-
-    Attributes:
-        name: timm's name of the model, with or without a weight tag.
-        kwargs: Keyword arguments of `timm.create_model`; lists become tuples, so that a specification
-            read back from JSON equals the one written.
-        checkpoint: Path of a weight file, or None.
-        checkpoint_key: Which entry or prefix of the file holds the weights; None takes the one that fits.
-        pretrained: Whether timm's pretrained weights are used where there is no checkpoint.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kwargs: dict[str, Any] = {}
-    checkpoint: str | None = None
-    checkpoint_key: str | None = None
-    pretrained: bool = False
-
-    @field_validator("kwargs")
-    @classmethod
-    def _normalize(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in kwargs.items()}
-
-
-def _plain(value: Any) -> Any:
-    """`value` with tuples for lists; ValueError where it holds what JSON cannot."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item) for key, item in value.items()}
-    raise ValueError(f"{value!r} is neither a number, a string, None nor a list or dictionary of these")
 
 
 def parse_model_kwargs(text: str) -> dict[str, Any]:
@@ -112,7 +75,7 @@ def _literal(text: str, part: str) -> Any:
     try:
         # '112,' is a tuple to Python, but a slip of the one who separates arguments with commas.
         if not text.endswith(","):
-            return _plain(ast.literal_eval(text))
+            return plain(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if re.fullmatch(r"[\w.\-/]+", text):
             return text
@@ -121,6 +84,17 @@ def _literal(text: str, part: str) -> Any:
         where=part,
         fix="separate arguments by spaces, and put text in quotes",
     )
+
+
+def network_bytes(spec: ModelSpec) -> int | None:
+    """float32 bytes of a network's parameters, from its structure alone, or None where that cannot be made without them."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
+    except Exception:
+        # A constructor that reads values, or arguments that are wrong: who builds the network in earnest says which.
+        return None
+    return sum(4 * p.numel() for p in model.parameters())
 
 
 def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:

@@ -5,78 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, listed
 from ospq_export.models.checkpoint import WeightSet, read_checkpoint
 from ospq_export.models.matching import Fit, Network, adapted, fit, prefixes, unwrapped
+from ospq_export.models.record import CheckpointRecord
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "checkpoint_record"
-
-
-class CheckpointRecord(BaseModel):
-    """What was taken of a checkpoint file, and what was done to it.
-
-    Attributes:
-        entry: where in the file the weights lay, as a dotted path; "" is the file itself.
-        prefix: what was stripped from all names.
-        chosen: "only" where one set of weights fits, "option" by `checkpoint_key`, "rule" where several fit and timm's rule
-            decided: moving averages first.
-        others: the other sets that fit too and hold other values.
-        aside: tensors of the same entry outside the prefix.
-        ignored: surplus tensors without effect in eval mode.
-        absent: missing tensors without effect in eval mode.
-        differing: ignored tensors that the network computes with other values than the file has.
-        adapted: whether timm's checkpoint filter changed names or shapes.
-        resized: tensors that the filter resampled to another shape.
-        dropped: tensors that the filter merged into others or left out.
-        dtypes: floating-point types of the file's weights, without "torch."; all are read as float32.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    entry: str = ""
-    prefix: str = ""
-    chosen: Literal["only", "option", "rule"] = "only"
-    others: list[str] = []
-    aside: list[str] = []
-    ignored: list[str] = []
-    absent: list[str] = []
-    differing: list[str] = []
-    adapted: bool = False
-    resized: list[str] = []
-    dropped: list[str] = []
-    dtypes: list[str] = []
-
-    def summary(self) -> str:
-        """In a line what is worth a word; "" where the file is the network's plain state dictionary."""
-        parts = []
-        if self.entry:
-            parts.append(f"weights taken from {self.entry!r}")
-        if self.prefix:
-            parts.append(f"prefix {self.prefix!r} stripped")
-        if self.others:
-            also = ", ".join(map(repr, self.others))
-            taken = ".".join(p for p in (self.entry, self.prefix.rstrip(".")) if p) or "."
-            parts.append(f"{also} would fit as well as {taken!r}: choose with `checkpoint_key`")
-        lists = {
-            "left aside": self.aside,
-            "ignored, without effect": self.ignored,
-            "missing, without effect": self.absent,
-            "the network computes other values of": self.differing,
-        }
-        parts += [f"{what}: {listed(names)}" for what, names in lists.items() if names]
-        if self.adapted:
-            parts.append("adapted to the network by timm's own checkpoint filter")
-            parts += [f"resampled: {listed(self.resized)}"] if self.resized else []
-            parts += [f"merged or left out by it: {listed(self.dropped)}"] if self.dropped else []
-        return "; ".join(parts)
 
 
 def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> CheckpointRecord:
@@ -249,12 +189,6 @@ def check_finite(model: nn.Module, where: str) -> None:
         raise InputError(
             f"weights are NaN or infinite: {listed(broken)}", where=where, fix="give sound weights"
         )
-
-
-def listed(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
 
 
 def first_line(error: Exception) -> str:

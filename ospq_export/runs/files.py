@@ -14,10 +14,18 @@ from pathlib import Path
 from ospq_export.errors import InputError
 
 MANIFEST = "manifest.json"
+GRAPH = "graph.json"
 FLOAT_TENSORS = "float.safetensors"
 QUANTIZED_TENSORS = "quantized.safetensors"
 CALIBRATION_IMAGES = "calibration_images.json"
 CHECKPOINTS = "slices"
+# What an export writes: always, and when it is asked for.
+QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
+QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
+DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
+UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
+ENGINE, SIDECAR, ENGINE_LOG = "model.engine", "model.engine.json", "model.engine.log"
+REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 
 def sha256(path: Path) -> str:
@@ -74,12 +82,12 @@ def remove_temporary(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def json_text(value: object) -> str:
-    """JSON as every file of a run directory has it, indented; what is not finite as a string, "NaN" or "Infinity".
+def json_text(value: object, indent: int | None = 2) -> str:
+    """JSON as every file of a run directory has it; what is not finite as a string, "NaN" or "Infinity".
 
     JSON has no such numbers (RFC 8259, section 6): a bare NaN makes the whole file unreadable for everything but Python.
     """
-    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
 
 
 def json_line(value: object) -> str:
@@ -95,7 +103,7 @@ def _finite(value: object) -> object:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, indented."""
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
+    """Write JSON atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json_text(value), encoding="utf-8")
+        temporary.write_text(json_text(value, indent), encoding="utf-8")

@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from ospq_export.data.config import DataConfig
 from ospq_export.data.record import ClassLevel
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec
-from ospq_export.models.weights import CheckpointRecord
+from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
 
@@ -241,7 +240,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(
             f"the manifest has schema version {version}, this program reads {SCHEMA_VERSION}",
             where=path,
-            fix="calibrate again with this version",
+            fix=_again(values),
         )
     try:
         return Manifest.model_validate(values)
@@ -251,6 +250,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(
             f"the manifest's {key!r} is wrong: {first['msg']}", where=path, fix=_FOREIGN
         ) from error
+
+
+def _again(values: object) -> str:
+    """The command that makes a run of another version anew."""
+    held = values if isinstance(values, dict) else {}
+    model, recipe = (held.get(key) for key in ("model", "recipe"))
+    name, chosen = (v.get("name") if isinstance(v, dict) else None for v in (model, recipe))
+    return f"make it anew: ospq-export calibrate {name or 'MODEL'} `data` DIR `out` NEW `recipe` {chosen or 'RECIPE'}"
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -1,20 +1,18 @@
-"""A finished run as an object: its networks rebuilt from the run directory alone, without the original weights."""
+"""A finished run as an object: its networks rebuilt from the run directory alone, without the model's code and weights."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
-from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -23,19 +21,18 @@ from ospq_export.graph.quantizers import (
     QuantizedGraph,
     WeightQuantizer,
 )
+from ospq_export.graph.serialize import rebuild
 from ospq_export.graph.slicing import Slice
-from ospq_export.models.timm import create_model
-from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, GRAPH, QUANTIZED_TENSORS
 from ospq_export.runs.manifest import (
     Manifest,
     QuantizerRecord,
     check_files,
-    installed_versions,
     read_manifest,
 )
 from ospq_export.runs.tensors import read_tensors
 
-_MEND = "calibrate again, or copy the run directory anew"
+_FIX = "calibrate again, or copy the run directory anew"
 
 
 @dataclass
@@ -81,27 +78,19 @@ class Run:
         return self.path / name
 
     def calibration_digests(self) -> frozenset[str]:
-        """Digests of the images that the run was calibrated on, see `image_digests`; none in older runs.
+        """Digests of the images that the run was calibrated on, see `image_digests`.
 
         Raises:
             InputError: the file is damaged.
         """
-        if CALIBRATION_IMAGES not in self.manifest.files:
-            return frozenset()
-        path = self.file(CALIBRATION_IMAGES)
-        try:
-            return frozenset(map(str, json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"cannot be read: {error}", where=path, fix=_MEND) from error
+        return frozenset(map(str, self._json(CALIBRATION_IMAGES)))
 
-    @property
-    def outputs(self) -> int | None:
-        """How many logits the network has; None where neither the manifest nor timm's configuration of the model tells."""
-        spec = self.manifest.model
-        given = self.manifest.outputs or spec.kwargs.get("num_classes")
-        if given is None:
-            given = getattr(timm.get_pretrained_cfg(spec.name), "num_classes", None)
-        return given if isinstance(given, int) else None
+    def _json(self, name: str) -> Any:
+        path = self.file(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"cannot be read: {error}", where=path, fix=_FIX) from error
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""
@@ -113,39 +102,19 @@ class Run:
         """The float network's graph with the run's float weights.
 
         Raises:
-            InputError: this installation captures another graph than the one that was calibrated.
+            InputError: the graph or the weights are damaged.
         """
-        graph = self._recaptured()
+        graph = self._rebuilt()
         tensors, _ = read_tensors(self.file(FLOAT_TENSORS))
         names = [name for name, _ in graph.named_buffers()]
         _load_constants(graph, names, tensors, self.path / FLOAT_TENSORS)
         return graph
 
-    def _recaptured(self) -> fx.GraphModule:
-        """The network's graph, whose constants are to be loaded; captured once, because that takes seconds."""
+    def _rebuilt(self) -> fx.GraphModule:
+        """The network's graph, whose constants are to be loaded; rebuilt once, because that takes a second or more."""
         if self._structure is None:
-            structure = self._capture()
-            for buffer in structure.buffers():
-                _forget(buffer)
-            self._structure = structure
+            self._structure = rebuild(self._json(GRAPH), self.path / GRAPH)
         return copy.deepcopy(self._structure)
-
-    def _capture(self) -> fx.GraphModule:
-        # The model is made for its graph alone: its memory is the graph's, then the run's tensors take their place.
-        model = create_model(self.manifest.model, load_weights=False)
-        graph = capture(model, self.manifest.data.input_size, share=True)
-        del model
-        # torch.export's programs are cyclic garbage that holds on to the weights.
-        gc.collect()
-        if fingerprint(graph) != self.manifest.graph_fingerprint:
-            made, here = self.manifest.versions, installed_versions()
-            changed = [f"{k} {v} -> {here.get(k)}" for k, v in made.items() if here.get(k) != v]
-            raise InputError(
-                f"the model's graph is not the calibrated one (changed since: {', '.join(changed) or 'no version'})",
-                where=self.path,
-                fix="install the versions named in the manifest, or calibrate again",
-            )
-        return graph
 
     def float_network(self) -> nn.Module:
         """`(B, C, H, W) float32 -> logits (B, K) float32`, in eval mode."""
@@ -161,7 +130,7 @@ class Run:
             InputError: the tensors do not fit the graph.
         """
         path = self.file(QUANTIZED_TENSORS)
-        graph = self._recaptured() if captured is None else captured
+        graph = self._rebuilt() if captured is None else captured
         tensors, _ = read_tensors(path)
         network = insert_quantizers(graph, self.manifest.recipe.formats())
         replaced = {w.constant for w in network.weights.values()}
@@ -191,7 +160,7 @@ def _load_constants(
             raise InputError(
                 f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
                 where=path,
-                fix=_MEND,
+                fix=_FIX,
             )
         buffer.set_(value)  # type: ignore[call-overload]
 
@@ -240,7 +209,7 @@ def load_quantizers(
     quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
     unknown = {r.name for r in records} ^ set(quantizers)
     if unknown:
-        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=_MEND)
+        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=_FIX)
     for record in records:
         load_quantizer(quantizers[record.name], record, tensors, path)
 
@@ -252,9 +221,9 @@ def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
         InputError: it is missing, or has another shape or dtype, or is not finite.
     """
     if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
-        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=_MEND)
+        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=_FIX)
     if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{bias.name} is not finite", where=path, fix=_MEND)
+        raise InputError(f"{bias.name} is not finite", where=path, fix=_FIX)
     bias.value.copy_(value)
 
 
@@ -268,19 +237,19 @@ def load_quantizer(
     try:
         quantizer.format = record.read_format()
     except InputError as error:
-        raise InputError(f"{record.name}: {error}", where=path, fix=_MEND) from error
+        raise InputError(f"{record.name}: {error}", where=path, fix=_FIX) from error
     for key, value in quantizer_tensors([quantizer]).items():
         found = tensors.get(key)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise InputError(
-                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=_MEND
+                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=_FIX
             )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise InputError(f"{key} is not finite", where=path, fix=_MEND)
+            raise InputError(f"{key} is not finite", where=path, fix=_FIX)
         # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
-        raise InputError(f"{record.name}.scale is not positive", where=path, fix=_MEND)
+        raise InputError(f"{record.name}.scale is not positive", where=path, fix=_FIX)
     if isinstance(quantizer, WeightQuantizer) and not quantizer.format.holds(quantizer.codes):
-        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=_MEND)
+        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=_FIX)

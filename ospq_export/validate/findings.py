@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ospq_export.validate.executions.table import OPTIMIZED, QDQ_FP16, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX
+from ospq_export.validate.executions.table import TABLE
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
-
-# Executions on the CPU with ONNX Runtime's integer kernels, and their files.
-_INTEGER_EXECUTIONS = {OPTIMIZED: QUANTIZED_ONNX, QDQ_FP16: QUANTIZED_HALF_ONNX}
-UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 
 
 def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
@@ -31,7 +28,8 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
         return []
     from ospq_export.onnx.kernels import integer_kernels
 
-    files = [file for name, file in _INTEGER_EXECUTIONS.items() if name in names]
+    mine = [e for name, e in TABLE.items() if name in names and e.shows_codes and e.optimize]
+    files = [str(execution.file) for execution in mine if execution.provider is None]
     files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
     how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"

@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ospq_export.models.timm import torch_device
+from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import check_provider
+from ospq_export.validate.executions.chosen import named_executions
 from ospq_export.validate.executions.engines import check_engine
-from ospq_export.validate.executions.table import (
-    CUDA,
-    ENGINES,
-    QUANTIZED_ONNX,
-    TENSORRT_PROVIDER,
-    file_of,
-    named_executions,
-    provider_of,
-)
+from ospq_export.validate.executions.table import TABLE, Runtime
 from ospq_export.world.room import check_folder, check_memory
 
 if TYPE_CHECKING:
@@ -46,13 +40,12 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
 
 
 def _check_available(run: Run, name: str, device: str) -> None:
-    if name in ENGINES:
+    execution = TABLE[name]
+    if execution.runtime is Runtime.ENGINE:
         check_engine(name, run.path)
-        return
-    file = file_of(name)
-    if file is not None:
-        run.file(file)
-        check_provider({CUDA: "cuda", TENSORRT_PROVIDER: "tensorrt"}.get(name, provider_of(device)))
+    elif execution.file is not None:
+        run.file(execution.file)
+        check_provider(execution.provider_on(device))
 
 
 def check_batch_memory(

@@ -11,22 +11,23 @@ from rich.progress import Progress
 
 from ospq_export.errors import InputError
 from ospq_export.progress import stepper
-from ospq_export.runs.files import write_json
+from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.outputs import Outputs
 from ospq_export.validate.codes.samples import Samples, locate
 from ospq_export.validate.executions.backends import Backend, FloatArray
 from ospq_export.validate.executions.baseline import open_baseline
+from ospq_export.validate.executions.chosen import open_executions
+from ospq_export.validate.executions.origin import check_preprocessing
 from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
-    BASELINES,
     DEFAULT_BACKENDS,
     FAKE_QUANT,
     FLOAT,
     OPTIMIZED,
+    TABLE,
     UNOPTIMIZED,
-    check_preprocessing,
-    open_execution,
-    open_executions,
+    Role,
+    with_role,
 )
 from ospq_export.validate.latency import Latency, check_batches, measure
 from ospq_export.validate.parity import Collector
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from ospq_export.runs.run import Run
 
 __all__ = ["ALL_BACKENDS", "DEFAULT_BACKENDS", "FAKE_QUANT", "FLOAT", "OPTIMIZED", "UNOPTIMIZED", "validate"]
-REPORT = "report.json"
 
 
 def validate(
@@ -153,8 +153,9 @@ def _time(
 ) -> list[Latency]:
     """Every execution, and every float file of the run that is not among them, at every batch size."""
     names = {e.name for e in executions}
-    missing = [n for n in BASELINES if n not in names and BASELINES[n] in run.manifest.files]
-    opened = [*executions, *(open_execution(run, name, device) for name in missing)]
+    float_files = (TABLE[name] for name in with_role(Role.FLOAT_FILE) if name not in names)
+    missing = [e for e in float_files if e.file in run.manifest.files]
+    opened = [*executions, *(execution.open(run, device) for execution in missing)]
     return [measure(e, images, size) for e in opened for size in sizes]
 
 

@@ -9,12 +9,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ospq_export.errors import InputError
-
-if TYPE_CHECKING:
-    from ospq_export.models.timm import ModelSpec
+from ospq_export.runs.files import FLOAT_ONNX, QUANTIZED_ONNX
 
 log = logging.getLogger(__name__)
 
@@ -167,24 +164,10 @@ def files_summary(weights: int, quantized: int, most: int) -> str:
     """
     exported = [
         f"{name} {gigabytes(size)}{' (its weights in a file beside it)' if size > most else ''}"
-        for name, size in (("model.onnx", quantized), ("model_fp32.onnx", weights))
+        for name, size in ((QUANTIZED_ONNX, quantized), (FLOAT_ONNX, weights))
     ]
     kept = f"float.safetensors {gigabytes(weights)}, quantized.safetensors {gigabytes(quantized)}"
     return f"files: {kept}; of an export: {', '.join(exported)}"
-
-
-def network_bytes(spec: ModelSpec) -> int | None:
-    """float32 bytes of a network's parameters, from its structure alone, or None where that cannot be made without them."""
-    import timm
-    import torch
-
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
-    except Exception:
-        # A constructor that reads values, or arguments that are wrong: who builds the network in earnest says which.
-        return None
-    return sum(4 * p.numel() for p in model.parameters())
 
 
 def check_calibration(out: Path, weights: int | None) -> None:

@@ -18,7 +18,8 @@ from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
 from ospq_export.runs.run import Run

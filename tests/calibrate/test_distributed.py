@@ -19,7 +19,8 @@ from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import QUANTIZED_TENSORS
 from ospq_export.runs.manifest import read_manifest

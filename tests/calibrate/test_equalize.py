@@ -13,7 +13,8 @@ from ospq_export.graph.equalization.rescale import rescale
 from ospq_export.graph.equalization.sites import find_sites
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 FAMILIES = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},

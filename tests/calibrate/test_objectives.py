@@ -21,7 +21,8 @@ from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, quantizers_of
 from ospq_export.graph.slicing import extract, run_slice
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 
 SPEC = ModelSpec(

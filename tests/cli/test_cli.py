@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ospq_export import cli
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model, parse_model_kwargs
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.tensors import read_tensors

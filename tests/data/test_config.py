@@ -8,7 +8,8 @@ import torch
 
 from ospq_export.data import DataConfig, resolve_data_config
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 

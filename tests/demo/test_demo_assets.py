@@ -11,7 +11,8 @@ from safetensors import safe_open
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import CLASS_NAMES, NETWORKS, demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 RAW = DataConfig(
     input_size=(1, 28, 28), mean=(0,), std=(1,), interpolation="nearest", crop_pct=1, crop_mode="center"

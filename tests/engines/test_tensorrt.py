@@ -25,7 +25,8 @@ from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.onnx.half import to_half
 from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe

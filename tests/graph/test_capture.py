@@ -9,7 +9,8 @@ from torch import nn
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE, capture, fingerprint, quantizable_nodes
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 aten = torch.ops.aten
 FORBIDDEN = {

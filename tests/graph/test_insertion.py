@@ -11,7 +11,8 @@ from ospq_export.formats.levels import Grid
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 aten = torch.ops.aten
 

@@ -14,7 +14,8 @@ from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.outliers import inject_outliers, twin_state_dict
 from ospq_export.graph.quantizers import Mode
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 
 SIZE = (1, 28, 28)
 

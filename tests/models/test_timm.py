@@ -15,7 +15,8 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch.overrides import TorchFunctionMode
 
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model, parse_model_kwargs
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 SPEC = ModelSpec(name="vit_tiny_patch16_224", kwargs=SMALL)

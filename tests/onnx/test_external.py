@@ -21,7 +21,8 @@ from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.stage import Extras
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.onnx import external, serialize
 from ospq_export.onnx.lint import lint
 from ospq_export.onnx.read import read_model

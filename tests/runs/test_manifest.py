@@ -11,7 +11,8 @@ from ospq_export.calibrate import calibrate
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS, replacing
 from ospq_export.runs.manifest import read_manifest, record_files

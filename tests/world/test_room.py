@@ -16,7 +16,8 @@ from ospq_export.engines.build import BuildSettings, check_settings
 from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.record import ModelSpec
+from ospq_export.models.timm import create_model, network_bytes
 from ospq_export.runs.run import Run
 from ospq_export.validate import validate
 from ospq_export.world import room
@@ -95,10 +96,10 @@ def test_network_bytes_without_the_network() -> None:
     kwargs = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "img_size": 32}
     spec = ModelSpec(name="vit_tiny_patch16_224", kwargs=kwargs)
     state = torch.random.get_rng_state()
-    found = room.network_bytes(spec)
+    found = network_bytes(spec)
     assert torch.equal(torch.random.get_rng_state(), state), "the seeded weights stay what they are"
     assert found == sum(4 * p.numel() for p in create_model(spec).parameters())
-    assert room.network_bytes(ModelSpec(name="no_such_model")) is None
+    assert network_bytes(ModelSpec(name="no_such_model")) is None
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,9 @@ import numpy as np
 from ospq_export.runs.tensors import image_digests
 from ospq_export.validate.codes.locate import Location, Locator, Reference
 from ospq_export.validate.executions.backends import FloatArray
+from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed
-from ospq_export.validate.executions.table import (
-    FAKE_QUANT,
-    FAKE_QUANT_FP16,
-    QDQ_FP16,
-    QUANTIZED_HALF_ONNX,
-    QUANTIZED_ONNX,
-    Executions,
-    provider_of,
-)
+from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
 from ospq_export.validate.floor import FloorMeter
 
 if TYPE_CHECKING:
@@ -90,9 +83,9 @@ def locate(
         kept: images, (n, C, H, W) each; none leaves the comparison out.
         device: torch device.
     """
-    onnx = [name for name in references if name.startswith("onnxruntime")]
-    torch_side = [name for name in onnx if references[name] in (FAKE_QUANT, FAKE_QUANT_FP16)]
-    files = dict.fromkeys(QUANTIZED_HALF_ONNX if n == QDQ_FP16 else QUANTIZED_ONNX for n in torch_side)
+    shown = [TABLE[name] for name in references if TABLE[name].shows_codes]
+    held = [e for e in shown if TABLE[references[e.name]].role is Role.SIMULATED]
+    files = dict.fromkeys(str(execution.file) for execution in held)
     if not files or not kept:
         return []
     reference, sample = _reference(run), np.concatenate(list(kept))

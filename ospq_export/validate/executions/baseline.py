@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ospq_export.errors import InputError
+from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.table import (
-    FAKE_QUANT,
-    OPTIMIZED,
-    QUANTIZED_ONNX,
-    changed_preprocessing,
-    check_origin,
-    open_execution,
-)
+from ospq_export.validate.executions.origin import changed_preprocessing, check_origin
+from ospq_export.validate.executions.table import FAKE_QUANT, OPTIMIZED, TABLE
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -49,7 +44,7 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
         )
     other.file(QUANTIZED_ONNX)
     check_origin(other)
-    backends = [open_execution(other, name, device) for name in chosen]
+    backends = [TABLE[name].open(other, device) for name in chosen]
     for backend in backends:
         backend.name = f"{PREFIX}{backend.name}"
     return backends

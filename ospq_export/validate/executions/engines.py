@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ospq_export.engines.products import Product, load
 from ospq_export.errors import InputError
-from ospq_export.runs.files import sha256
+from ospq_export.runs.files import ENGINE, QUANTIZED_ONNX, sha256
 from ospq_export.validate.executions.backends import FloatArray
-
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-ENGINE, SIDECAR = "model.engine", "model.engine.json"
 
 
 class EngineBackend:
@@ -24,21 +21,22 @@ class EngineBackend:
         """Deserialize an engine.
 
         Args:
-            name: a key of `PACKAGES`, also how the report calls it.
+            name: a product, also how the report calls it.
             path: the engine; its sidecar lies beside it as <file>.json.
 
         Raises:
             InputError: no file, package or GPU; a sidecar that belongs to another engine; an engine that does not load.
         """
         self.name, self.path = name, path
-        trt = _package(name)
+        product = Product(name)
+        trt = load(product)
         _check_gpu(name)
         sidecar = _sidecar(path)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise InputError(
-                f"{PACKAGES[name]} {trt.__version__} cannot load the engine",
+                f"{product.module} {trt.__version__} cannot load the engine",
                 where=path,
                 fix="build it again on this machine: engines are tied to a GPU and a version",
             )
@@ -51,7 +49,7 @@ class EngineBackend:
         self.fixed_batch = fixed if fixed > 0 else None
         self.batch_size = int(self.engine.get_tensor_profile_shape(self.input, 0)[2][0])
         self.detail = {
-            "runtime": f"{PACKAGES[name]} {trt.__version__}",
+            "runtime": f"{product.module} {trt.__version__}",
             "device": torch.cuda.get_device_name(),
             "file": path.name,
             "bytes": str(path.stat().st_size),
@@ -83,17 +81,6 @@ class EngineBackend:
         return out[:count]
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(PACKAGES[name])
-    except ImportError as error:
-        raise InputError(
-            f"the package {PACKAGES[name]} is not installed",
-            where=f"execution {name!r}",
-            fix=f"pip install 'ospq-export[{name}]'",
-        ) from error
-
-
 def _check_gpu(name: str) -> None:
     if not torch.cuda.is_available():
         raise InputError(
@@ -109,7 +96,7 @@ def check_engine(name: str, folder: Path) -> None:
     Raises:
         InputError: no package, no GPU, or no engine that is the one its sidecar describes.
     """
-    _package(name)
+    load(Product(name))
     _check_gpu(name)
     engine_file(folder)
 
@@ -135,7 +122,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the engine's sidecar cannot be read: {error}", where=beside, fix="build the engine again"
         ) from error
-    source = Path(str(values.get("onnx", "model.onnx"))).name if isinstance(values, dict) else ""
+    source = Path(str(values.get("onnx", QUANTIZED_ONNX))).name if isinstance(values, dict) else ""
     claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}
     for key, file in claims.items():
         if key in values and (not file.is_file() or sha256(file) != values[key]):

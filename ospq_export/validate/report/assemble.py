@@ -18,7 +18,8 @@ from ospq_export.validate.codes.locate import Location
 from ospq_export.validate.codes.weights import weight_comparisons
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.baseline import PREFIX
-from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT, not_executed
+from ospq_export.validate.executions.chosen import not_executed
+from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.faithful import faithful_criteria
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor

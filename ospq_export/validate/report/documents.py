@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ospq_export.runs.files import replacing
+from ospq_export.runs.files import REPORT_HTML, REPORT_MD, replacing
 from ospq_export.validate.report.model import image_lines
 from ospq_export.validate.report.thumbnails import thumbnails
 from ospq_export.validate.verdict import worst_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ospq_export.validate.report.model import Report
 
 _ClassRow = tuple[str, float | None, float | None]
-MARKDOWN, HTML = "report.md", "report.html"
 _MARKS = {"met": "good", "missed": "bad", "open": "open"}
 _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 
@@ -42,14 +41,14 @@ def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
         InputError: a file cannot be written.
     """
     context = _context(run.manifest, report)
-    _write(run.path / MARKDOWN, "report.md.jinja", context)
+    _write(run.path / REPORT_MD, "report.md.jinja", context)
     shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
     context |= {
         "plots": _plots(run.manifest, report, context["classes"]),
         "pictures": thumbnails(images, shown),
     }
-    _write(run.path / HTML, "report.html.jinja", context)
-    return run.path / HTML
+    _write(run.path / REPORT_HTML, "report.html.jinja", context)
+    return run.path / REPORT_HTML
 
 
 def _write(path: Path, template: str, context: Mapping[str, Any]) -> None:

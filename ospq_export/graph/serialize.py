@@ -1,0 +1,222 @@
+"""A captured graph as JSON: nodes, arguments, shapes, module paths; its constants lie in a file of tensors beside it.
+
+A graph is rebuilt from operators of an allow-list alone, so that a run directory needs neither the model's code nor timm, and a
+foreign one can call nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ospq_export.errors import InputError
+from ospq_export.graph.operators import ATEN, SIZES
+
+_VERSION = 1
+_FIX = "calibrate again, or copy the run directory anew"
+_BATCH = 2  # stands for the free batch size while shapes are computed
+# What torch calls by name and JSON has no form for.
+_NAMED = {
+    "dtype": torch.dtype,
+    "layout": torch.layout,
+    "memory_format": torch.memory_format,
+}
+
+
+def describe(module: fx.GraphModule) -> dict[str, Any]:
+    """The graph as values that JSON has.
+
+    Args:
+        module: what `capture` returned.
+
+    Raises:
+        InputError: an operator is not in the allow-list.
+    """
+    stacks: dict[str, int] = {}
+    nodes = []
+    for node in module.graph.nodes:
+        stack = [[key, *entry] for key, entry in node.meta.get("nn_module_stack", {}).items()]
+        entry = {
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node),
+            "args": _encode(node.args),
+            "kwargs": _encode(node.kwargs),
+            "shape": _shape(node.meta.get("val")),
+            "module": node.meta.get("module_path", ""),
+            "stack": stacks.setdefault(json.dumps(stack), len(stacks)),
+        }
+        nodes.append({key: value for key, value in entry.items() if value not in (None, [], {}, "")})
+    constants = [[name, list(b.shape), _name(b.dtype)] for name, b in module.named_buffers()]
+    return {
+        "version": _VERSION,
+        "constants": constants,
+        "stacks": [json.loads(text) for text in stacks],
+        "nodes": nodes,
+    }
+
+
+def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
+    """The graph that `describe` described; its constants hold nothing yet.
+
+    Args:
+        described: what the JSON holds.
+        where: what errors name.
+
+    Returns:
+        As `capture`'s, in eval mode; constants are NaN, or 0 where they are integers, and take no memory.
+
+    Raises:
+        InputError: it is no such description, or calls what is not in the allow-list.
+    """
+    try:
+        if described["version"] != _VERSION:
+            raise ValueError(f"version {described['version']}, this program reads {_VERSION}")
+        root = torch.nn.Module()
+        for name, shape, dtype in described["constants"]:
+            _register(root, name, _nothing(shape, getattr(torch, dtype)))
+        graph = _graph(described)
+        module = fx.GraphModule(root, graph)
+        _propagate(module, described["nodes"][0]["shape"])
+    except (AttributeError, IndexError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the graph cannot be rebuilt: {reason}", where=where, fix=_FIX) from error
+    return module.eval()
+
+
+def _graph(described: dict[str, Any]) -> fx.Graph:
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+    for entry in described["nodes"]:
+        args, kwargs = _decode(entry.get("args", []), made), _decode(entry.get("kwargs", {}), made)
+        if entry["op"] == "output":
+            node = graph.output(*args)
+        else:
+            target = _operator(entry["target"]) if entry["op"] == "call_function" else str(entry["target"])
+            if entry["op"] not in ("placeholder", "get_attr", "call_function"):
+                raise ValueError(f"a node of kind {entry['op']!r}")
+            node = graph.create_node(entry["op"], target, tuple(args), kwargs, name=entry["name"])
+        if node.name != entry["name"]:
+            raise ValueError(f"two nodes are called {entry['name']!r}")
+        stack = described["stacks"][entry["stack"]]
+        node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in stack}
+        plain = ((path, kind.rsplit(".", 1)[-1]) for _, path, kind in stack if "_hook" not in path)
+        node.meta["module_stack"], node.meta["module_path"] = tuple(plain), entry.get("module", "")
+        made[node.name] = node
+    return graph
+
+
+def _propagate(module: fx.GraphModule, images: list[int | str]) -> None:
+    """Give every node the fake tensor that `capture` gives it; the batch size stays free."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    dynamic = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (len(images) - 1)]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
+    size = [_BATCH, *map(int, images[1:])]
+    example = mode.from_tensor(torch.empty(size, device="meta"), symbolic_context=context)
+    with mode:
+        fakes = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in module.named_buffers()}
+    env: dict[fx.Node, Any] = {}
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.op == "placeholder":
+                env[node] = example
+            elif node.op == "get_attr":
+                env[node] = fakes[str(node.target)]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)
+            node.meta["val"] = env[node]
+
+
+def _register(root: torch.nn.Module, name: str, value: Tensor) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, torch.nn.Module())
+        root = getattr(root, part)
+    root.register_buffer(last, value)
+
+
+def _nothing(shape: list[int], dtype: torch.dtype) -> Tensor:
+    fill = torch.nan if dtype.is_floating_point else 0
+    return torch.full((), fill, dtype=dtype).expand(shape)
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    name = next((name for name, function in SIZES.items() if function is node.target), str(node.target))
+    if name not in SIZES and name not in ATEN:
+        raise InputError(f"the operator {name} is not known", where=node.meta.get("module_path", "") or None)
+    return name
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    if name in SIZES:
+        return SIZES[name]
+    if name not in ATEN:
+        raise LookupError(f"the operator {name!r} is not in the list of those that may be called")
+    found: Callable[..., Any] = operator.attrgetter(name.removeprefix("aten."))(torch.ops.aten)
+    return found
+
+
+def _shape(value: Any) -> list[int | str] | None:
+    if not isinstance(value, Tensor):
+        return None
+    return [size if isinstance(size, int) else str(size) for size in value.shape]
+
+
+def _name(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _encode(value: Any) -> Any:
+    """An argument as JSON has it: what JSON lacks is an object of one entry, whose key says what it is."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"mapping": {key: _encode(item) for key, item in value.items()}} if value else {}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    for key, kind in _NAMED.items():
+        if isinstance(value, kind):
+            return {key: _name(value)}
+    raise InputError(f"an argument of {type(value).__name__} cannot be written")
+
+
+def _decode(value: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, made) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if not value:
+        return {}
+    ((key, held),) = value.items()
+    if key == "node":
+        return made[held]
+    if key == "mapping":
+        return {name: _decode(item, made) for name, item in held.items()}
+    if key == "float":
+        return float(held)
+    if key == "device":
+        return torch.device(held)
+    found = getattr(torch, held)
+    if not isinstance(found, _NAMED[key]):
+        raise ValueError(f"{held!r} is no {key}")
+    return found

@@ -1,0 +1,168 @@
+"""Which executions a validation runs: by name, or all that this machine has; what it lacks is listed with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ospq_export.errors import InputError
+from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+from ospq_export.validate.executions.backends import Backend
+from ospq_export.validate.executions.engines import engine_file
+from ospq_export.validate.executions.origin import check_origin
+from ospq_export.validate.executions.table import (
+    DEFAULT_BACKENDS,
+    FAKE_QUANT,
+    FAKE_QUANT_FP16,
+    FLOAT,
+    FP32,
+    OPTIMIZED,
+    QDQ_FP16,
+    TABLE,
+    UNOPTIMIZED,
+    Role,
+    Runtime,
+    with_role,
+)
+
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
+
+_NETWORKS = (".onnx", ".engine")
+
+
+@dataclass
+class Executions:
+    """What runs, and what does not.
+
+    Attributes:
+        backends: in the order asked for.
+        skipped: name -> reason, of executions that nobody asked for by name.
+        asked: names that were asked for; a float file among them is judged, too, by the float network.
+    """
+
+    backends: list[Backend] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    asked: Sequence[str] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of what runs."""
+        return [b.name for b in self.backends]
+
+    def references(self, float_type: str) -> dict[str, str]:
+        """Deployed execution -> what it is compared with; those that nothing here can be compared with are left out.
+
+        The fake-quantized network with float parts of the deployed file's own type; without torch's side, ONNX Runtime without
+        optimisations stands in for it.
+
+        Args:
+            float_type: "fp32", or "fp16" where engines were built with FP16 float parts.
+        """
+        result = {}
+        for execution in map(TABLE.__getitem__, self.names):
+            deployed = execution.role is Role.DEPLOYED
+            if not deployed and not (execution.role is Role.FLOAT_FILE and execution.name in self.asked):
+                continue
+            for reference in (execution.reference(float_type), *([UNOPTIMIZED] if deployed else [])):
+                if reference in self.names and reference != execution.name:
+                    result[execution.name] = reference
+                    break
+        return result
+
+    @property
+    def float_reference(self) -> str | None:
+        """The float network's execution: torch's, or ONNX Runtime's where torch's is not to be had."""
+        return next((name for name in (FLOAT, FP32) if name in self.names), None)
+
+    def uncompared(self, float_type: str) -> list[str]:
+        """Deployed executions that are neither compared with something nor what others are compared with."""
+        references = self.references(float_type)
+        used = {*references, *references.values()}
+        return [n for n in self.names if TABLE[n].role is Role.DEPLOYED and n not in used]
+
+
+def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
+    """Open the named executions with the references that they are judged by, or every default one that is available.
+
+    Args:
+        run: exported.
+        names: out of `ALL_BACKENDS`, a deployed one among them; None takes the defaults.
+        device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
+        float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts and the file that is deployed so.
+
+    Raises:
+        InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
+    """
+    named = named_executions(names, float_type)
+    wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
+    _check_files(run, wanted)
+    result = Executions(asked=named)
+    for name in wanted:
+        _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
+    # Where torch's side is not to be had, ONNX Runtime stands in for it.
+    judged = [name for name in result.names if TABLE[name].role is Role.DEPLOYED]
+    if judged and FAKE_QUANT not in result.names and UNOPTIMIZED not in judged:
+        _open(result, run, UNOPTIMIZED, device, must=False)
+    if result.float_reference is None:
+        _open(result, run, FP32, device, must=False)
+    return result
+
+
+def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
+    """What is asked for by name, or every default execution.
+
+    Raises:
+        InputError: an unknown name, or none that is deployed.
+    """
+    named = list(DEFAULT_BACKENDS if names is None else dict.fromkeys(names))
+    unknown = [name for name in named if name not in TABLE]
+    if unknown:
+        raise InputError(f"there is no execution {unknown[0]!r}", fix=f"use some of {', '.join(TABLE)}")
+    if float_type == "fp16":
+        named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
+    judged = with_role(Role.DEPLOYED, Role.FLOAT_FILE)
+    if not set(named) & set(judged):
+        raise InputError(
+            f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
+            where="`backends`",
+            fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
+        )
+    return named
+
+
+def _references_of(named: Sequence[str], float_type: str) -> list[str]:
+    """What the named deployed executions are judged by."""
+    held_to = (TABLE[name].reference(float_type) for name in named)
+    return [FLOAT, *(name for name in held_to if name is not None)]
+
+
+def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
+    try:
+        result.backends.append(TABLE[name].open(run, device))
+        result.skipped.pop(name, None)
+    except InputError as error:
+        if must:
+            raise
+        result.skipped[name] = str(error)
+
+
+def _check_files(run: Run, wanted: Sequence[str]) -> None:
+    """Hold the files of the wanted executions to the run."""
+    judged = [TABLE[name] for name in wanted if TABLE[name].role is Role.DEPLOYED]
+    # Engines were built from a file of the run: where one is asked for, the plain file is held to the run.
+    for file in dict.fromkeys(execution.file or QUANTIZED_ONNX for execution in judged):
+        if file == QUANTIZED_HALF_ONNX and file not in run.manifest.files:
+            raise InputError(f"the run has no {file}", where=run.path, fix="export it with `fp16`")
+        check_origin(run, file)
+    if (run.path / ENGINE).is_file() and any(execution.runtime is Runtime.ENGINE for execution in judged):
+        # Not being able to run an engine here is one thing; a damaged one must not pass for that.
+        engine_file(run.path)
+
+
+def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
+    """Networks and engines in the run directory that none of the executions ran, by file name."""
+    ran = {e.detail.get("file") for e in executions}
+    found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
+    return [name for name in found if name not in ran]
