@@ -17,13 +17,15 @@ from torch import Tensor, fx
 
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.events import Events, no_events
-from ospq_export.calibrate.objectives.objective import objectives
+from ospq_export.calibrate.objectives import objectives
+from ospq_export.calibrate.objectives.base import Context
 from ospq_export.calibrate.reconstruct.bias import corrected_biases
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.calibrate.reconstruct.walk import Step, walk
-from ospq_export.calibrate.slicing.auto import OUTLIER_AWARE, choose_slicing
+from ospq_export.calibrate.slicing.auto import choose_slicing
 from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.slicing.plan import OUTLIER_AWARE
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
@@ -53,6 +55,8 @@ from ospq_export.runs.manifest import (
 )
 from ospq_export.runs.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
 from ospq_export.runs.tensors import image_digests, read_tensors, write_tensors
+from ospq_export.tasks.base import Task
+from ospq_export.tasks.classify import TASKS
 from ospq_export.world.memory import peak_memory
 from ospq_export.world.processes import SOLO, World
 from ospq_export.world.room import ONNX_BYTES, files_summary
@@ -108,6 +112,11 @@ class Job:
     def seed(self) -> int:
         """Of every random choice."""
         return self.manifest.calibration.seed
+
+    @property
+    def task(self) -> Task:
+        """What the network's output is."""
+        return TASKS[self.manifest.task]
 
     @property
     def writes(self) -> bool:
@@ -191,6 +200,7 @@ class Job:
                 self.seed,
                 lambda steps: stepper(self.progress, "choose slicing", steps),
                 self._say,
+                self.task,
             )
             write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
@@ -234,7 +244,8 @@ class Job:
         )
         if self.writes and len(todo) < len(self.slices):
             log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
-        make = objectives(self.network, self.slices, images, settings, self.device, self.seed)
+        context = Context(self.network, self.slices, images, settings, self.device, self.seed, self.task)
+        make = objectives(context)
         steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
         for step in steps:
             self._share(step.piece)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ospq_export.formats.choice import integers
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.slicing import cut_points
+from ospq_export.graph.tap import Tap
 from ospq_export.runs.manifest import OutlierRecord
 
 _LARGEST, _WORST = 0.001, 0.01
@@ -53,19 +54,14 @@ class _Moments:
         )
 
 
-class _Profiler(fx.Interpreter):
+def _profiler(module: fx.GraphModule, watched: dict[fx.Node, _Moments]) -> Tap:
     """A float forward pass that looks at chosen tensors."""
 
-    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, _Moments]) -> None:
-        super().__init__(module)
-        self.watched = watched
+    def add(_tap: Tap, n: fx.Node, value: Tensor) -> None:
+        # Channels lie second in what a convolution works on, last elsewhere.
+        watched[n].add(value, 1 if value.dim() == 4 and _is_image(n) else -1)
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.watched:
-            # Channels lie second in what a convolution works on, last elsewhere.
-            self.watched[n].add(result, 1 if result.dim() == 4 and _is_image(n) else -1)
-        return result
+    return Tap(module, dict.fromkeys(watched, add))
 
 
 def _is_image(node: fx.Node) -> bool:
@@ -101,6 +97,6 @@ def outlier_profile(
     device = next(network.module.buffers()).device
     with torch.no_grad():
         for batch in images.split(batch_size):
-            _Profiler(network.module, watched).run(batch.to(device))
+            _profiler(network.module, watched).run(batch.to(device))
             advance()
     return [watched[node].record(name, kind) for node, (name, kind) in labels.items()]

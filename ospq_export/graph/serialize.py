@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -81,13 +82,13 @@ def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
     try:
         if described["version"] != _VERSION:
             raise ValueError(f"version {described['version']}, this program reads {_VERSION}")
-        root = torch.nn.Module()
+        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
         for name, shape, dtype in described["constants"]:
-            _register(root, name, _nothing(shape, getattr(torch, dtype)))
-        graph = _graph(described)
-        module = fx.GraphModule(root, graph)
-        _propagate(module, described["nodes"][0]["shape"])
-    except (AttributeError, IndexError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            _register(module, name, _nothing(shape, getattr(torch, dtype)))
+        module.graph = _graph(described)
+        images = next(entry for entry in described["nodes"] if entry["op"] == "placeholder")
+        _propagate(module, images["shape"])
+    except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the graph cannot be rebuilt: {reason}", where=where, fix=_FIX) from error
     return module.eval()
@@ -120,11 +121,12 @@ def _propagate(module: fx.GraphModule, images: list[int | str]) -> None:
     dynamic = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (len(images) - 1)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
     size = [_BATCH, *map(int, images[1:])]
-    example = mode.from_tensor(torch.empty(size, device="meta"), symbolic_context=context)
+    example = mode.from_tensor(torch.empty(size), symbolic_context=context)
     with mode:
         fakes = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in module.named_buffers()}
     env: dict[fx.Node, Any] = {}
-    with mode, torch.no_grad():
+    # C++ would take a free batch size for the number that stands for it.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "output":
                 continue

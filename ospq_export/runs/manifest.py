@@ -168,6 +168,7 @@ class Manifest(_Record):
     class_from: ClassLevel | None = None
     outputs: int | None = None
     recipe: Recipe
+    task: Literal["classify"] = "classify"
     graph_fingerprint: str
     calibration: CalibrationRecord
     checkpoint: CheckpointRecord | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ospq_export.errors import InputError
-from ospq_export.validate.executions.backends import FloatArray
-from ospq_export.validate.parity import two_classes
+from ospq_export.tasks.comparison import two_classes
+from ospq_export.tasks.statistics import FloatArray
 
 
 class Outputs:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.paired import drop_bounds, images_for_drop, images_for_share, share_bounds
 from ospq_export.validate.faithful import enough
-from ospq_export.validate.parity import Comparison
 from ospq_export.validate.verdict import Criterion, Thresholds
 
 _EPSILON = 1e-9

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ospq_export.tasks.comparison import finite, margin_change, predictions
 from ospq_export.validate.executions.backends import FloatArray
-from ospq_export.validate.parity import finite, margin_change, predictions
 
 Execution = Callable[[FloatArray], FloatArray]
 _SPLIT = 7

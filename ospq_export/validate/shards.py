@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ospq_export.errors import InputError
+from ospq_export.tasks.comparison import Collector
 from ospq_export.validate.codes.samples import Samples
 from ospq_export.validate.executions.backends import FloatArray
-from ospq_export.validate.parity import Collector
 from ospq_export.world.processes import World
 
 

@@ -12,6 +12,8 @@ from rich.progress import Progress
 from ospq_export.errors import InputError
 from ospq_export.progress import stepper
 from ospq_export.runs.files import REPORT, write_json
+from ospq_export.tasks.classify import TASKS
+from ospq_export.tasks.comparison import Collector
 from ospq_export.tasks.outputs import Outputs
 from ospq_export.validate.codes.samples import Samples, locate
 from ospq_export.validate.executions.backends import Backend, FloatArray
@@ -30,7 +32,6 @@ from ospq_export.validate.executions.table import (
     with_role,
 )
 from ospq_export.validate.latency import Latency, check_batches, measure
-from ospq_export.validate.parity import Collector
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble
 from ospq_export.validate.report.model import Report
@@ -99,7 +100,8 @@ def validate(
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
-    outputs = Outputs(decision_threshold)
+    task = TASKS[run.manifest.task]
+    outputs = task.reader(decision_threshold)
     references = executions.references(float_type)
     chosen = range(len(images)) if limit is None else images.choose(limit)
     count = len(chosen)
@@ -138,6 +140,7 @@ def validate(
         locations=locate(run, references, samples.kept, device),
         seen=samples.seen,
         decision_threshold=outputs.used,
+        task=task,
     )
     report = assemble(run, evidence, thresholds or Thresholds(), baseline)
     if latency_batches and samples.first is not None:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from ospq_export.calibrate.objectives.losses import rounding_regularizer
-from ospq_export.calibrate.reconstruct.rounding import SoftRounding
+from ospq_export.calibrate.reconstruct.rounding import SoftRounding, rounding_regularizer
 from ospq_export.formats.choice import named
 from ospq_export.formats.kernels import BLOCK, blocks, lerp_mask
 from ospq_export.graph.quantizers import WeightQuantizer

@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from scipy.special import softmax
 
 from ospq_export.calibrate.cost import kept_bytes_per_image
-from ospq_export.calibrate.objectives import objective
-from ospq_export.calibrate.objectives.losses import Objective, channel_weight, kl_divergence, total_variation
-from ospq_export.calibrate.objectives.objective import channel_axis, fisher_weights, objectives
+from ospq_export.calibrate.objectives import fisher, objectives
+from ospq_export.calibrate.objectives.base import Context, weight_quantizers
+from ospq_export.calibrate.objectives.channel import channel_axis, channel_weight
+from ospq_export.calibrate.objectives.divergence import Divergence
+from ospq_export.calibrate.objectives.fisher import fisher_weights
+from ospq_export.calibrate.objectives.squared import Squared
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward, rows_of
 from ospq_export.calibrate.reconstruct.bias import correct_biases
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.calibrate.reconstruct.walk import walk
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
@@ -24,6 +27,7 @@ from ospq_export.graph.slicing import extract, run_slice
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
+from ospq_export.tasks.classify import kl_divergence, total_variation
 
 CPU = torch.device("cpu")
 
@@ -76,12 +80,12 @@ def test_fisher_weights_do_not_depend_on_the_batches_that_memory_allows(
 ):
     ends = [s.end for s in slicing_of(small_vit.graph, "block")]
     batches = []
-    run = objective._Keeper.run
-    monkeypatch.setattr(objective._Keeper, "run", lambda s, x: batches.append(len(x)) or run(s, x))
+    run = fisher._Keeper.run
+    monkeypatch.setattr(fisher._Keeper, "run", lambda s, x: batches.append(len(x)) or run(s, x))
     whole = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
     kept = kept_bytes_per_image(small_vit.graph)
     assert kept == kept_bytes_per_image(observed_vit.module.graph)
-    monkeypatch.setattr(objective, "_FISHER_BYTES", 3 * kept)
+    monkeypatch.setattr(fisher, "_FISHER_BYTES", 3 * kept)
     parts = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
     assert batches == [8, 3, 3, 2]
     for name in ends:
@@ -122,12 +126,12 @@ def test_every_loss_lowers_its_own_objective(small_vit, noise, loss, granularity
     observe(graph, noise, batch_size=16, seed=0)
     slices = slicing_of(small_vit.graph, granularity)
     chosen = settings(f"loss={loss}", "final_loss=kl", "bias_correction=true")
-    make = objectives(graph, slices, noise, chosen, CPU, seed=0)
+    make = objectives(Context(graph, slices, noise, chosen, CPU, seed=0))
     kinds = []
 
     def noted(index, piece, target):
         objective = make(index, piece, target)
-        kinds.append((objective.kl, objective.weight is not None))
+        kinds.append((isinstance(objective, Divergence), getattr(objective, "weight", None) is not None))
         return objective
 
     steps = list(walk(graph, slices, noise, Reconstructor(chosen, CPU), 0, make_objective=noted))
@@ -183,7 +187,7 @@ def test_offsets_are_learned_where_a_grid_is_shifted(small_vit, noise):
     for wanted in (False, True):
         graph.set_mode(Mode.FLOAT)
         chosen = settings("learning_rate_scale=0.01", f"learn_offsets={str(wanted).lower()}")
-        Reconstructor(chosen, CPU)._learn(piece, data, Objective(chosen, weight_quantizers(piece)), 0)
+        Reconstructor(chosen, CPU)._learn(piece, data, Squared(chosen, weight_quantizers(piece)), 0)
         assert (([float(a.offset) for a in shifted]) != before) is wanted
 
 

@@ -9,8 +9,7 @@ from torch.distributions import Bernoulli
 from torch.distributions import kl_divergence as divergence_of
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.objectives.losses import class_logits, kl_divergence, total_variation
-from ospq_export.calibrate.objectives.objective import fisher_weights
+from ospq_export.calibrate.objectives.fisher import fisher_weights
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
@@ -21,6 +20,7 @@ from ospq_export.graph.slicing import extract
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
+from ospq_export.tasks.classify import class_logits, kl_divergence, total_variation
 
 SPEC = ModelSpec(
     name="vit_tiny_patch16_224",

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives.squared import Squared
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.refinement import refine_scales, refinement_images
 from ospq_export.graph.granularity import slicing_of
@@ -65,7 +65,7 @@ def refine_by_whole_passes(piece, data):
 def test_shared_passes_choose_what_whole_passes_choose(small_vit, observed_vit, noise, granularity, index):
     first, data = sliced(small_vit, observed_vit, noise[:8], granularity, index)
     second = copy.deepcopy(first)
-    refine_scales(first, data, Objective(load_recipe("w4a4", []).reconstruction, []))
+    refine_scales(first, data, Squared(load_recipe("w4a4", []).reconstruction, []))
     refine_by_whole_passes(second, data)
     ours, theirs = ([m.scale for m in activation_quantizers(p)] for p in (first, second))
     assert len(ours) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -76,7 +76,7 @@ def test_the_error_falls(small_vit, observed_vit, noise):
     for quantizer in activation_quantizers(piece):
         quantizer.scale.mul_(2.0)
     before = error(piece, data)
-    refine_scales(piece, data, Objective(load_recipe("w4a4", []).reconstruction, []))
+    refine_scales(piece, data, Squared(load_recipe("w4a4", []).reconstruction, []))
     assert error(piece, data) < 0.6 * before
 
 

@@ -11,11 +11,11 @@ from conftest import CUDA, straight_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives.base import Objective, weight_quantizers
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.graphed import Graphed
 from ospq_export.calibrate.reconstruct.learner import Learner, arithmetic
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.formats import kernels
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import Mode, quantizers_of

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ospq_export.demo import demo_spec
 from ospq_export.errors import InputError
-from ospq_export.models.record import CheckpointRecord, ModelSpec, checkpoint_record, load_checkpoint
+from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.models.timm import create_model
+from ospq_export.models.weights import checkpoint_record, load_checkpoint
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 SPEC = ModelSpec(name="vit_tiny_patch16_224", kwargs=SMALL)

@@ -15,19 +15,18 @@ from ospq_export.runs.files import sha256
 from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate, write_documents
 from ospq_export.validate.executions.backends import TorchBackend
+from ospq_export.validate.executions.chosen import Executions, open_executions
 from ospq_export.validate.executions.half import HalfNetwork
 from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
-    BASELINES,
     FAKE_QUANT,
     FAKE_QUANT_FP16,
     FLOAT,
+    FP16,
     OPTIMIZED,
     QDQ_FP16,
+    TABLE,
     UNOPTIMIZED,
-    Executions,
-    open_execution,
-    open_executions,
 )
 from ospq_export.validate.floor import FloorMeter
 
@@ -203,7 +202,7 @@ def test_an_fp16_file_against_fp16_float_parts(run_copy):
     assert "model_qdq_fp16.onnx: signal-to-quantization-noise" in page
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", *list(BASELINES)[1:]])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", FP16])
 def test_asked_for_by_name_and_not_there(finished_runs, name):
     with pytest.raises(InputError, match=r"model\.engine|model_fp16\.onnx"):
         open_executions(Run.open(finished_runs["w8a8"]), [name], "cpu", "fp32")
@@ -213,7 +212,7 @@ def test_asked_for_by_name_and_not_there(finished_runs, name):
 def test_the_float_baseline_is_the_float_network(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     x = np.random.default_rng(0).normal(size=(3, *run.manifest.data.input_size)).astype(np.float32)
-    ours, theirs = (open_execution(run, name, "cpu")(x) for name in (FLOAT, "onnxruntime-fp32"))
+    ours, theirs = (TABLE[name].open(run, "cpu")(x) for name in (FLOAT, "onnxruntime-fp32"))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 

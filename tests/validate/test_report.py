@@ -20,9 +20,9 @@ from ospq_export.errors import InputError
 from ospq_export.runs.manifest import OutlierRecord, read_manifest, write_manifest
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
+from ospq_export.tasks.comparison import Flip, margin_histogram
 from ospq_export.validate import Report, render, validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
-from ospq_export.validate.parity import Flip, margin_histogram
 from ospq_export.validate.report import plots
 from ospq_export.validate.report.thumbnails import data_url
 
@@ -349,7 +349,7 @@ def test_margins_are_counted_once():
 
 
 def test_logits_that_are_not_finite_still_give_json():
-    from ospq_export.validate.parity import compare
+    from ospq_export.tasks.comparison import compare
 
     logits = np.array([[np.nan, 1], [np.inf, 2], [3, 1]], np.float32)
     c = compare(("a", np.eye(3, 2, dtype=np.float32)), ("b", logits), np.array([0, 1, 0]), list("xyz"))

@@ -6,35 +6,30 @@ calibration inputs instead of derived from BatchNorm.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
 from ospq_export.graph.quantizers import CorrectedBias, Mode, set_mode
+from ospq_export.graph.tap import Tap
 
 aten = torch.ops.aten
 
 
-class _ChannelMeans(fx.Interpreter):
-    """Runs a slice and accumulates the mean per output channel of chosen linear and conv2d nodes."""
+class _ChannelMeans:
+    """Mean per output channel of chosen linear and conv2d nodes, over all runs of a tap."""
 
     def __init__(self, piece: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(piece, garbage_collect_values=True)
-        self.wanted = nodes
+        self.tap = Tap(piece, dict.fromkeys(nodes, self._add))
         self.sums: dict[fx.Node, Tensor] = {}
         self.counts: dict[fx.Node, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted:
-            axis = 1 if n.target is aten.conv2d.default else -1
-            channels_last = result.movedim(axis, -1).flatten(0, -2)
-            total = channels_last.sum(0, dtype=torch.float64)
-            self.sums[n] = self.sums.get(n, torch.zeros_like(total)) + total
-            self.counts[n] = self.counts.get(n, 0) + len(channels_last)
-        return result
+    def _add(self, _tap: Tap, n: fx.Node, value: Tensor) -> None:
+        axis = 1 if n.target is aten.conv2d.default else -1
+        channels_last = value.movedim(axis, -1).flatten(0, -2)
+        total = channels_last.sum(0, dtype=torch.float64)
+        self.sums[n] = self.sums.get(n, torch.zeros_like(total)) + total
+        self.counts[n] = self.counts.get(n, 0) + len(channels_last)
 
     def mean(self, node: fx.Node) -> Tensor:
         return self.sums[node] / self.counts[node]
@@ -49,7 +44,7 @@ def _means(
         for start in range(0, data.images, FORWARD_BATCH):
             part = data.select(slice(start, start + FORWARD_BATCH)).to(device)
             inputs = part.float_input if mode is Mode.FLOAT else part.quantized_input
-            interpreter.run(inputs[0], part.images, *inputs[1:])
+            interpreter.tap.run(inputs[0], part.images, *inputs[1:])
     return interpreter
 
 

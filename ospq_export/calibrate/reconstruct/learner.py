@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.calibrate.objectives.losses import Objective, annealed_beta
+from ospq_export.calibrate.objectives.base import Objective
 from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.calibrate.reconstruct.batches import Batches
 from ospq_export.calibrate.reconstruct.graphed import Graphed, Step
-from ospq_export.calibrate.reconstruct.rounding import SoftRounding
+from ospq_export.calibrate.reconstruct.rounding import SoftRounding, annealed_beta
 from ospq_export.formats.soft import mix
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives import objective_class
+from ospq_export.calibrate.objectives.base import Objective, weight_quantizers
 from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.calibrate.reconstruct.bias import correct_biases, corrected_biases
 from ospq_export.calibrate.reconstruct.learner import Learner
@@ -91,7 +92,7 @@ class Reconstructor:
             objective: what to lower; None takes the recipe's loss where it needs no weights.
         """
         settings = self.settings
-        objective = objective or Objective(settings, weight_quantizers(piece))
+        objective = objective or objective_class(settings)(settings, weight_quantizers(piece))
         before, loss_before = self.error(piece, data, objective)
         initial = _snapshot(piece)
         if settings.refinement_images > 0:
@@ -102,7 +103,7 @@ class Reconstructor:
             objective.normalise_by(self.error(piece, data, objective)[1])
             learned = self._learn(piece, data, objective, seed)
         after, loss_after = self.error(piece, data, objective)
-        kept = math.isfinite(loss_after) and (loss_after <= loss_before or settings.loss == "literal")
+        kept = math.isfinite(loss_after) and (loss_after <= loss_before or objective.keeps_worse)
         if not kept:
             _restore(piece, initial)
             after, loss_after = before, loss_before
@@ -156,7 +157,7 @@ class Reconstructor:
         self, piece: fx.GraphModule, data: SliceData, objective: Objective | None = None
     ) -> tuple[float, float]:
         """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective."""
-        judge = objective or Objective(self.settings, [])
+        judge = objective or objective_class(self.settings)(self.settings, [])
         data = data if self.error_images is None else data.select(slice(0, self.error_images))
         total, loss, count = 0.0, 0.0, 0
         set_mode(piece, Mode.QUANTIZE)
@@ -169,11 +170,6 @@ class Reconstructor:
                 count += part.target.numel()
         variance = float(data.target.float().var())
         return total / count / max(variance, 1e-12), loss / data.images
-
-
-def weight_quantizers(piece: fx.GraphModule) -> list[WeightQuantizer]:
-    """The weight quantizers that a slice owns."""
-    return [m for m in own_quantizers(piece) if isinstance(m, WeightQuantizer)]
 
 
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives.base import Objective
 from ospq_export.calibrate.reconstruct.activations import SliceData
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, own_quantizers, set_mode
 

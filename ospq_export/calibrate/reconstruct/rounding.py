@@ -6,9 +6,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.formats.kernels import blocks
-from ospq_export.formats.soft import SHIFT, STRETCH
+from ospq_export.formats.soft import SHIFT, STRETCH, rectified_sigmoid
 from ospq_export.graph.quantizers import WeightQuantizer
+from ospq_export.recipes import Reconstruction
 from ospq_export.world.processes import SOLO, World
+
+
+def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
+    """Sum of 1 - |2 h(V) - 1| ** beta (AdaRound, eq. 24)."""
+    return (1.0 - (2.0 * rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
+
+
+def annealed_beta(step: int, settings: Reconstruction) -> float | None:
+    """Beta of the rounding term: None during warm-up, then linear from `beta_start` to `beta_end`."""
+    warm_up = settings.warm_up * settings.iterations
+    if step < warm_up:
+        return None
+    progress = (step - warm_up) / max(1.0, settings.iterations - warm_up)
+    return settings.beta_start + (settings.beta_end - settings.beta_start) * progress
 
 
 class SoftRounding:

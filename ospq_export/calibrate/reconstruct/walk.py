@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives.base import MakeObjective
 from ospq_export.calibrate.reconstruct.activations import SliceData, Tensors, forward
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, SliceMetrics
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.slicing import Slice, extract
-
-MakeObjective = Callable[[int, fx.GraphModule, Tensor], Objective]
-"""Slice's place, slice, target on all calibration images -> what it is optimised for."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import ActivationQuantizer
+from ospq_export.graph.tap import OnValue, Tap
 from ospq_export.validate.executions.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
@@ -143,30 +143,26 @@ class _Codes:
         return 100.0 * self.differing / max(self.total, 1)
 
 
-class _Tap(fx.Interpreter):
-    """Runs a graph and hands over each activation quantizer's input and each named node's value; either may be replaced."""
+def _tap(
+    module: fx.GraphModule,
+    ends: Mapping[str, str],
+    on_codes: Callable[[ActivationQuantizer, Tensor], Tensor | None],
+    on_end: Callable[[str, Tensor], Tensor | None],
+) -> Tap:
+    """Hands over each activation quantizer's input and each named node's value; either may be replaced."""
+    modules = dict(module.named_modules())
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        ends: Mapping[str, str],
-        on_codes: Callable[[ActivationQuantizer, Tensor], Tensor | None],
-        on_end: Callable[[str, Tensor], Tensor | None],
-    ) -> None:
-        super().__init__(module)
-        self.ends, self.on_codes, self.on_end = ends, on_codes, on_end
+    def codes(tap: Tap, n: fx.Node, _value: Tensor) -> Tensor | None:
+        return on_codes(modules[str(n.target)], tap.env[n.all_input_nodes[0]])
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op == "call_module":
-            quantizer = self.fetch_attr(str(n.target))
-            if isinstance(quantizer, ActivationQuantizer):
-                given = self.on_codes(quantizer, self.env[n.all_input_nodes[0]])
-                return result if given is None else given
-        elif n.name in self.ends:
-            given = self.on_end(self.ends[n.name], result)
-            return result if given is None else given
-        return result
+    def end(_tap: Tap, n: fx.Node, value: Tensor) -> Tensor | None:
+        return on_end(ends[n.name], value)
+
+    watched: dict[fx.Node, OnValue] = {n: end for n in module.graph.nodes if n.name in ends}
+    for n in module.graph.nodes:
+        if n.op == "call_module" and isinstance(modules[str(n.target)], ActivationQuantizer):
+            watched[n] = codes
+    return Tap(module, watched)
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,7 @@ class Locator:
 
     def _plain(self, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        _Tap(module, self.ends, lambda _q, _x: None, outputs.__setitem__).run(x)
+        _tap(module, self.ends, lambda _q, _x: None, outputs.__setitem__).run(x)
         return outputs
 
     def _given(self, slice_name: str, tensors: Tensors) -> Tensor | None:
@@ -250,7 +246,7 @@ class Locator:
             if given is not None:
                 self.power.setdefault(("deployed", name), Power()).add(value, given)
 
-        _Tap(self.reference.network, self.ends, on_codes, on_end).run(x)
+        _tap(self.reference.network, self.ends, on_codes, on_end).run(x)
         return outputs
 
     def _equal_inputs(self, x: Tensor, tensors: Tensors) -> None:
@@ -270,7 +266,7 @@ class Locator:
             self.power.setdefault(("equal_input", name), Power()).add(value, given)
             return given.double()
 
-        _Tap(self.reference.exact, self.ends, on_codes, on_end).run(x.double())
+        _tap(self.reference.exact, self.ends, on_codes, on_end).run(x.double())
 
     def result(self) -> Location:
         """What was found on all batches so far."""

@@ -12,6 +12,17 @@ import numpy as np
 import torch
 
 from ospq_export.data import ImagesRecord
+from ospq_export.tasks.base import Task
+from ospq_export.tasks.classify import CLASSIFY
+from ospq_export.tasks.comparison import (
+    Collector,
+    Comparison,
+    finite,
+    has_labels,
+    margin_change,
+    predictions,
+    topk_accuracy,
+)
 from ospq_export.tasks.statistics import FloatArray, IntArray, expected_calibration_error, wilson
 from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
 from ospq_export.validate.codes.locate import Location
@@ -23,16 +34,6 @@ from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, F
 from ospq_export.validate.faithful import faithful_criteria
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
-from ospq_export.validate.parity import (
-    Collector,
-    Comparison,
-    compare,
-    finite,
-    has_labels,
-    margin_change,
-    predictions,
-    topk_accuracy,
-)
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
 from ospq_export.validate.verdict import Thresholds, Verdict, conclude
 from ospq_export.world.processor import examine_processor, machine_name
@@ -62,6 +63,7 @@ class Evidence:
         locations: comparisons of codes.
         seen: how many of the images the run was calibrated on, by content.
         decision_threshold: of a network with a single logit; None for all others.
+        task: what the network's output is.
     """
 
     collector: Collector
@@ -78,6 +80,7 @@ class Evidence:
     locations: list[Location] = field(default_factory=list)
     seen: int = 0
     decision_threshold: float | None = None
+    task: Task = CLASSIFY
 
     def names(self, *, baseline: bool) -> list[str]:
         """Executions of the baseline, or of the run itself."""
@@ -86,7 +89,7 @@ class Evidence:
     def pair(self, reference: str, deployed: str) -> Comparison:
         """One execution against another."""
         logits = self.collector.logits
-        return compare(
+        return self.task.compare(
             (reference, logits(reference)),
             (deployed, logits(deployed)),
             self.collector.labels(),

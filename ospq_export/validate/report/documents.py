@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ospq_export.data import ImageSet
     from ospq_export.runs.manifest import Manifest
     from ospq_export.runs.run import Run
-    from ospq_export.validate.parity import Comparison, Flip
+    from ospq_export.tasks.comparison import Comparison, Flip
     from ospq_export.validate.report.model import Report
 
 _ClassRow = tuple[str, float | None, float | None]

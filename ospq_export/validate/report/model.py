@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.statistics import Rate
 from ospq_export.validate.accuracy import AccuracyChange
 from ospq_export.validate.codes.locate import Location
 from ospq_export.validate.codes.weights import WeightComparison
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
-from ospq_export.validate.parity import Comparison
 from ospq_export.validate.verdict import Thresholds, Verdict
 from ospq_export.world.processor import Processor
 from ospq_export.world.processor import machine_name as machine_name

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ospq_export.tasks.comparison import Comparison, MarginHistogram
 from ospq_export.validate.codes.locate import Location, QuantizerComparison
 from ospq_export.validate.codes.weights import WeightComparison
-from ospq_export.validate.parity import Comparison, MarginHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

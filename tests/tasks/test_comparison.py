@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ospq_export.tasks import statistics
-from ospq_export.validate.parity import (
+from ospq_export.tasks.comparison import (
     Collector,
     agreement,
     compare,

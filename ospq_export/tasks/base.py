@@ -1,0 +1,55 @@
+"""What a network's output is, and what a good one is: everything that depends on it is asked of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from ospq_export.tasks.comparison import Comparison
+from ospq_export.tasks.outputs import Outputs
+from ospq_export.tasks.statistics import FloatArray, IntArray
+
+
+class Task(ABC):
+    """What outputs mean. Codes, noise ratios, slices and the noise floor do not depend on it.
+
+    Attributes:
+        name: as a manifest records it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def sampled_loss(self, output: Tensor, generator: Generator, temperature: float) -> Tensor:
+        """The loss whose squared gradient is the Fisher information: of targets drawn from the output itself, summed.
+
+        Args:
+            output: float32 (B, ...).
+            generator: draws the targets.
+            temperature: softens the output's distribution.
+        """
+
+    @abstractmethod
+    def divergence(self, output: Tensor, target: Tensor) -> Tensor:
+        """How far an output is from the float network's, differentiable: what the last slice may be optimised for; scalar."""
+
+    @abstractmethod
+    def distance(self, output: Tensor, target: Tensor, temperature: float) -> Tensor:
+        """How far an output is from the float network's, with little chance in it: what trials are judged by; scalar."""
+
+    @abstractmethod
+    def reader(self, threshold: float | None) -> Outputs:
+        """What turns whatever an execution returns into what `compare` takes."""
+
+    @abstractmethod
+    def compare(
+        self,
+        reference: tuple[str, FloatArray],
+        deployed: tuple[str, FloatArray],
+        labels: IntArray,
+        ids: Sequence[str],
+    ) -> Comparison:
+        """All statistics of a deployed execution against a reference; arguments as `comparison.compare` has them."""
