@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.job import _parsed
+from ospq_export.calibrate.checkpoints import parsed
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.export import export
@@ -240,7 +240,7 @@ def slice_checkpoint(material: Material, random_: random.Random) -> None:
     """A damaged checkpoint of a slice, as a resumed calibration reads it."""
     path = material.write("000.safetensors", damage_bytes(material.files["000.safetensors"], random_))
     _, header = read_tensors(path)
-    _parsed(SliceRecord, header.get("record", ""), path)
+    parsed(SliceRecord, header.get("record", ""), path)
 
 
 def recipe_bytes(material: Material, random_: random.Random) -> None:

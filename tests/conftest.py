@@ -31,7 +31,12 @@ torch.set_num_threads(1)
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SHORT = ["reconstruction.iterations=2", "calibration_images=32", "observation_images=32"]
+SHORT = [
+    "reconstruction.iterations=2",
+    "reconstruction.refinement_images=8",
+    "calibration_images=32",
+    "observation_images=32",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

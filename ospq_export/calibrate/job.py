@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from pydantic import BaseModel
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ospq_export.calibrate.before import check_same
+from ospq_export.calibrate.checkpoints import checkpoint, parsed, restore, save, share
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.objectives import objectives
 from ospq_export.calibrate.objectives.base import Context
-from ospq_export.calibrate.reconstruct.bias import corrected_biases
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.calibrate.reconstruct.walk import Step, walk
@@ -40,21 +37,18 @@ from ospq_export.runs.files import (
     MANIFEST,
     QUANTIZED_TENSORS,
     remove_temporary,
-    sha256,
     write_json,
 )
 from ospq_export.runs.manifest import (
     Manifest,
     SliceRecord,
     SlicingRecord,
-    check_files,
-    differences,
     read_manifest,
     record_files,
     write_manifest,
 )
-from ospq_export.runs.run import Run, load_bias, load_quantizer, quantizer_records, quantizer_tensors
-from ospq_export.runs.tensors import image_digests, read_tensors, write_tensors
+from ospq_export.runs.run import Run, quantizer_records, quantizer_tensors
+from ospq_export.runs.tensors import image_digests, write_tensors
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import TASKS
 from ospq_export.world.memory import peak_memory
@@ -62,7 +56,6 @@ from ospq_export.world.processes import SOLO, World
 from ospq_export.world.room import ONNX_BYTES, files_summary
 
 log = logging.getLogger(__name__)
-_R = TypeVar("_R", bound=BaseModel)
 # What is written before anything is computed.
 _INPUTS = (GRAPH, FLOAT_TENSORS, CALIBRATION_IMAGES)
 
@@ -137,7 +130,8 @@ class Job:
             remove_temporary(folder)
         found = read_manifest(self.out) if (self.out / MANIFEST).is_file() else None
         if found is not None and found.files:
-            self._check_same(found, captured)
+            check_same(self.out, found, self.manifest, captured)
+            self.manifest = found
             return
         try:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
@@ -155,32 +149,6 @@ class Job:
         sizes = {name: buffer.nbytes for name, buffer in captured.named_buffers()}
         codes = {w.constant: sizes[w.constant] // 4 for w in self.network.weights.values()}
         return files_summary(sum(sizes.values()), sum({**sizes, **codes}.values()), ONNX_BYTES)
-
-    def _check_same(self, found: Manifest, captured: fx.GraphModule) -> None:
-        check_files(self.out, found)
-        with tempfile.TemporaryDirectory() as folder:
-            probe = Path(folder) / FLOAT_TENSORS
-            write_tensors(probe, dict(captured.named_buffers()))
-            files = {FLOAT_TENSORS: sha256(probe)}
-        theirs, mine = found.identity(), self.manifest.model_copy(update={"files": files}).identity()
-        changed = [key for key in mine if mine[key] != theirs[key]]
-        if changed:
-            what = "; ".join(differences(theirs, mine))
-            raise InputError(
-                f"the interrupted run there was made with another {', '.join(changed)} ({what})",
-                where=self.out,
-                fix="repeat the very same command to resume, or choose another `out`",
-            )
-        before, now = found.calibration.threads, self.manifest.calibration.threads
-        if before not in (None, now):
-            log.warning(
-                "the run was begun with %d threads and goes on with %d: the last digits of its sums differ from those of a "
-                "run that is not interrupted; `threads` %d avoids it",
-                before,
-                now,
-                before,
-            )
-        self.manifest = found
 
     def slice(self, captured: fx.GraphModule, images: Tensor) -> None:
         """Cut the network as the recipe says, or as trials show; what trials found is kept for a resumed run."""
@@ -204,7 +172,7 @@ class Job:
             )
             write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
-        record = _parsed(SlicingRecord, pilot.read_bytes(), pilot)
+        record = parsed(SlicingRecord, pilot.read_bytes(), pilot)
         slices = (
             outlier_aware_slicing(captured.graph, record.dominance)
             if record.choice == OUTLIER_AWARE
@@ -236,7 +204,7 @@ class Job:
     def reconstruct(self, images: Tensor) -> None:
         """Walk all slices, with a checkpoint after each."""
         settings = self.manifest.recipe.reconstruction
-        todo = [i for i in range(len(self.slices)) if not self._checkpoint(i).is_file()]
+        todo = [i for i in range(len(self.slices)) if not checkpoint(self.out, i).is_file()]
         store = self._store(images, len(todo))
         advance = stepper(self.progress, "reconstruct", len(todo) * settings.iterations)
         reconstructor = Reconstructor(
@@ -248,7 +216,7 @@ class Job:
         make = objectives(context)
         steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
         for step in steps:
-            self._share(step.piece)
+            share(self.options.world, step.piece)
             if self.writes:
                 self._save(step)
         self.options.events("done", {"peak_bytes": peak_memory(self.device), "activation_bytes": store.peak})
@@ -263,9 +231,6 @@ class Job:
         self.options.events("cost", {**cost.record(), "budget": store.budget})
         store.hold(images)
         return store
-
-    def _checkpoint(self, index: int) -> Path:
-        return self.out / CHECKPOINTS / f"{index:03d}.safetensors"
 
     def _save(self, step: Step) -> None:
         bounds, metrics = self.slices[step.index], step.metrics
@@ -291,42 +256,17 @@ class Job:
             log.warning("slice %s: %s", bounds.name, metrics.warning)
         if not metrics.kept:
             log.info("slice %s: learning did not lower the error; nearest rounding is kept", bounds.name)
-        tensors = quantizer_tensors(own_quantizers(step.piece))
-        tensors |= {bias.name: bias.value for bias in corrected_biases(step.piece).values()}
-        write_tensors(self._checkpoint(step.index), tensors, {"record": record.model_dump_json()})
-
-    def _share(self, piece: fx.GraphModule) -> None:
-        """Make what a slice has learned the first process's, to the last bit."""
-        tensors = list(quantizer_tensors(own_quantizers(piece)).values())
-        self.options.world.share([*tensors, *(bias.value for bias in corrected_biases(piece).values())])
+        save(checkpoint(self.out, step.index), step.piece, record)
 
     def _restore(self, index: int, piece: fx.GraphModule) -> bool:
-        path = self._checkpoint(index)
+        path, world = checkpoint(self.out, index), self.options.world
         # The first process looks: the others might see a checkpoint that it is just writing.
-        if not self.options.world.agree(int(path.is_file())):
+        if not world.agree(int(path.is_file())):
             return False
         if self.writes:
-            self._load_checkpoint(index, piece, path)
-        self._share(piece)
+            self.records[index] = restore(path, piece, quantizer_records(self.network, self.slice_of))
+        share(world, piece)
         return True
-
-    def _load_checkpoint(self, index: int, piece: fx.GraphModule, path: Path) -> None:
-        tensors, header = read_tensors(path)
-        self.records[index] = _parsed(SliceRecord, header.get("record", ""), path)
-        self.load(own_quantizers(piece), tensors, path)
-        for bias in corrected_biases(piece).values():
-            load_bias(bias, tensors.get(bias.name), path)
-
-    def load(
-        self,
-        quantizers: Sequence[ActivationQuantizer | WeightQuantizer],
-        tensors: dict[str, Tensor],
-        path: Path,
-    ) -> None:
-        """Set quantizers from a checkpoint's tensors; their levels are those of the observation."""
-        own = {r.name: r for r in quantizer_records(self.network, self.slice_of)}
-        for quantizer in quantizers:
-            load_quantizer(quantizer, own[quantizer.name], tensors, path)
 
     def finish(self) -> Run:
         """Write the quantized tensors and the final manifest; the checkpoints go."""
@@ -357,12 +297,3 @@ class Job:
         )
         self.manifest = record_files(self.out, complete, QUANTIZED_TENSORS)
         shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
-
-
-def _parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:
-    try:
-        return kind.model_validate_json(text)
-    except ValueError as error:
-        raise InputError(
-            "the checkpoint is damaged", where=path, fix="delete this file and run again"
-        ) from error

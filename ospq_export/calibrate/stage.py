@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,17 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
+from ospq_export.calibrate.before import check_batch, check_output_folder, check_processes
 from ospq_export.calibrate.checks import check_graph, check_images, check_module, float_products
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.job import Job, Options
-from ospq_export.calibrate.lock import LOCK, locked
+from ospq_export.calibrate.lock import locked
 from ospq_export.calibrate.observe import observation_steps, observe
 from ospq_export.calibrate.profile import outlier_profile
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
-from ospq_export.errors import InputError
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
@@ -34,13 +33,11 @@ from ospq_export.models.timm import torch_device
 from ospq_export.models.weights import checkpoint_record
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
-from ospq_export.runs.files import MANIFEST, is_temporary
 from ospq_export.runs.manifest import (
     CalibrationRecord,
     EqualizedSite,
     Manifest,
     installed_versions,
-    read_manifest,
 )
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import tensor_sha256
@@ -185,56 +182,6 @@ def _calibrate(
     job.slice(captured, images.images)
     job.reconstruct(images.images)
     return job.finish()
-
-
-def check_output_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but an interrupted calibration.
-
-    Raises:
-        InputError: `out` is a file, a finished run, or a folder with other content.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError("the output is not a folder", where=out, fix="choose another `out`")
-    if all(path.name == LOCK or is_temporary(path) for path in out.iterdir()):
-        return
-    if not (out / MANIFEST).is_file():
-        raise InputError("the output folder is not empty", where=out, fix="choose another `out`")
-    if read_manifest(out).status == "calibrated":
-        raise InputError(
-            "the output folder already holds a finished run", where=out, fix="choose another `out`"
-        )
-
-
-def check_batch(recipe: Recipe, images: int) -> None:
-    """Hold the number of images to the recipe's batch.
-
-    Raises:
-        InputError: there are too few.
-    """
-    settings = recipe.reconstruction
-    if settings.iterations > 0 and images < settings.batch_size:
-        raise InputError(
-            f"{images} calibration images are fewer than a batch of {settings.batch_size}",
-            where="`data`",
-            fix=f"give more images, or `overrides` reconstruction.batch_size={images}",
-        )
-
-
-def check_processes(recipe: Recipe) -> None:
-    """Hold the recipe's batch to the number of processes.
-
-    Raises:
-        InputError: they cannot share it evenly.
-    """
-    size, batch = int(os.environ.get("WORLD_SIZE", "1")), recipe.reconstruction.batch_size
-    if batch % size:
-        raise InputError(
-            f"a batch of {batch} images cannot be shared evenly by {size} processes",
-            where="reconstruction.batch_size",
-            fix=f"`overrides` reconstruction.batch_size={max(1, batch // size) * size}",
-        )
 
 
 def check_cost(

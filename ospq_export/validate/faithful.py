@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.paired import drop_bounds, images_for_share, share_bounds
 from ospq_export.tasks.statistics import excess_p_value
-from ospq_export.validate.codes.locate import Location
+from ospq_export.validate.codes.records import Location
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.verdict import Criterion, Thresholds
 

@@ -5,7 +5,7 @@ import pytest
 
 from ospq_export.tasks.comparison import compare, margin_change, two_classes
 from ospq_export.validate.accuracy import accuracy_change, accuracy_criteria
-from ospq_export.validate.codes.locate import Location
+from ospq_export.validate.codes.records import Location
 from ospq_export.validate.faithful import faithful_criteria
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.verdict import Thresholds, conclude

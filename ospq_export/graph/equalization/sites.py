@@ -12,41 +12,17 @@ permutes, pads, rolls, splits or joins, the numbers say which channel arrives in
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ospq_export.graph.rewrite import VIEWS
+from ospq_export.graph.equalization.labels import PADDING, Label, concrete, flat, passed_on
 
 aten = torch.ops.aten
-_BATCH = 2
-_PADDING = -1  # the channel number of values that an operator put in: zeros
-_MOVES = (
-    *VIEWS,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.clone.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.roll.default,
-    aten.flip.default,
-    aten.repeat.default,
-    aten.unbind.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    operator.getitem,
-)
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -128,22 +104,6 @@ def _is_producer(node: fx.Node, reads: Counter[str]) -> bool:
     return parameter(node, indices[0]) is not None and len(owned) == len(given)
 
 
-def concrete(value: Any, batch: int = _BATCH) -> int:
-    """A size as a number, symbolic ones for a given batch size."""
-    if not isinstance(value, torch.SymInt):
-        return int(value)
-    expression = value.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
-
-
-@dataclass(frozen=True)
-class _Label:
-    """The channel number of every element of a tensor, and whether a shift of the channel stays one constant shift."""
-
-    numbers: Tensor
-    shifts: bool
-
-
 class _Tracer:
     """Follows the channels of one producer through the graph."""
 
@@ -161,7 +121,7 @@ class _Tracer:
         view = [1] * len(shape)
         view[axis] = channels
         numbers = torch.arange(channels, dtype=torch.int32).view(view).expand(shape)
-        self.labels: dict[fx.Node, Any] = {producer: _Label(numbers, True)}
+        self.labels: dict[fx.Node, Any] = {producer: Label(numbers, True)}
 
     def trace(self) -> Site:
         """Visit everything that the channels reach, until nothing is free or all are consumed."""
@@ -182,7 +142,7 @@ class _Tracer:
 
     def _fix(self, sources: list[fx.Node]) -> None:
         for source in sources:
-            for label in _flat(self.labels[source]):
+            for label in flat(self.labels[source]):
                 found = label.numbers.unique()
                 self.site.free[found[found >= 0].long()] = False
 
@@ -191,12 +151,7 @@ class _Tracer:
         if node.op != "call_function" or len(sources) != 1:
             return None
         label = self.labels[sources[0]]
-        if node.target in _MOVES:
-            return _moved(node, label)
-        if isinstance(label, list):
-            return None
-        rule = _RULES.get(node.target)
-        return None if rule is None else rule(node, sources[0], label)
+        return passed_on(node, sources[0], label)
 
     def _consume(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Take the node up as a consumer; False where it is none."""
@@ -228,10 +183,6 @@ def _after(graph: fx.Graph, start: fx.Node) -> Iterator[fx.Node]:
     return nodes
 
 
-def _flat(label: Any) -> list[_Label]:
-    return label if isinstance(label, list) else [label]
-
-
 def _has_padding(node: fx.Node) -> bool:
     padding = node.args[4] if len(node.args) > 4 else 0
     return any(p != 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
@@ -241,100 +192,8 @@ def _columns(numbers: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Per input channel its channel number; the numbers that share a column with others; those padded with zeros."""
     rows = numbers.movedim(axis, -1).flatten(0, -2).long()
     high = rows.amax(0)
-    low = torch.where(rows == _PADDING, high, rows).amin(0)
+    low = torch.where(rows == PADDING, high, rows).amin(0)
     mixed_rows = rows[:, high != low]
     mixed = mixed_rows[mixed_rows >= 0].unique()
-    padded = high[(rows == _PADDING).any(0) & (high >= 0)].unique()
-    return torch.where(high == low, high, _PADDING), mixed, padded
-
-
-def _moved(node: fx.Node, label: Any) -> Any:
-    """Run the operator itself on the channel numbers."""
-
-    def value(argument: fx.Node) -> Any:
-        fake = argument.meta.get("val")
-        if isinstance(fake, torch.SymInt):
-            return concrete(fake)
-        return [item.numbers for item in label] if isinstance(label, list) else label.numbers
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    result = node.target(*args, **kwargs)  # type: ignore[operator]
-    shifts = all(item.shifts for item in _flat(label))
-    if isinstance(result, list | tuple):
-        return [_Label(part, shifts) for part in result]
-    return _Label(result, shifts)
-
-
-def _pad(node: fx.Node, _source: fx.Node, label: _Label) -> _Label | None:
-    """Zeros stay zeros under a factor, not under a shift; they are marked."""
-    rest = node.args[2:]
-    if node.target is aten.pad.default:
-        if rest[:1] not in ((), ("constant",)):
-            return None
-        rest = rest[1:]
-    if rest[:1] not in ((), (0,), (0.0,), (None,)):
-        return None
-    sizes: Any = node.args[1]
-    return _Label(aten.constant_pad_nd(label.numbers, [concrete(s) for s in sizes], _PADDING), label.shifts)
-
-
-def _mean(node: fx.Node, _source: fx.Node, label: _Label) -> _Label | None:
-    """An average over values of one channel."""
-    axes: Any = node.args[1]
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
-    if axes is None:
-        return None
-    low, high = label.numbers.amin(axes, keep), label.numbers.amax(axes, keep)
-    return _Label(high, label.shifts) if torch.equal(low, high) and bool((low >= 0).all()) else None
-
-
-def _multiply(node: fx.Node, source: fx.Node, label: _Label) -> _Label | None:
-    """A product with a number or a constant commutes with a factor, and turns a shift into another one."""
-    other = node.args[1] if node.args[0] is source else node.args[0]
-    if isinstance(other, fx.Node) and other.op != "get_attr":
-        return None
-    shape = [concrete(size) for size in node.meta["val"].shape]
-    return _Label(label.numbers.expand(shape), False) if len(shape) >= label.numbers.dim() else None
-
-
-def _rectify(_node: fx.Node, _source: fx.Node, label: _Label) -> _Label:
-    """relu(x / s) = relu(x) / s for positive s."""
-    return _Label(label.numbers, False)
-
-
-def _mix(node: fx.Node, source: fx.Node, label: _Label) -> _Label | None:
-    """A matrix product that sums over values of one channel; where the other operand is a softmax, its weights sum to one."""
-    axis = -2 if node.args[1] is source else -1
-    first = label.numbers.narrow(axis, 0, 1)
-    if not bool((label.numbers == first).all()) or bool((first < 0).any()):
-        return None
-    shape = [concrete(size) for size in node.meta["val"].shape]
-    if len(shape) < label.numbers.dim():
-        return None
-    other = node.args[0] if axis == -2 else node.args[1]
-    averages = axis == -2 and isinstance(other, fx.Node) and _sums_to_one(other)
-    return _Label(first.expand(shape), label.shifts and averages)
-
-
-def _sums_to_one(node: fx.Node) -> bool:
-    """Whether a tensor is a softmax over its last axis, perhaps copied or with its leading axes regrouped."""
-    while node.target in (aten.clone.default, aten.expand.default, *VIEWS):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
-            return False
-        node = source
-    if node.target not in _SOFTMAX:
-        return False
-    return node.args[1] in (-1, node.meta["val"].dim() - 1)
-
-
-_RULES: dict[Any, Callable[[fx.Node, fx.Node, _Label], _Label | None]] = {
-    aten.constant_pad_nd.default: _pad,
-    aten.pad.default: _pad,
-    aten.mean.dim: _mean,
-    aten.mul.Tensor: _multiply,
-    aten.mul.Scalar: _multiply,
-    aten.relu.default: _rectify,
-    aten.matmul.default: _mix,
-}
+    padded = high[(rows == PADDING).any(0) & (high >= 0)].unique()
+    return torch.where(high == low, high, PADDING), mixed, padded

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.graph.tap import OnValue, Tap
+from ospq_export.validate.codes.records import (
+    CodeDifferences,
+    Location,
+    Power,
+    QuantizerComparison,
+    SliceComparison,
+)
 from ospq_export.validate.executions.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
@@ -25,122 +29,6 @@ from ospq_export.validate.executions.probes import CODES, OUTPUT, FloatArray, Pr
 # Those of FP16 follow from its 13 bits less.
 MAX_EXCESS = {False: 0.01, True: 1.5}
 MIN_SQNR = {False: 90.0, True: 30.0}
-_NO_NOISE = 200.0
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class QuantizerComparison(_Record):
-    """One quantizer's deployed codes against the fake-quantized network's.
-
-    Attributes:
-        free_share: percent of the codes that differ when both run freely.
-        free_max_step: largest difference there, in codes.
-        share: percent that differ with equal inputs.
-        max_step: largest difference there, in codes.
-        excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
-            takes, at most, in steps; about 0 is a rounding edge.
-        sqnr: of quantizing this tensor in the fake-quantized network, dB.
-        histogram: how often each code was deployed, in ascending order: of integers -128 .. 127.
-    """
-
-    name: str
-    slice: str
-    free_share: float
-    free_max_step: int
-    share: float
-    max_step: int
-    excess: float
-    sqnr: float
-    histogram: list[int]
-
-
-class SliceComparison(_Record):
-    """Signal-to-quantization-noise ratios at the end of one slice, dB (200 where there is no noise).
-
-    Attributes:
-        quantization: float against fake-quantized.
-        floor: fake-quantized in float32 against float64.
-        deployed: fake-quantized against deployed, both free-running; None where the file does not tell.
-        equal_input: the same with equal inputs.
-    """
-
-    name: str
-    quantization: float
-    floor: float
-    deployed: float | None
-    equal_input: float | None
-
-
-class Location(_Record):
-    """The code-level comparison of one deployed file.
-
-    Attributes:
-        first_diverging: the first slice with a difference that rounding does not explain.
-        faults: every such difference in words, in the network's order.
-        unknown: quantizers of the run that the file does not have under their names.
-    """
-
-    deployed: str
-    images: int
-    max_excess: float
-    min_sqnr: float
-    first_diverging: str | None
-    faults: list[str]
-    unknown: list[str]
-    quantizers: list[QuantizerComparison]
-    slices: list[SliceComparison]
-
-
-@dataclass
-class Power:
-    """Signal and noise power, summed batch by batch in float64."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        """Add a batch; both of one shape."""
-        ours, difference = reference.double(), reference.double() - other.double()
-        self.signal += float((ours * ours).sum())
-        self.noise += float((difference * difference).sum())
-
-    @property
-    def decibel(self) -> float:
-        """10 log10(signal / noise), within -200 and 200."""
-        if not np.isfinite(self.noise + self.signal):
-            return -_NO_NOISE
-        if self.noise <= 0 or self.signal <= 0:
-            return _NO_NOISE if self.noise <= 0 else -_NO_NOISE
-        return float(np.clip(10 * np.log10(self.signal / self.noise), -_NO_NOISE, _NO_NOISE))
-
-
-@dataclass
-class _Codes:
-    """Differences of codes, summed batch by batch."""
-
-    total: int = 0
-    differing: int = 0
-    max_step: int = 0
-    excess: float = 0.0
-    histogram: NDArray[np.int64] | None = None
-
-    def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
-        """Compare the codes that x should have with deployed ones."""
-        unrounded = quantizer.format.unrounded(x, quantizer.scale, quantizer.used_offset)
-        steps, excess = quantizer.format.steps_apart(unrounded, deployed)
-        self.total += steps.numel()
-        self.differing += int((steps != 0).sum())
-        self.max_step = max(self.max_step, int(steps.max()))
-        self.excess = max(self.excess, float(excess.max()))
-        counts = np.array(quantizer.format.histogram(deployed))
-        self.histogram = counts if self.histogram is None else self.histogram + counts
-
-    @property
-    def share(self) -> float:
-        return 100.0 * self.differing / max(self.total, 1)
 
 
 def _tap(
@@ -198,8 +86,8 @@ class Locator:
         self.reference, self.probed, self.deployed = reference, probed, deployed
         self.ends = {end: name for name, end in reference.slices}
         self.images = 0
-        self.free: dict[str, _Codes] = {}
-        self.equal: dict[str, _Codes] = {}
+        self.free: dict[str, CodeDifferences] = {}
+        self.equal: dict[str, CodeDifferences] = {}
         self.quality: dict[str, Power] = {}
         self.power: dict[tuple[str, str], Power] = {}
 
@@ -238,7 +126,9 @@ class Locator:
             self.quality.setdefault(quantizer.name, Power()).add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                self.free.setdefault(quantizer.name, _Codes()).add(quantizer, value, torch.from_numpy(codes))
+                self.free.setdefault(quantizer.name, CodeDifferences()).add(
+                    quantizer, value, torch.from_numpy(codes)
+                )
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
@@ -255,7 +145,7 @@ class Locator:
             if found is None:
                 return None
             codes = torch.from_numpy(found)
-            self.equal.setdefault(quantizer.name, _Codes()).add(quantizer, value, codes)
+            self.equal.setdefault(quantizer.name, CodeDifferences()).add(quantizer, value, codes)
             levels = quantizer.format.decode(codes).double()
             return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ospq_export.runs.tensors import image_digests
-from ospq_export.validate.codes.locate import Location, Locator, Reference
+from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.codes.records import Location
 from ospq_export.validate.executions.backends import FloatArray
 from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed

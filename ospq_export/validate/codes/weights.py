@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
 from ospq_export.runs.tensors import read_tensors
-from ospq_export.validate.codes.locate import Power
+from ospq_export.validate.codes.records import Power
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run

@@ -25,7 +25,7 @@ from ospq_export.tasks.comparison import (
 )
 from ospq_export.tasks.statistics import FloatArray, IntArray, expected_calibration_error, wilson
 from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
-from ospq_export.validate.codes.locate import Location
+from ospq_export.validate.codes.records import Location
 from ospq_export.validate.codes.weights import weight_comparisons
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.baseline import PREFIX

@@ -1,0 +1,125 @@
+"""The stretch of a graph around a site, run with quantizers on under one change of its channels or another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.formats.search import compress
+from ospq_export.graph.equalization.rescale import bias_of, column_values, scaled_weight, weight_of
+from ospq_export.graph.equalization.sites import Site
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Change:
+    """A candidate: what it is called, and its factors and shifts, (channels,)."""
+
+    name: str
+    scale: Tensor
+    shift: Tensor
+
+
+class Region:
+    """The stretch of the quantized graph from a site's producer to its consumers, which can be run under candidates."""
+
+    def __init__(self, network: QuantizedGraph, site: Site) -> None:
+        self.network, self.site = network, site
+        named = {n.name: n for n in network.module.graph.nodes}
+        self.producer = named[site.producer.name]
+        self.consumers = {named[c.node.name]: c for c in site.consumers}
+        core = {named[n.name] for n in site.path} | set(self.consumers)
+        # Quantizers of whatever the core reads belong to it: of the channels, of other operands, of the weights.
+        added = {n for c in core for n in c.all_input_nodes if n.op == "call_module"}
+        inside = core | added
+        self.nodes = [n for n in network.module.graph.nodes if n in inside and self._matters(n, core)]
+        read = {n for node in self.nodes for n in node.all_input_nodes}
+        self.inputs = {n for n in read if n not in inside} | {self.producer}
+        self.values: dict[fx.Node, Any] = {}
+        self.fixed: dict[fx.Node, Any] = {}
+        self.targets: dict[fx.Node, Tensor] = {}
+
+    def _matters(self, node: fx.Node, core: set[fx.Node]) -> bool:
+        return node in core or any(user in core for user in node.users)
+
+    def prepare(self, wanted: int, generator: torch.Generator) -> None:
+        """Run the stretch in float for its targets; quantize once what no candidate changes."""
+        self.wanted, self.generator = wanted, generator
+        carried = {self.producer}
+        for node in self.nodes:
+            if any(n in carried for n in node.all_input_nodes):
+                carried.add(node)
+        env = dict(self.values)
+        for node in self.nodes:
+            env[node] = env[node.all_input_nodes[0]] if node.op == "call_module" else self._call(node, env)
+        self.targets = {node: env[node] for node in self.consumers}
+        self.fixed = dict(self.values)
+        for node in self.nodes:
+            if node in carried or node.op != "call_module":
+                continue
+            quantizer = self.network.module.get_submodule(str(node.target))
+            if isinstance(quantizer, ActivationQuantizer):
+                self.fixed[node] = self._quantized(quantizer, self.fixed[node.all_input_nodes[0]])
+
+    def error(self, change: Change) -> float:
+        """Squared error of the consumers' outputs over their variance, summed over the consumers, quantizers on."""
+        env = dict(self.fixed)
+        axis = self.site.axis
+        shape = [1] * self.values[self.producer].dim()
+        shape[axis] = -1
+        env[self.producer] = (self.values[self.producer] - change.shift.view(shape)) / change.scale.view(
+            shape
+        )
+        total = 0.0
+        for node in self.nodes:
+            if node in env:
+                continue
+            if node in self.consumers:
+                output = self._consumer(node, env, change)
+                target = self.targets[node]
+                total += float((output - target).square().mean() / target.var().clamp_min(1e-12))
+            elif node.op == "call_module":
+                quantizer = self.network.module.get_submodule(str(node.target))
+                if isinstance(quantizer, ActivationQuantizer):
+                    env[node] = self._quantized(quantizer, env[node.all_input_nodes[0]])
+            else:
+                env[node] = self._call(node, env)
+        return total
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _consumer(self, node: fx.Node, env: dict[fx.Node, Any], change: Change) -> Tensor:
+        """The operator with its weight rescaled and rounded to nearest, and its bias corrected for the shift."""
+        module, consumer = self.network.module, self.consumers[node]
+        weight_node = node.args[1]
+        assert isinstance(weight_node, fx.Node) and isinstance(node.args[0], fx.Node)
+        quantizer = module.get_submodule(str(weight_node.target))
+        assert isinstance(quantizer, WeightQuantizer)
+        weight, bias = weight_of(module, consumer.node), bias_of(module, consumer.node)
+        moved = scaled_weight(weight, column_values(change.shift, consumer, 0.0)).flatten(1).sum(1)
+        new = scaled_weight(weight, column_values(change.scale, consumer, 1.0)).float()
+        quantizer.round_to_nearest(new)
+        quantizer.mode = Mode.QUANTIZE
+        rounded = quantizer(new)
+        quantizer.mode = Mode.FLOAT
+        corrected = None if bias is None else (bias.double() + moved).float()
+        rest = node.args[3:]
+        return node.target(env[node.args[0]], rounded, corrected, *rest)  # type: ignore[operator]
+
+    def _quantized(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+        flat = x.flatten()
+        if flat.numel() > self.wanted:
+            picks = torch.randint(flat.numel(), (self.wanted,), generator=self.generator).to(flat.device)
+            tails = [flat.topk(16).values, flat.topk(16, largest=False).values]
+            flat = torch.cat([flat[picks], *tails])
+        sample = compress(flat, groups=1024, tail=64)
+        quantizer.set_range(quantizer.format.search_range(sample, may_shift=quantizer.may_shift))
+        quantizer.mode = Mode.QUANTIZE
+        result: Tensor = quantizer(x)
+        quantizer.mode = Mode.FLOAT
+        return result

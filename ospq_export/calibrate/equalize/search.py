@@ -1,0 +1,139 @@
+"""Equalization before quantization: per site, the factors and shifts under which its quantized readers err least.
+
+The candidates come from SmoothQuant (Xiao et al., ICML 2023, eq. 4: s = max|X|^a / max|W|^(1-a)), from AWQ (Lin et al., MLSys
+2024: a power of the activation's magnitude) and from RepQ-ViT (Li et al., ICCV 2023: channel range over mean range, with the
+middle of the range as a shift). Ours are the search, site by site, by output error, and the shift of v: the rows of a softmax
+sum to one, so v may lose a constant that the projection's bias gets back, and what rounding does to these sums no longer counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.calibrate.equalize.candidates import Channels
+from ospq_export.calibrate.equalize.region import Change, Region
+from ospq_export.formats.choice import Choice
+from ospq_export.graph.equalization.rescale import rescale
+from ospq_export.graph.equalization.sites import Site, find_sites
+from ospq_export.graph.insertion import insert_quantizers
+from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.runs.manifest import EqualizedSite
+
+aten = torch.ops.aten
+Method = Literal["smooth", "shift", "repq"]
+# A change must lower the error by this share, or the site stays as it is: what the sample cannot tell is left alone.
+_MUST_GAIN = 0.02
+
+
+def equalize(
+    captured: fx.GraphModule,
+    images: Tensor,
+    formats: Choice,
+    method: Method,
+    *,
+    seed: int = 0,
+    values_per_tensor: int = 1 << 15,
+    advance: Callable[[], None] = lambda: None,
+) -> list[EqualizedSite]:
+    """Move outlier channels out of activations into weights, in place; the float function stays the same.
+
+    One float forward pass over the images; at each site, as soon as its readers have run, the candidates are compared on the
+    site's own stretch of the graph with its quantizers on.
+
+    Args:
+        captured: from `capture`; its constants change, its structure does not.
+        images: float32 (N, C, H, W), normalised, on any device; a few dozen are enough.
+        formats: of the quantizers that will be inserted.
+        method: "smooth": factors searched; "shift": factors and shifts; "repq": RepQ-ViT's form for every
+            LayerNorm, unsearched.
+        seed: of the choice of values that ranges are searched on.
+        values_per_tensor: how many values of a tensor a range is searched on.
+        advance: called after each site.
+
+    Returns:
+        One record per site, in graph order.
+    """
+    sites = [s for s in find_sites(captured.graph) if method != "repq" or s.is_norm]
+    network = insert_quantizers(captured, formats)
+    search = _Search(network, sites, method, values_per_tensor, seed, advance)
+    device = next(network.module.buffers()).device
+    with torch.no_grad():
+        search.run(images.to(device))
+    return search.records
+
+
+def count_sites(captured: fx.GraphModule) -> int:
+    """How often `equalize` calls `advance`, at most."""
+    return len(find_sites(captured.graph))
+
+
+class _Search(fx.Interpreter):
+    """A float forward pass that stops at each site and settles it."""
+
+    def __init__(
+        self,
+        network: QuantizedGraph,
+        sites: list[Site],
+        method: Method,
+        wanted: int,
+        seed: int,
+        advance: Callable[[], None],
+    ) -> None:
+        super().__init__(network.module)
+        self.method, self.wanted, self.advance = method, wanted, advance
+        self.generator = torch.Generator().manual_seed(seed)
+        self.records: list[EqualizedSite] = []
+        regions = [Region(network, site) for site in sites]
+        self.ending: dict[fx.Node, list[Region]] = {}
+        for region in regions:
+            self.ending.setdefault(region.nodes[-1], []).append(region)
+        self.waiting: dict[fx.Node, list[Region]] = {}
+        for region in regions:
+            for node in region.inputs:
+                self.waiting.setdefault(node, []).append(region)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operator; keep what a site needs, and settle a site whose last reader has run."""
+        result = super().run_node(n)
+        for region in self.waiting.get(n, ()):
+            region.values[n] = result
+        for region in self.ending.get(n, ()):
+            self.records.append(self._settle(region))
+            region.values.clear()
+            self.advance()
+        return result
+
+    def _settle(self, region: Region) -> EqualizedSite:
+        region.prepare(self.wanted, self.generator)
+        channels = Channels.of(region)
+        chosen = channels.repq() if self.method == "repq" else channels.none()
+        before = region.error(channels.none())
+        after = region.error(chosen) if self.method == "repq" else before
+        if self.method == "shift":
+            chosen, after = _best(region, chosen, after, channels.shifts())
+        if self.method != "repq":
+            chosen, after = _best(region, chosen, after, channels.factors(chosen.shift))
+        if self.method == "repq" or after < (1.0 - _MUST_GAIN) * before:
+            rescale(region.network.module, region.site, chosen.scale, chosen.shift)
+        else:
+            chosen, after = channels.none(), before
+        return EqualizedSite(
+            producer=region.site.producer.meta["module_path"],
+            consumers=[c.node.meta["module_path"] for c in region.site.consumers],
+            choice=chosen.name,
+            error_before=before,
+            error_after=after,
+            largest_factor=float(chosen.scale.max()),
+        )
+
+
+def _best(region: Region, best: Change, error: float, candidates: list[Change]) -> tuple[Change, float]:
+    for candidate in candidates:
+        found = region.error(candidate)
+        if found < error:
+            best, error = candidate, found
+    return best, error

@@ -1,0 +1,130 @@
+"""What a comparison of codes finds: differences summed batch by batch, and the records that a report keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ospq_export.graph.quantizers import ActivationQuantizer
+
+_NO_NOISE = 200.0
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantizerComparison(_Record):
+    """One quantizer's deployed codes against the fake-quantized network's.
+
+    Attributes:
+        free_share: percent of the codes that differ when both run freely.
+        free_max_step: largest difference there, in codes.
+        share: percent that differ with equal inputs.
+        max_step: largest difference there, in codes.
+        excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
+            takes, at most, in steps; about 0 is a rounding edge.
+        sqnr: of quantizing this tensor in the fake-quantized network, dB.
+        histogram: how often each code was deployed, in ascending order: of integers -128 .. 127.
+    """
+
+    name: str
+    slice: str
+    free_share: float
+    free_max_step: int
+    share: float
+    max_step: int
+    excess: float
+    sqnr: float
+    histogram: list[int]
+
+
+class SliceComparison(_Record):
+    """Signal-to-quantization-noise ratios at the end of one slice, dB (200 where there is no noise).
+
+    Attributes:
+        quantization: float against fake-quantized.
+        floor: fake-quantized in float32 against float64.
+        deployed: fake-quantized against deployed, both free-running; None where the file does not tell.
+        equal_input: the same with equal inputs.
+    """
+
+    name: str
+    quantization: float
+    floor: float
+    deployed: float | None
+    equal_input: float | None
+
+
+class Location(_Record):
+    """The code-level comparison of one deployed file.
+
+    Attributes:
+        first_diverging: the first slice with a difference that rounding does not explain.
+        faults: every such difference in words, in the network's order.
+        unknown: quantizers of the run that the file does not have under their names.
+    """
+
+    deployed: str
+    images: int
+    max_excess: float
+    min_sqnr: float
+    first_diverging: str | None
+    faults: list[str]
+    unknown: list[str]
+    quantizers: list[QuantizerComparison]
+    slices: list[SliceComparison]
+
+
+@dataclass
+class Power:
+    """Signal and noise power, summed batch by batch in float64."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Add a batch; both of one shape."""
+        ours, difference = reference.double(), reference.double() - other.double()
+        self.signal += float((ours * ours).sum())
+        self.noise += float((difference * difference).sum())
+
+    @property
+    def decibel(self) -> float:
+        """10 log10(signal / noise), within -200 and 200."""
+        if not np.isfinite(self.noise + self.signal):
+            return -_NO_NOISE
+        if self.noise <= 0 or self.signal <= 0:
+            return _NO_NOISE if self.noise <= 0 else -_NO_NOISE
+        return float(np.clip(10 * np.log10(self.signal / self.noise), -_NO_NOISE, _NO_NOISE))
+
+
+@dataclass
+class CodeDifferences:
+    """Differences of codes, summed batch by batch."""
+
+    total: int = 0
+    differing: int = 0
+    max_step: int = 0
+    excess: float = 0.0
+    histogram: NDArray[np.int64] | None = None
+
+    def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
+        """Compare the codes that x should have with deployed ones."""
+        unrounded = quantizer.format.unrounded(x, quantizer.scale, quantizer.used_offset)
+        steps, excess = quantizer.format.steps_apart(unrounded, deployed)
+        self.total += steps.numel()
+        self.differing += int((steps != 0).sum())
+        self.max_step = max(self.max_step, int(steps.max()))
+        self.excess = max(self.excess, float(excess.max()))
+        counts = np.array(quantizer.format.histogram(deployed))
+        self.histogram = counts if self.histogram is None else self.histogram + counts
+
+    @property
+    def share(self) -> float:
+        """Percent of the codes that differ."""
+        return 100.0 * self.differing / max(self.total, 1)
