@@ -1,7 +1,36 @@
-"""Post-training quantization of vision transformers, from float weights to a file with proven accuracy.
+"""Post-training quantization of vision networks, from float weights to a file with proven accuracy.
 
 Three stages that meet only in a run directory: `ospq_export.calibrate`, `ospq_export.export` and
-`ospq_export.validate`. Nothing heavy is imported here, so that the command line answers at once.
+`ospq_export.validate`. Nothing heavy is imported before it is used, so that the command line answers at once.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ospq_export.errors import InputError
+
+if TYPE_CHECKING:
+    from ospq_export.recipes import Recipe, load_recipe
+    from ospq_export.runs.run import Run
+    from ospq_export.validate.report.model import Report
+
 __version__ = "0.1.0"
+__all__ = ["InputError", "Recipe", "Report", "Run", "__version__", "load_recipe"]
+_WHERE = {
+    "Recipe": "ospq_export.recipes",
+    "load_recipe": "ospq_export.recipes",
+    "Report": "ospq_export.validate.report.model",
+    "Run": "ospq_export.runs.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

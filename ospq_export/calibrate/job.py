@@ -28,6 +28,7 @@ from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
 from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice, extract
+from ospq_export.onnx.sizes import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,
@@ -53,7 +54,6 @@ from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import TASKS
 from ospq_export.world.memory import peak_memory
 from ospq_export.world.processes import SOLO, World
-from ospq_export.world.room import ONNX_BYTES, files_summary
 
 log = logging.getLogger(__name__)
 # What is written before anything is computed.

@@ -17,11 +17,11 @@ from ospq_export.errors import InputError
 from ospq_export.export.lower.graph import lower, probe_names
 from ospq_export.export.metadata import float_metadata, quantized_metadata
 from ospq_export.export.scales import describe_scales
-from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations, store_int4, take_uint8
+from ospq_export.export.variants import shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.half import to_half
 from ospq_export.onnx.kernels import Kernels, integer_kernels
-from ospq_export.onnx.write import translate, write_translated
+from ospq_export.onnx.write import ACTIVATION_LAYOUT, translate, write_translated
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
     DEBUG_ONNX,

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from ospq_export.data.config import DataConfig
+from ospq_export.onnx.write import UINT8_ZERO
 
 # 4-bit types of Q/DQ exist from here on.
 INT4_OPSET = 21
-# The zero point that carries int8 codes as uint8, and the metadata that says so.
-UINT8_ZERO = 128
-ACTIVATION_LAYOUT = "activation_layout"
 _WHITE = 255.0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError
-from ospq_export.world.room import ONNX_BYTES
+from ospq_export.onnx.sizes import ONNX_BYTES
 
 # Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
 STREAMED_BYTES = 1 << 18

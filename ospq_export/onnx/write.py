@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from ospq_export.errors import InputError
-from ospq_export.export.variants import ACTIVATION_LAYOUT, UINT8_ZERO
 from ospq_export.onnx import external, serialize
 from ospq_export.onnx.inner import describe_inner_only, hide_outputs
 from ospq_export.onnx.names import name_everything
@@ -27,6 +26,9 @@ from ospq_export.onnx.names import name_everything
 # its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
+# The zero point that carries int8 codes as uint8, and the metadata that says so.
+UINT8_ZERO = 128
+ACTIVATION_LAYOUT = "activation_layout"
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 

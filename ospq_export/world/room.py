@@ -11,17 +11,11 @@ import shutil
 from pathlib import Path
 
 from ospq_export.errors import InputError
-from ospq_export.runs.files import FLOAT_ONNX, QUANTIZED_ONNX
 
 log = logging.getLogger(__name__)
 
 # Files that will be written are counted with this share of their estimate where that decides on a refusal.
 CERTAIN = 0.8
-
-
-# What protobuf allows one message to have, less room for those who read a file and write it again with more in it: the shapes of
-# all inner tensors, more outputs, another graph of the same weights.
-ONNX_BYTES = (1 << 31) - 1 - (1 << 26)
 
 
 def gigabytes(amount: float) -> str:
@@ -55,34 +49,20 @@ def check_disk(where: Path, what: str, *, certain: int, likely: int, free: int |
     """
     there = free_disk(where) if free is None else free
     fix = "free some space, or choose another folder"
-    if certain > there:
-        raise InputError(
-            f"{what} take at least {gigabytes(certain)} of disk, {gigabytes(there)} are free",
-            where=where,
-            fix=fix,
-        )
-    if likely > there:
-        log.warning(
-            "%s take about %s of disk, %s are free in %s: %s",
-            what,
-            gigabytes(likely),
-            gigabytes(there),
-            where,
-            fix,
-        )
+    _hold(what, certain, likely, there, ("disk", "are free", f" in {where}"), where, fix)
 
 
 def check_memory(
     what: str, *, certain: int, likely: int, fix: str, where: str | None = None, available: int | None = None
 ) -> None:
-    """Hold what will be held in memory to what is available.
+    """The same for memory.
 
     Args:
         what: what is held, as a plural.
         certain: bytes that are needed at the least.
         likely: bytes that are expected.
         fix: what to do about it.
-        where: the option to blame.
+        where: the setting to blame.
         available: bytes there are; None asks the system.
 
     Raises:
@@ -91,18 +71,28 @@ def check_memory(
     from ospq_export.world.memory import available_memory
 
     there = available_memory() if available is None else available
+    _hold(what, certain, likely, there, ("memory", "are available", ""), where, fix)
+
+
+def _hold(
+    what: str, certain: int, likely: int, there: int, words: tuple[str, str, str], where: object, fix: str
+) -> None:
+    kind, state, place = words
     if certain > there:
         raise InputError(
-            f"{what} take at least {gigabytes(certain)} of memory, {gigabytes(there)} are available",
+            f"{what} take at least {gigabytes(certain)} of {kind}, {gigabytes(there)} {state}",
             where=where,
             fix=fix,
         )
     if likely > there:
         log.warning(
-            "%s take about %s of memory, %s are available: %s",
+            "%s take about %s of %s, %s %s%s: %s",
             what,
             gigabytes(likely),
+            kind,
             gigabytes(there),
+            state,
+            place,
             fix,
         )
 
@@ -152,22 +142,6 @@ def check_apart(out: Path, data: Path) -> None:
         raise InputError(
             "the run directory would lie among the images", where=f"`out` {out}", fix="choose another `out`"
         )
-
-
-def files_summary(weights: int, quantized: int, most: int) -> str:
-    """One line for people: what the files of a run and of its export will weigh.
-
-    Args:
-        weights: bytes of the float constants.
-        quantized: bytes of the same where the quantized weights are codes of one byte.
-        most: bytes that one ONNX file holds; more lies beside it.
-    """
-    exported = [
-        f"{name} {gigabytes(size)}{' (its weights in a file beside it)' if size > most else ''}"
-        for name, size in ((QUANTIZED_ONNX, quantized), (FLOAT_ONNX, weights))
-    ]
-    kept = f"float.safetensors {gigabytes(weights)}, quantized.safetensors {gigabytes(quantized)}"
-    return f"files: {kept}; of an export: {', '.join(exported)}"
 
 
 def check_calibration(out: Path, weights: int | None) -> None:

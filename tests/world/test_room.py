@@ -18,6 +18,7 @@ from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model, network_bytes
+from ospq_export.onnx.sizes import ONNX_BYTES, files_summary
 from ospq_export.runs.run import Run
 from ospq_export.validate import validate
 from ospq_export.world import room
@@ -84,7 +85,7 @@ def test_images_and_budget() -> None:
 
 
 def test_what_the_files_weigh() -> None:
-    line = room.files_summary(2_300_000_000, 570_000_000, room.ONNX_BYTES)
+    line = files_summary(2_300_000_000, 570_000_000, ONNX_BYTES)
     assert line == (
         "files: float.safetensors 2.3 GB, quantized.safetensors 0.6 GB; of an export: model.onnx 0.6 GB, "
         "model_fp32.onnx 2.3 GB (its weights in a file beside it)"
