@@ -7,7 +7,7 @@
 
 Each measurement is a process of its own, as the command line starts it: threads are chosen, and wait, as there. Idle and busy
 alternate; a busy one has a process beside it that computes without a pause and is tied to no core. The machine has to be free of
-other work: two shared cores show nothing.
+other work: two shared cores show nothing. Rows in benchmarks/rows/contention.jsonl.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.command import make_parser
+
 HERE = Path(__file__).resolve()
-ROWS = HERE.parent / "contention.json"
-# A row takes the place of one with the same of these.
-KEY = ("stage", "code", "recipe", "overrides", "threads", "machine")
 
 
 def measured(args: argparse.Namespace) -> None:
@@ -104,11 +103,13 @@ def rows_of(args: argparse.Namespace, codes: dict[str, str]) -> list[dict[str, A
                     run = args.run or Path(folder) / "run"
                     times[name][kind].append(seconds(args, code, run, busy=kind == "busy"))
                 print(f"{name}, {kind}: {times[name][kind][-1]:.1f} s", flush=True)
-    return [_row(args, name, found) for name, found in times.items()]
+    return [_row(args, name, Path(codes[name]), found) for name, found in times.items()]
 
 
-def _row(args: argparse.Namespace, code: str, found: dict[str, list[float]]) -> dict[str, Any]:
-    from ospq_export.world.processor import machine_name
+def _row(
+    args: argparse.Namespace, code: str, checkout: Path, found: dict[str, list[float]]
+) -> dict[str, Any]:
+    from lib.origin import origin
 
     ratios = [busy / idle for idle, busy in zip(found["idle"], found["busy"], strict=True)]
     return {
@@ -117,19 +118,17 @@ def _row(args: argparse.Namespace, code: str, found: dict[str, list[float]]) -> 
         "recipe": args.recipe,
         "overrides": args.overrides,
         "threads": args.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or "chosen",
-        "machine": machine_name(),
         "busy_processes": args.processes,
         "idle_seconds": [round(s, 1) for s in found["idle"]],
         "busy_seconds": [round(s, 1) for s in found["busy"]],
         "ratio": round(statistics.median(ratios), 2),
+        **origin(checkout=checkout),
     }
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--stage", choices=("calibrate", "validate"), default="calibrate")
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
@@ -149,11 +148,12 @@ def main() -> None:
     if args.stage == "validate" and args.run is None:
         parser.error("--stage validate needs --run")
     codes = {"present": str(HERE.parents[1]), **dict(entry.split("=", 1) for entry in args.code)}
-    rows = json.loads(ROWS.read_text()) if ROWS.is_file() else []
+    # Not before: an older version of the package, measured in a process of its own, has not what this imports.
+    from lib.rows import CONTENTION
+
     for row in rows_of(args, codes):
-        rows = [*(r for r in rows if any(r[key] != row[key] for key in KEY)), row]
+        CONTENTION.put(row)
         print(json.dumps(row))
-    ROWS.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

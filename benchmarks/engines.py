@@ -9,27 +9,24 @@ ViT-B at 224 px, in a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
-from networks import percent, quantize, random_images, table
+from lib.command import make_parser
+from lib.engines import TARGET, compiled, fusion_cells, reasons
+from lib.markdown import percent, table
+from lib.networks import demo_sample, quantize, random_batch, random_images, random_network
+from lib.rows import DOCS
 from rich.console import Console
 
 from ospq_export.calibrate import calibrate
-from ospq_export.data import resolve_data_config
-from ospq_export.data.images import Batch
-from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.engines.build import BuildSettings
-from ospq_export.engines.products import Product
-from ospq_export.engines.record import EngineRecord, build_engine
+from ospq_export.engines.record import EngineRecord
 from ospq_export.graph.insertion import Bits
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import FLOAT_TENSORS
@@ -71,10 +68,7 @@ _HEADER = [
 
 def demo_row(name: str, recipe: str, target: str) -> tuple[list[str], EngineRecord, Kernels]:
     """A packaged network at a bit width."""
-    spec = demo_spec(name)
-    config = resolve_data_config(create_model(spec), spec, demo_data_overrides())
-    images = demo_images("calibration", config).sample(32, seed=0).images
-    return _row(f"demo {name}", recipe, spec, config.input_size, images, target)
+    return _row(f"demo {name}", recipe, *demo_sample(name), target)
 
 
 def large_row(name: str, target: str) -> tuple[list[str], EngineRecord, Kernels]:
@@ -92,19 +86,16 @@ def _row(
 ) -> tuple[list[str], EngineRecord, Kernels]:
     quantized = quantize(spec, size, RECIPES[recipe], images)
     with tempfile.TemporaryDirectory() as folder:
-        file, engine = Path(folder) / "model.onnx", Path(folder) / "model.engine"
+        file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
-        settings = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=(target,))
-        record = build_engine(file, engine, settings)
+        record = compiled(file, Path(folder), target)
         bytes_ = file.stat().st_size
         quantized.write(file, half=False, batch_size=None)
         kernels = integer_kernels(file)
-    fusion = record.fusion
     row = [
         label,
         recipe,
-        percent(fusion.int8_gemms, fusion.gemms),
-        percent(fusion.fused_attentions, fusion.attentions),
+        *fusion_cells(record.fusion),
         percent(kernels.integer_products, kernels.products),
         f"{record.engine_bytes / _MIB:.1f}",
         f"{bytes_ / _MIB:.1f}",
@@ -113,25 +104,13 @@ def _row(
     return row, record, kernels
 
 
-def reasons(label: str, dropped: dict[str, str]) -> list[list[str]]:
-    """What dropped out, by reason, with one example."""
-    counts = Counter(dropped.values())
-    example = {reason: name for name, reason in reversed(dropped.items())}
-    return [[label, str(count), reason, f"`{example[reason]}`"] for reason, count in counts.items()]
-
-
 def make_run(folder: Path) -> None:
     """A calibrated ViT-B at 224 px with random weights, rounded to nearest on two random images."""
-    spec = ModelSpec(name="vit_base_patch16_224")
-    torch.manual_seed(0)
-    model = create_model(spec)
-    images = Batch(random_images(2, SIZE), torch.zeros(2, dtype=torch.long), ["0", "1"])
+    spec, model, config = random_network("vit_base_patch16_224", "")
     changes = ["iterations=0", "refinement_images=0", "batch_size=2"]
     overrides = [f"reconstruction.{change}" for change in changes]
     overrides += ["equalization=none", "calibration_images=2", "observation_images=2"]
-    calibrate(
-        model, spec, images, resolve_data_config(model, spec, {}), load_recipe("w8a8", overrides), folder
-    )
+    calibrate(model, spec, random_batch(2, SIZE), config, load_recipe("w8a8", overrides), folder)
 
 
 def export_text() -> str:
@@ -160,11 +139,9 @@ def export_text() -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", default="SM89", help="compute capability")
-    parser.add_argument("--out", type=Path, default=Path("docs/engines.md"))
+    parser = make_parser(__doc__)
+    parser.add_argument("--target", default=TARGET, help="compute capability")
+    parser.add_argument("--out", type=Path, default=DOCS / "engines.md")
     parser.add_argument("--export-only", action="store_true", help="measure the page's last section anew")
     args = parser.parse_args()
     torch.set_num_threads(1)

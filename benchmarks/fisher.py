@@ -10,12 +10,10 @@ share of the elements that would hold as much if they were equal (participation 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from horizon import image_set
-from networks import table
+from lib.classifiers import image_set
+from lib.command import add_run, make_parser
+from lib.markdown import table
 from torch import Tensor
 
 from ospq_export.calibrate.objectives.objective import fisher_weights
@@ -38,14 +36,10 @@ def participation(weights: Tensor) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", type=Path, help="calibration images; left out for a packaged network")
+    parser = make_parser(__doc__)
+    add_run(parser)
     parser.add_argument("--images", type=int, default=256, help="both halves together")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0, 4.0, 8.0])
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = Run.open(args.run)

@@ -9,38 +9,21 @@ the runs' values on a few images, drawn at random, and on all.
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from networks import table
+from lib.command import make_parser
+from lib.markdown import table
+from lib.trials import measures
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from ospq_export.calibrate.objectives.losses import kl_divergence, total_variation
 from ospq_export.demo import demo_images
 from ospq_export.runs.run import Run
 
 _DRAWS = 300
-_TEMPERATURES = (1.0, 2.0, 4.0)
-
-
-def measures(output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Per image, (N,): how far logits (N, K) are from those of the float network."""
-    centred = [t - t.mean(-1, keepdim=True) for t in (output, target)]
-    softened = {
-        f"total variation, T = {t:g}": torch.vmap(partial(total_variation, temperature=t))(output, target)
-        for t in _TEMPERATURES
-    }
-    return {
-        "KL divergence": torch.vmap(kl_divergence)(output, target),
-        "squared logit error": (centred[0] - centred[1]).square().mean(-1),
-        **softened,
-        "flips": (output.argmax(-1) != target.argmax(-1)).float(),
-    }
 
 
 def logits(module: nn.Module, batches: list[Tensor]) -> Tensor:
@@ -59,9 +42,7 @@ def agreement(values: NDArray[np.float32], size: int) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--sizes", nargs="*", type=int, default=[128, 256, 512])

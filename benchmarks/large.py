@@ -7,7 +7,8 @@
 A vision transformer of one very wide block, weights and images random, no reconstruction: what is measured is how the files are
 written and read where one protobuf message cannot hold them, not accuracy. Every step is a command of its own, and its peak is
 that of the whole process. At the end `lint` reads a file that is one message of 2.1 GB: more than what serializes
-it again can take. Writes benchmarks/large/WIDTH.json.
+it again can take. Writes a row of
+benchmarks/rows/large.jsonl.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROWS = HERE / "large"
+from lib.command import make_parser
+
 CLI = (sys.executable, "-m", "ospq_export.cli")
 CLASSES, PER_CLASS, SIDE = 4, 2, 32
 # Below protobuf's 2**31 - 1, so that the file is sound, and too large for a copy with anything more in it.
@@ -112,16 +113,16 @@ def measure(width: int, engine: bool, scratch: Path | None) -> dict[str, Any]:
         files = {p.name: p.stat().st_size for p in sorted((folder / "run").glob("*")) if p.is_file()}
     weights = files.get("float.safetensors", 0)
     # Not before: what this process holds when it starts another counts as the other's.
-    from ospq_export.validate.report.model import machine_name
+    from lib.origin import origin
 
     return {
         "width": width,
-        "machine": machine_name(),
         "weights": weights,
         "files": files,
         "quantized_over_float": round(_onnx_bytes(files, "model.onnx") / max(1, weights), 4),
         "steps": steps,
         "peak_over_weights": {k: round(s["peak_bytes"] / max(1, weights), 2) for k, s in steps.items()},
+        **origin(),
     }
 
 
@@ -131,9 +132,7 @@ def _onnx_bytes(files: dict[str, int], name: str) -> int:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=6912, help="of the block; a multiple of 64")
     parser.add_argument("--engine", action="store_true", help="build an engine for SM89, too")
     parser.add_argument("--folder", type=Path, help="where the run directory lies meanwhile: 12 GB")
@@ -142,10 +141,10 @@ def main() -> None:
     if args.one_message is not None:
         write_one_message(args.one_message, ONE_MESSAGE)
         return
-    from ospq_export.runs.files import write_json
+    row = measure(args.width, args.engine, args.folder)
+    from lib.rows import LARGE
 
-    ROWS.mkdir(exist_ok=True)
-    write_json(ROWS / f"{args.width}.json", measure(args.width, args.engine, args.folder))
+    LARGE.put(row)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 Each budget has a process of its own, which calibrates a network with random weights on random images for a few steps per slice
 and looks at its resident memory fifty times a second. What is reported is the growth since just before the first slice, when the
 network, the images and the libraries are there already. Mapped pages count while the process looks at them.
+Rows in benchmarks/rows/memory.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,21 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from networks import table as markdown
+from lib.command import make_parser, said_by
+from lib.markdown import table as markdown
+from lib.networks import random_batch, random_network
+from lib.origin import origin
+from lib.rows import MEMORY
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.reconstruct.store import parse_bytes
-from ospq_export.data import Batch, resolve_data_config
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import write_json
-from ospq_export.validate.report.model import machine_name
 from ospq_export.world.memory import process_bytes
-
-ROWS = Path(__file__).parent / "memory.json"
-# A row takes the place of one with the same model, images and budget.
-KEY = ("model", "images", "budget")
 
 
 class Watch:
@@ -52,12 +47,8 @@ class Watch:
 
 def measure(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     """One row, in this process."""
-    spec = ModelSpec(name=args.model, kwargs=parse_model_kwargs(args.model_kwargs))
-    torch.manual_seed(0)
-    model = create_model(spec)
-    config = resolve_data_config(model, spec, {})
-    images = torch.randn(args.images, *config.input_size)
-    batch = Batch(images, torch.zeros(args.images, dtype=torch.int64), [str(i) for i in range(args.images)])
+    spec, model, config = random_network(args.model, args.model_kwargs)
+    batch = random_batch(args.images, config.input_size)
     overrides = [f"calibration_images={args.images}", "observation_images=8", "equalization=none"]
     overrides += [f"reconstruction.{o}" for o in (f"iterations={args.iterations}", "refinement_images=0")]
     recipe = load_recipe("w4a4", overrides)
@@ -77,15 +68,15 @@ def measure(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     used = facts["done"]["activation_bytes"]
     return {
         "model": f"{args.model} {args.model_kwargs}".strip(),
-        "machine": machine_name(),
         "images": args.images,
         "budget": budget,
         "foreseen": facts["cost"]["activation_bytes"],
         "host": used["host"],
         "disk": used["disk"],
-        "image_bytes": images.numel() * 4,
+        "image_bytes": batch.images.numel() * 4,
         "growth": watch.peak - facts["before"],
         "peak": watch.peak,
+        **origin(),
     }
 
 
@@ -99,9 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--model-kwargs", default="depth=2")
     parser.add_argument("--images", type=int, default=128)
@@ -113,14 +102,9 @@ def main() -> None:
     if args.one is not None:
         print(json.dumps(measure(args, args.one)))
         return
-    rows = json.loads(ROWS.read_text()) if ROWS.is_file() else []
     for budget in args.budgets:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", str(parse_bytes(budget))]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows = [*(r for r in rows if any(r[key] != row[key] for key in KEY)), row]
-        write_json(ROWS, rows)
-    print(table(sorted(rows, key=lambda r: [r[key] for key in KEY])))
+        MEMORY.put(said_by(__file__, [*sys.argv[1:], "--one", str(parse_bytes(budget))]))
+    print(table(MEMORY.rows()))
 
 
 if __name__ == "__main__":

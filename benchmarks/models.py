@@ -1,44 +1,42 @@
 """Which timm families take the whole path, at reduced size; writes docs/models.md.
 
-    python benchmarks/models.py [FAMILY ...]     # measures what benchmarks/models/ does not have yet, then writes the page
+    python benchmarks/models.py [FAMILY ...]     # measures what the rows do not have yet, then writes the page
     python benchmarks/models.py --again "Swin v2"
 
 Each: capture, round to nearest at W8A8 and W4A4, export, ONNX Runtime against the fake-quantized network, TensorRT-RTX parse and
-build of the FP16 file (W8A8). Weights are random. A file per family in benchmarks/models/: an interrupted run goes on.
+build of the FP16 file (W8A8). Weights are random. A row per family in benchmarks/rows/models.jsonl:
+an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import re
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from families import FAMILIES, Family
-from networks import Quantized, percent, quantize, random_images, table
+from lib import engines
+from lib.command import make_parser
+from lib.engines import TARGET
+from lib.markdown import table
+from lib.networks import Quantized, quantize, random_images
+from lib.origin import origin
+from lib.rows import DOCS, MODELS
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
 
-from ospq_export.engines.build import BuildSettings
 from ospq_export.engines.fusion import Fusion
-from ospq_export.engines.products import Product
-from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.graph.insertion import Bits
 from ospq_export.models.timm import ModelSpec
-from ospq_export.runs.files import write_json
 from ospq_export.validate.codes.locate import Locator, Reference
 from ospq_export.validate.executions.probes import open_probed
-from ospq_export.validate.report.model import machine_name
 
-HERE = Path(__file__).parent
-ROWS, DOCUMENT = HERE / "models", HERE.parent / "docs" / "models.md"
+DOCUMENT = DOCS / "models.md"
 BITS = {"W8A8": Bits(8, 8), "W4A4": Bits(4, 4)}
-TARGET = "SM89"
 IMAGES = 4
 
 
@@ -102,7 +100,6 @@ def check(label: str, family: Family) -> Result:
         fusion=fusion,
         failure=failure,
         seconds=round(time.perf_counter() - started, 1),
-        machine=machine_name(),
     )
 
 
@@ -143,12 +140,7 @@ def compiled(quantized: Quantized) -> Fusion:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
-        settings = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=(TARGET,))
-        return build_engine(file, Path(folder) / "model.engine", settings).fusion
-
-
-def _file(label: str) -> Path:
-    return ROWS / f"{re.sub(r'[^a-z0-9]+', '-', label.lower())}.json"
+        return engines.compiled(file, Path(folder)).fusion
 
 
 def _row(result: Result) -> list[str]:
@@ -161,14 +153,7 @@ def _row(result: Result) -> list[str]:
     codes = f"{max(c.share for c in seen):.3f} %, {max(c.max_step for c in seen)}" if seen else "-"
     excess = f"{max(c.excess for c in seen):.0e}" if seen else "-"
     fusion = result.fusion
-    plan = (
-        ("-", "-")
-        if fusion is None
-        else (
-            percent(fusion.int8_gemms, fusion.gemms),
-            percent(fusion.fused_attentions, fusion.attentions),
-        )
-    )
+    plan = ("-", "-") if fusion is None else engines.fusion_cells(fusion)
     tried = f"`{family.name}`, {family.side} px"
     return [result.label, tried, *cells, codes, excess, *plan, result.failure or "yes"]
 
@@ -203,8 +188,8 @@ ONNX Runtime and built by TensorRT-RTX for {target} without a GPU: {whole} of {c
 
 def write_page() -> None:
     """docs/models.md from the results at hand."""
-    files = {label: _file(label) for label in FAMILIES}
-    results = [Result.model_validate_json(f.read_text()) for f in files.values() if f.is_file()]
+    rows = {row["label"]: row for row in MODELS.rows()}
+    results = [Result.model_validate(rows[label]) for label in FAMILIES if label in rows]
     whole = sum(not result.failure for result in results)
     machines = "; ".join(dict.fromkeys(result.machine for result in results))
     text = _INTRO.format(target=TARGET, machine=machines, whole=whole, count=len(results))
@@ -212,30 +197,23 @@ def write_page() -> None:
 
 
 def _dropped(results: list[Result]) -> str:
-    rows = []
-    for result in results:
-        fusion = result.fusion
-        lost = {} if fusion is None else {**fusion.not_int8, **fusion.not_fused}
-        for reason in dict.fromkeys(lost.values()):
-            names = [name for name, why in lost.items() if why == reason]
-            rows.append([result.label, str(len(names)), reason, f"`{names[0]}`"])
+    fused = [(result.label, result.fusion) for result in results if result.fusion is not None]
+    rows = [row for label, f in fused for row in engines.reasons(label, {**f.not_int8, **f.not_fused})]
     listed = table(["family", "how many", "reason", "for example"], rows) if rows else "Nothing.\n"
     return f"## What runs otherwise, and why\n\n{listed}"
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("families", nargs="*", help="default: all")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for label in args.families or FAMILIES:
-        if args.again or not _file(label).is_file():
+        if args.again or MODELS.find(label=label) is None:
             result = check(label, FAMILIES[label])
-            write_json(_file(label), result.model_dump(mode="json"))
+            MODELS.put({**result.model_dump(mode="json"), **origin()})
             Console(width=250).print(_row(result), f"{result.seconds} s")
             gc.collect()
         write_page()

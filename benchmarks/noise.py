@@ -11,14 +11,14 @@ means over the mean; and the last over the one before: how much of a difference 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from horizon import image_set, prepare
-from judges import measures
-from networks import table
+from lib.classifiers import image_set
+from lib.command import add_run, make_parser
+from lib.markdown import table
+from lib.trials import measures, prepare, steps_batch_rate
 from torch import Tensor
 
 from ospq_export.runs.run import Run
@@ -48,28 +48,24 @@ def rows(values: Mapping[str, Tensor], place: str) -> list[list[str]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", type=Path, help="calibration images; left out for a packaged network")
+    parser = make_parser(__doc__)
+    add_run(parser)
     parser.add_argument("--others", type=Path, help="further images; left out for a packaged network")
     parser.add_argument("--images", type=int, default=3000, help="of the others")
     parser.add_argument("--candidates", nargs="+", default=["atom", "block", "blocks:2", "blocks:4"])
     parser.add_argument("--trial", default="60:8:4", help="steps:batch:rate")
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = Run.open(args.run)
     trials, candidates = prepare(run, args.data, args.candidates)
     held = len(trials.judge)
     trials.judge_on(torch.cat([trials.judge, others(run, args.others, args.images)]))
-    steps, batch, rate = args.trial.split(":")
+    trial = steps_batch_rate(args.trial)
     found: dict[str, list[list[Tensor]]] = {}
     for seed in range(args.seeds):
         trials.seed = seed
-        outputs = [trials.outputs(c, int(steps), int(batch), float(rate)) for c in candidates]
+        outputs = [trials.outputs(c, *trial) for c in candidates]
         by_candidate = [measures(output, trials.reference) for output in outputs]
         for name in by_candidate[0]:
             found.setdefault(name, []).append([m[name] for m in by_candidate])

@@ -3,8 +3,9 @@
     python benchmarks/paper.py --device cuda
     python benchmarks/paper.py --device cpu --model-kwargs depth=1 --set reconstruction.iterations=3 calibration_images=64
 
-Random weights and random images: neither changes what has to be computed. Writes benchmarks/paper/DEVICE.json and prints a table,
-slice by slice; the floor is that of benchmarks/floor.py. An interrupted run goes on where it was when --out is given again.
+Random weights and random images: neither changes what has to be computed. Writes a row of benchmarks/rows/paper.jsonl and
+prints a table, slice by slice; the floor is that of benchmarks/lib/floor.py. An interrupted run goes on where it was when --out
+is given again.
 """
 
 from __future__ import annotations
@@ -16,24 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor import Machine, Work, synchronize, unrecorded, work_of
-from networks import device_name, table
+from lib.command import make_parser
+from lib.floor import Machine, Work, synchronize, unrecorded, work_of
+from lib.markdown import table
+from lib.networks import random_batch, random_network
+from lib.origin import origin
+from lib.rows import PAPER
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.objectives.losses import Objective
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.reconstructor import weight_quantizers
-from ospq_export.data import Batch, resolve_data_config
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import Slice, extract
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Reconstruction, load_recipe
-from ospq_export.runs.files import write_json
 from ospq_export.runs.run import Run
-
-ROWS = Path(__file__).parent / "paper"
 
 
 def floors(run: Run, images: torch.Tensor, device: torch.device) -> list[Work]:
@@ -63,14 +63,9 @@ def floors(run: Run, images: torch.Tensor, device: torch.device) -> list[Work]:
 def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Calibrate, and set the time of every slice beside its floor."""
     device = torch.device(args.device)
-    spec = ModelSpec(name=args.model, kwargs=parse_model_kwargs(args.model_kwargs))
-    torch.manual_seed(0)
-    model = create_model(spec)
-    config = resolve_data_config(model, spec, {})
+    spec, model, config = random_network(args.model, args.model_kwargs)
     recipe = load_recipe("paper-w4a4", args.set)
-    count = recipe.calibration_images
-    images = torch.randn(count, *config.input_size)
-    batch = Batch(images, torch.zeros(count, dtype=torch.int64), [str(i) for i in range(count)])
+    batch = random_batch(recipe.calibration_images, config.input_size)
     started = time.monotonic()
     with stage_progress() as progress:
         run = calibrate(model, spec, batch, config, recipe, out, device=args.device, progress=progress)
@@ -78,16 +73,17 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     wall = time.monotonic() - started
     machine = Machine.measured(device)
     steps = recipe.reconstruction.iterations
-    works = floors(run, images[: recipe.reconstruction.batch_size], device)
+    works = floors(run, batch.images[: recipe.reconstruction.batch_size], device)
     return {
         "model": f"{args.model} {args.model_kwargs}".strip(),
-        "device": device_name(device),
+        "device": args.device,
         "recipe": recipe.model_dump(mode="json"),
         "wall_seconds": wall,
         "slices": [
             {"name": s.name, "seconds": s.seconds, "floor_seconds": steps * w.seconds(machine)}
             for s, w in zip(run.manifest.slices, works, strict=True)
         ],
+        **origin(args.device),
     }
 
 
@@ -108,7 +104,7 @@ def page(row: dict[str, Any]) -> str:
         ["whole run", f"{row['wall_seconds']:.1f}", f"{floor:.1f}", _share(floor, row["wall_seconds"])]
     )
     lines = [
-        f"{row['model']}, {row['device']}, {row['recipe']['reconstruction']['iterations']:,} steps per slice",
+        f"{row['model']}, {row['machine']}, {row['recipe']['reconstruction']['iterations']:,} steps per slice",
         "",
     ]
     return "\n".join([*lines, table(["slice", "seconds", "floor, seconds", "share"], cells)])
@@ -120,9 +116,7 @@ def _share(floor: float, seconds: float) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--model-kwargs", default="")
@@ -131,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         row = measure(args, args.out or Path(folder) / "run")
-    write_json(ROWS / f"{args.device.replace(':', '-')}.json", row)
+    PAPER.put(row)
     print(page(row))
 
 

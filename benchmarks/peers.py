@@ -7,13 +7,11 @@ Peers: the FP32 file, `onnxruntime.quantization.quantize_static` (QDQ with int8,
 nvidia-modelopt's ONNX quantization, whose pins conflict with ours. All are quantized from the same FP32 file and images.
 Latency: ONNX Runtime on the CPU, one thread, all sessions in one process, called in turn; the median of each over FP32's, in
 processor time, so that a busy machine gives the same. What TensorRT-RTX compiles is read from the plan it builds without a
-GPU. Interrupted runs go on: a JSON file per network in benchmarks/peers/.
+GPU. Interrupted runs go on: a row per network in benchmarks/rows/peers.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import subprocess
@@ -29,27 +27,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from networks import Quantized, percent, quantize, random_images, table
+from lib.command import make_parser
+from lib.engines import TARGET, fusion_cells
+from lib.engines import compiled as compiled_engine
+from lib.markdown import percent, table
+from lib.networks import Quantized, demo_sample, quantize, random_images
+from lib.origin import origin
+from lib.rows import BENCHMARKS, DOCS, PEERS
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 
-from ospq_export.data import resolve_data_config
-from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.engines.build import BuildSettings
-from ospq_export.engines.products import Product
-from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.graph.insertion import Bits
-from ospq_export.models.timm import ModelSpec, create_model
+from ospq_export.models.timm import ModelSpec
 from ospq_export.onnx.kernels import integer_kernels
-from ospq_export.runs.files import write_json
-from ospq_export.validate.report.model import machine_name
 
-HERE = Path(__file__).parent
-ROWS, DOCUMENT, PEER_ENVIRONMENT = HERE / "peers", HERE.parent / "docs" / "peers.md", HERE / ".modelopt"
+DOCUMENT, PEER_ENVIRONMENT = DOCS / "peers.md", BENCHMARKS / ".modelopt"
 MODELOPT = "nvidia-modelopt[onnx]==0.47.0"
-TARGET, BATCHES, W8A8 = "SM89", (1, 8), Bits(8, 8)
+BATCHES, W8A8 = (1, 8), Bits(8, 8)
 FP32 = "FP32"
 _MIB = 1 << 20
 _MODELOPT_SCRIPT = """
@@ -64,10 +60,8 @@ quantize(source, quantize_mode="int8", calibration_data={"images": np.load(image
 
 def demo_vit() -> tuple[Quantized, torch.Tensor]:
     """The packaged ViT and 32 of its calibration images."""
-    spec = demo_spec("vit")
-    config = resolve_data_config(create_model(spec), spec, demo_data_overrides())
-    images = demo_images("calibration", config).sample(32, seed=0).images
-    return quantize(spec, config.input_size, W8A8, images), images
+    spec, input_size, images = demo_sample("vit")
+    return quantize(spec, input_size, W8A8, images), images
 
 
 def vit_small() -> tuple[Quantized, torch.Tensor]:
@@ -183,12 +177,10 @@ def compiled(file: Path, folder: Path) -> tuple[str, str]:
         node.name = f"{node.name or node.op_type}#{index}"
     del model.graph.value_info[:]
     onnx.save(model, str(static))
-    settings = BuildSettings(Product.TENSORRT_RTX, compute_capabilities=(TARGET,))
     try:
-        fusion = build_engine(static, folder / "model.engine", settings, overwrite=True).fusion
+        return fusion_cells(compiled_engine(static, folder).fusion)
     except InputError as error:
         return f"refused: {error!s}", "-"
-    return percent(fusion.int8_gemms, fusion.gemms), percent(fusion.fused_attentions, fusion.attentions)
 
 
 def measure(network: str, rounds: int) -> dict[str, Any]:
@@ -208,12 +200,14 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
                 "tensorrt": compiled(file, folder) if label != FP32 else ("-", "-"),
             }
             Console(width=250).print(network, label, rows[label])
-    return {"network": network, "rows": rows, "failures": failures, "machine": machine_name()}
+    found = origin()
+    found["versions"]["modelopt"] = MODELOPT
+    return {"network": network, "rows": rows, "failures": failures, **found}
 
 
 def write_page() -> None:
     """docs/peers.md from the results at hand."""
-    results = [json.loads(file.read_text()) for file in sorted(ROWS.glob("*.json"))]
+    results = PEERS.rows()
     lines, failures = [], []
     for result in results:
         floats = result["rows"][FP32]["ms"]
@@ -253,18 +247,15 @@ operators: there is nothing to count in it.
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--network", choices=NETWORKS, help="default: all")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each file at each batch size")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for network in [args.network] if args.network else NETWORKS:
-        file = ROWS / f"{network}.json"
-        if args.again or not file.is_file():
-            write_json(file, measure(network, args.rounds))
+        if args.again or PEERS.find(network=network) is None:
+            PEERS.put(measure(network, args.rounds))
         write_page()
 
 

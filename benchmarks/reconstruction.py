@@ -2,30 +2,30 @@
 
     python benchmarks/reconstruction.py                        # the three slices on the CPU
     python benchmarks/reconstruction.py --device cuda --batch-size 64 --iterations 2000
-    python benchmarks/reconstruction.py --table                # docs/performance.md from the rows at hand
+    python benchmarks/reconstruction.py --table                # prints the table of docs/performance.md
 
 Both loops run in one process on the same slice, images, ranges and settings, a few steps of one and a few steps of the other in
 turn, so that what else the machine does slows both alike. Afterwards both slices are hardened and must reach the same loss.
-The plain loop is benchmarks/plain.py, the floor is benchmarks/floor.py.
+The plain loop is benchmarks/lib/plain.py, the floor is benchmarks/lib/floor.py; rows in benchmarks/rows/reconstruction.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from floor import Clock, Machine, synchronize, unrecorded, work_of
-from networks import device_name
-from networks import table as markdown
-from plain import PlainLoop
+from lib.command import make_parser
+from lib.floor import Clock, Machine, synchronize, unrecorded, work_of
+from lib.markdown import table as markdown
+from lib.origin import origin
+from lib.plain import PlainLoop
+from lib.rows import RECONSTRUCTION
 
 from ospq_export.calibrate.objectives.losses import Objective
 from ospq_export.calibrate.observe import observe
@@ -40,10 +40,7 @@ from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.recipes import Reconstruction, load_recipe
-from ospq_export.runs.files import write_json
-from ospq_export.runs.manifest import installed_versions
 
-ROWS = Path(__file__).parent / "reconstruction"
 _TOLERANCE = 0.05
 _ROUNDS = 20
 
@@ -152,12 +149,11 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     ours = statistics.median(seconds)
     return {
         "slice": name,
-        "title": case.title,
-        "device": device_name(device),
+        "device": device.type,
         "threads": torch.get_num_threads(),
-        "clock": "processor" if args.cpu_time else "wall",
         "precision": args.precision,
-        "torch": installed_versions()["torch"],
+        "title": case.title,
+        "clock": "processor" if args.cpu_time else "wall",
         "batch_size": args.batch_size,
         "iterations": iterations,
         "plain_per_second": 1.0 / statistics.median(plain_seconds),
@@ -172,6 +168,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
         "plain_loss": losses[0],
         "loss": losses[1],
         "same_loss": abs(losses[0] - losses[1]) <= _TOLERANCE * max(losses),
+        **origin(args.device),
     }
 
 
@@ -199,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             r["title"],
-            f"{r['device']}, {r['threads']} threads, {r['clock']} time",
+            f"{r['machine']}, {r['threads']} threads, {r['clock']} time",
             r["precision"],
             r["batch_size"],
             f"{r['plain_per_second']:.2f}",
@@ -217,9 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line; exit status 1 where the two loops reach different losses."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -246,10 +241,9 @@ def main() -> None:
         print(f"peak {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
         for name in args.only:
             row = measure(name, args, machine)
-            suffix = "" if args.precision == "float32" else f"-{args.precision}"
-            write_json(ROWS / f"{name}-{args.device}-{args.threads}{suffix}.json", row)
+            RECONSTRUCTION.put(row)
             print(table([row]), flush=True)
-    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
+    rows = RECONSTRUCTION.rows()
     print(table(rows))
     if not all(row["same_loss"] for row in rows):
         raise SystemExit("the two loops reach different losses")

@@ -7,7 +7,7 @@ The two packaged networks take no arguments. A network of your own is given as f
         --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
     python benchmarks/results.py table                      # docs/results.md from the results at hand
 
-Finished rows are kept in benchmarks/results/*.json and not measured again; an interrupted calibration resumes.
+Finished rows are kept in benchmarks/rows/results.jsonl and not measured again; an interrupted calibration resumes.
 """
 
 from __future__ import annotations
@@ -15,35 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from networks import table as markdown
-from torch import Tensor
+from lib.classifiers import Network, correct, demo_network, finished_run, observed_network, own_network
+from lib.command import add_network, make_parser
+from lib.markdown import table as markdown
+from lib.origin import origin
+from lib.rows import DOCS, RESULTS
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.observe import observe
-from ospq_export.data import DataConfig, ImageSet, resolve_data_config
-from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.graph.insertion import Bits, insert_quantizers
-from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
+from ospq_export.graph.quantizers import Mode
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import FLOAT_TENSORS, write_json
+from ospq_export.runs.files import FLOAT_TENSORS
 from ospq_export.runs.run import Run
-from ospq_export.tasks.statistics import BoolArray, mcnemar
+from ospq_export.tasks.statistics import mcnemar
 from ospq_export.validate import validate
-from ospq_export.validate.report.model import machine_name
 from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-DOCUMENT = HERE.parent / "docs" / "results.md"
+DOCUMENT = DOCS / "results.md"
 W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "w8a8": ("w8a8", []),
@@ -59,65 +52,12 @@ GOALS = {
 }
 
 
-@dataclass(frozen=True)
-class Network:
-    """What is measured: a model, its preprocessing and its images."""
-
-    name: str
-    spec: ModelSpec
-    model: torch.nn.Module
-    config: DataConfig
-    calibration: ImageSet
-    validation: ImageSet
-
-
-def demo_network(name: str) -> Network:
-    """A packaged network with its images."""
-    spec = demo_spec(name)
-    model = create_model(spec)
-    config = resolve_data_config(model, spec, demo_data_overrides())
-    return Network(
-        f"demo-{name}", spec, model, config, demo_images("calibration", config), demo_images("test", config)
-    )
-
-
-def own_network(args: argparse.Namespace) -> Network:
-    """The network and folders that the command line names."""
-    kwargs = parse_model_kwargs(args.model_kwargs)
-    spec = ModelSpec(
-        name=args.model, kwargs=kwargs, checkpoint=args.checkpoint, pretrained=args.checkpoint is None
-    )
-    model = create_model(spec)
-    config = resolve_data_config(model, spec, {})
-    calibration = ImageSet.from_folder(Path(args.calibration), config, outputs=model.num_classes)
-    validation = ImageSet.from_folder(Path(args.validation), config, outputs=model.num_classes)
-    return Network(args.name, spec, model, config, calibration, validation)
-
-
-def observed_network(run: Run, images: Tensor) -> QuantizedGraph:
-    """The run's float network (equalized, where its recipe says so) with the ranges that the search finds on its images."""
-    recipe = run.manifest.recipe
-    bits = Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
-    graph = insert_quantizers(run.captured(), bits)
-    observe(graph, images[: recipe.observation_images], batch_size=64, seed=run.manifest.calibration.seed)
-    return graph
-
-
 def nearest_network(network: Network, run: Run) -> torch.nn.Module:
     """The run's network with the very ranges that the search found for it, and nearest rounding."""
     images = network.calibration.sample(run.manifest.recipe.calibration_images, seed=0).images
     graph = observed_network(run, images)
     graph.set_mode(Mode.QUANTIZE)
     return graph.module
-
-
-def correct(module: torch.nn.Module, network: Network, count: int) -> BoolArray:
-    """Which of the first validation images a network classifies correctly."""
-    found, device = [], next(module.buffers()).device
-    with torch.inference_mode():
-        for batch in network.validation.batches(100, range(count)):
-            found.append(module(batch.images.to(device)).argmax(1).cpu() == batch.labels)
-    return torch.cat(found).numpy()
 
 
 def beside_nearest(network: Network, run: Run, count: int) -> dict[str, Any]:
@@ -187,8 +127,8 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "slices": [
             {"name": s.name, "before": s.error_before, "after": s.error_after} for s in run.manifest.slices
         ],
+        **origin(),
         "versions": report.provenance.versions,
-        "machine": machine_name(),
     }
 
 
@@ -208,24 +148,13 @@ def noise_floor(run: Run, network: Network, count: int = 300) -> dict[str, float
 
 def _float_top1(name: str, weights: str, limit: int | None) -> float | None:
     """The float network's Top-1 from a finished row of the same weights and images: it need not be measured again."""
-    for path in RESULTS.glob(f"{name}-*.json"):
-        row = json.loads(path.read_text())
-        if row["float_sha256"] == weights and row["limit"] == limit:
-            return float(row["top1"][FLOAT])
-    return None
-
-
-def finished_run(folder: Path) -> Run | None:
-    """The run in a folder; None where there is none yet, or an interrupted one."""
-    try:
-        return Run.open(folder)
-    except InputError:
-        return None
+    rows = RESULTS.rows(network=name, float_sha256=weights, limit=limit)
+    return float(rows[0]["top1"][FLOAT]) if rows else None
 
 
 def table() -> str:
     """The document, from the results at hand."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows = RESULTS.rows()
     order = list(RECIPES)
     rows.sort(key=lambda r: (r["network"], order.index(r["bits"])))
     lines = [
@@ -239,7 +168,8 @@ def table() -> str:
         "squared float logits, RTN / reconstructed, on 1,000 images. Seed 0; *slices*: the granularity that `auto` chose",
         "(`block` where so few steps pay for no trials); *eq.*: equalization; *loss*: what reconstruction lowers.",
         "",
-        "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in `benchmarks/results/`.",
+        "Made by `python benchmarks/results.py` (its docstring has the commands); raw results in",
+        "`benchmarks/rows/results.jsonl`.",
         "",
         "| network | bits | slices | eq. | loss | images | steps | float | RTN | fake-quantized | won / lost (p) "
         "| minus float | ORT off / on | agreement off / on | noise floor | logit error |",
@@ -249,7 +179,7 @@ def table() -> str:
     machines = sorted(
         {f"{r['machine']}, torch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in rows}
     )
-    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", "", *_goals(rows), *_notes(), ""])
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", "", *_goals(rows), "", RESULTS.notes()])
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[str]:
@@ -269,11 +199,6 @@ def _goals(rows: list[dict[str, Any]]) -> list[str]:
         "",
         markdown(header, cells),
     ]
-
-
-def _notes() -> list[str]:
-    notes = HERE / "results" / "notes.md"
-    return ["", notes.read_text().rstrip()] if notes.is_file() else []
 
 
 def _subset(r: dict[str, Any]) -> str:
@@ -312,18 +237,16 @@ def _errors(errors: dict[str, float] | None) -> str:
     return "" if errors is None else f"{errors['round_to_nearest']:.2g} / {errors['fake_quant']:.2g}"
 
 
-def complete(path: Path, network: Network, folder: Path) -> None:
+def complete(network: Network, bits: str, folder: Path) -> None:
     """Add to an older row what it lacks, where its run is still at hand."""
-    row, run = json.loads(path.read_text()), finished_run(folder)
-    if "mcnemar" not in row and run and run.manifest.files[FLOAT_TENSORS] == row["float_sha256"]:
-        write_json(path, row | beside_nearest(network, run, row["round_to_nearest_images"]))
+    row, run = RESULTS.find(network=network.name, bits=bits), finished_run(folder)
+    if row and run and "mcnemar" not in row and run.manifest.files[FLOAT_TENSORS] == row["float_sha256"]:
+        RESULTS.put(row | beside_nearest(network, run, row["round_to_nearest_images"]))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("what", choices=("demo", "own", "table"))
     parser.add_argument("--only", nargs="*", help="networks (demo) to measure", default=["vit", "swin"])
     parser.add_argument("--bits", nargs="*", choices=list(RECIPES), default=list(RECIPES))
@@ -332,9 +255,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="validate on a sample of N images, with each class's share")
     parser.add_argument("--rtn-limit", type=int, help="round to nearest on the first N images only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    for name in ("--name", "--model", "--checkpoint", "--calibration", "--validation"):
-        parser.add_argument(name)
-    parser.add_argument("--model-kwargs", default="")
+    add_network(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(args.threads)
@@ -342,11 +263,11 @@ def main() -> None:
         networks = [demo_network(n) for n in args.only] if args.what == "demo" else [own_network(args)]
         for network in networks:
             for bits in args.bits:
-                path = RESULTS / f"{network.name}-{bits}.json"
-                if not path.is_file():
-                    write_json(path, measure(network, bits, args))
-                complete(path, network, Path(args.runs) / path.stem)
-                print(path.read_text()[:900])
+                key = {"network": network.name, "bits": bits}
+                if RESULTS.find(**key) is None:
+                    RESULTS.put(measure(network, bits, args))
+                complete(network, bits, Path(args.runs) / f"{network.name}-{bits}")
+                print(json.dumps(RESULTS.find(**key))[:900])
     DOCUMENT.write_text(table())
 
 

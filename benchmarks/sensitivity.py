@@ -9,21 +9,18 @@ ranges as searched, weights rounded to nearest.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from lib.classifiers import own_network
+from lib.command import add_network, make_parser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from ospq_export.calibrate.observe import observe
-from ospq_export.data import ImageSet, resolve_data_config
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import Bits, insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 
 
 def relative_error(network: QuantizedGraph, images: Tensor, reference: Tensor) -> float:
@@ -35,30 +32,20 @@ def relative_error(network: QuantizedGraph, images: Tensor, reference: Tensor) -
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--model-kwargs", default="")
-    for name in ("--checkpoint", "--calibration", "--validation"):
-        parser.add_argument(name, required=True)
+    parser = make_parser(__doc__)
+    add_network(parser, required=True)
     parser.add_argument("--weight-bits", type=int, default=8)
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--images", type=int, default=100, help="validation images")
     parser.add_argument("--observe", type=int, default=64, help="calibration images")
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
-    spec = ModelSpec(
-        name=args.model, kwargs=parse_model_kwargs(args.model_kwargs), checkpoint=args.checkpoint
-    )
-    model = create_model(spec)
-    config = resolve_data_config(model, spec, {})
+    own = own_network(args)
     network = insert_quantizers(
-        capture(model, config.input_size), Bits(args.weight_bits, args.activation_bits)
+        capture(own.model, own.config.input_size), Bits(args.weight_bits, args.activation_bits)
     )
-    calibration = ImageSet.from_folder(Path(args.calibration), config).sample(args.observe, seed=0).images
-    observe(network, calibration, batch_size=64, seed=0)
-    images = ImageSet.from_folder(Path(args.validation), config).sample(args.images, seed=0).images
+    observe(network, own.calibration.sample(args.observe, seed=0).images, batch_size=64, seed=0)
+    images = own.validation.sample(args.images, seed=0).images
     with torch.inference_mode():
         reference = torch.cat([network.module(batch) for batch in images.split(100)])
     errors = {}

@@ -5,7 +5,7 @@
         --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
     python benchmarks/settings.py table                   # docs/settings.md from the rows at hand
 
-Rows in benchmarks/settings/*.json, as in granularity.py. The first column is the starting point, the others change one thing:
+Rows in benchmarks/rows/settings.jsonl, as in granularity.py. The first column is the starting point, the others change one thing:
 
     base      equalization `shift`, normalised loss, mean squared error at the logits, no bias correction
     none, smooth, repq   another equalization
@@ -19,10 +19,11 @@ Rows in benchmarks/settings/*.json, as in granularity.py. The first column is th
 
 from __future__ import annotations
 
-from granularity import HERE, arguments, measure_all, table
+import torch
+from lib.rows import DOCS, SETTINGS
+from lib.top1 import arguments, measure_all, table_of
 
-ROWS = HERE / "settings"
-DOCUMENT = HERE.parent / "docs" / "settings.md"
+DOCUMENT = DOCS / "settings.md"
 BASE = [
     "slicing=block",
     "equalization=shift",
@@ -51,26 +52,25 @@ VARIANTS: dict[str, list[str]] = {
 
 def document() -> str:
     """docs/settings.md: the table and what is to be said of it."""
-    notes = ROWS / "notes.md"
     lines = [
         "# Settings",
         "",
         "Fake-quantized Top-1 in percent, one setting changed at a time. Written by `benchmarks/settings.py`, whose docstring",
-        "says what the columns are; raw rows in `benchmarks/settings/`. An empty cell is not measured.",
+        "says what the columns are; raw rows in `benchmarks/rows/settings.jsonl`. An empty cell is not measured.",
         "",
-        *table(ROWS, list(VARIANTS)),
+        *table_of(SETTINGS.rows(), list(VARIANTS)),
         "",
     ]
-    return "\n".join(lines) + (notes.read_text() if notes.is_file() else "")
+    return "\n".join(lines) + SETTINGS.notes()
 
 
 def main() -> None:
     """Command line."""
-    args = arguments(__doc__, list(VARIANTS), "runs/settings")
-    ROWS.mkdir(exist_ok=True)
+    args = arguments(__doc__, list(VARIANTS), "runs/settings").parse_args()
+    torch.set_num_threads(args.threads)
     if args.what != "table":
-        measure_all(args, VARIANTS, ROWS)
-    if any(ROWS.glob("*.json")):
+        measure_all(args, VARIANTS, SETTINGS)
+    if SETTINGS.rows():
         DOCUMENT.write_text(document())
 
 

@@ -5,7 +5,7 @@
     python benchmarks/tools.py RUN --table     # the table of docs/tools.md, from the rows of a run of this name
 
 Each tool gets each file, and ONNX Runtime executes the file before and after with its graph optimizations off, so that what is
-compared is the files. Writes benchmarks/tools/NAME.json, NAME being the run directory's.
+compared is the files. Writes a row per tool to benchmarks/rows/tools.jsonl; `run` in it is the run directory's name.
 
 `SAME` tools promise unchanged outputs; `PRECISION` tools lower the precision: what is asked of these is a file that runs, and how
 far its outputs move is written down; `EXECUTES` tools run the file themselves, `READS` tools only look at it. `NOT_MEANT` says
@@ -17,237 +17,27 @@ float32, and leaves out the rounding between two neighbours, so that a Pad less 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import logging
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-HERE = Path(__file__).parent
-ROWS = HERE / "tools"
-FILES = (
-    "model_fp32.onnx",
-    "model.onnx",
-    "model_fp16.onnx",
-    "model_qdq_fp16.onnx",
-    "model_debug.onnx",
-    "model_int4.onnx",
-    "model_uint8.onnx",
-    "model_uint8_activations.onnx",
-)
-QUANTIZED = tuple(name for name in FILES if name not in ("model_fp32.onnx", "model_fp16.onnx"))
-HALVES = ("model_fp16.onnx", "model_qdq_fp16.onnx")
+from lib.command import make_parser
+from lib.markdown import table as markdown
+from lib.onnx_tools import FILES, HALVES, NOT_MEANT, READS, SAME, TOOLS, Tool, reference
+from lib.origin import origin
+from lib.rows import TOOLS as ROWS
+from lib.rows import Row
+
 BATCH = 2
-SAME, PRECISION, EXECUTES, READS = "same outputs", "lower precision", "executes", "reads"
 # Of float32's rounding, as a share of the largest logit; one code of a quantizer that flips makes more than this.
 TOLERANCE = 1e-5
-
-
-Apply = Callable[[Path, Path, dict[str, Any]], list[Any] | None]
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One tool: `apply(source, target, feed)` writes a changed file, returns the outputs of the source, or only reads it.
-
-    Attributes:
-        package: the distribution that it comes from.
-        promise: `SAME`, `PRECISION`, `EXECUTES` or `READS`; the last two write no file.
-        apply: the call, as the tool's documentation has it.
-        module: what to import to know that it is here.
-    """
-
-    package: str
-    promise: str
-    apply: Apply
-    module: str
-
-
-def _shapes(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnx
-
-    model = onnx.load(str(source))
-    onnx.save(
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True),
-        str(target),
-    )
-
-
-def _checker(source: Path, *_: Any) -> None:
-    import onnx
-
-    onnx.checker.check_model(str(source), full_check=True)
-
-
-def _converter(version: int) -> Apply:
-    def convert(source: Path, target: Path, _: dict[str, Any]) -> None:
-        import onnx
-
-        onnx.save(onnx.version_converter.convert_version(onnx.load(str(source)), version), str(target))
-
-    return convert
-
-
-def _extract(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnx
-    import onnx.utils
-
-    graph = onnx.load(str(source)).graph
-    onnx.utils.extract_model(
-        str(source), str(target), [v.name for v in graph.input], [v.name for v in graph.output]
-    )
-
-
-def _merge(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnx
-    from onnx import helper
-
-    model = onnx.load(str(source))
-    logits = model.graph.output[0]
-    before, after = (helper.make_tensor_value_info(n, 1, ["n", 10]) for n in ("x", "merged"))
-    behind = helper.make_graph([helper.make_node("Identity", ["x"], ["merged"])], "behind", [before], [after])
-    opsets = list(model.opset_import)
-    second = helper.make_model(behind, opset_imports=opsets, ir_version=model.ir_version)
-    onnx.save(onnx.compose.merge_models(model, second, [(logits.name, "x")], outputs=["merged"]), str(target))
-
-
-def _printer(source: Path, *_: Any) -> None:
-    import onnx
-
-    model = onnx.load(str(source))
-    printed = onnx.helper.printable_graph(model.graph)
-    missing = [node.output[0] for node in model.graph.node if node.output[0] not in printed]
-    if missing or not onnx.printer.to_text(model):
-        raise ValueError(f"not printed: {missing[:3]}")
-
-
-def _reference(source: Path, _: Path, feed: dict[str, Any]) -> list[Any]:
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    return list(ReferenceEvaluator(onnx.load(str(source))).run(None, feed))
-
-
-def _onnxsim(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnx
-    import onnxsim
-
-    simplified, equal = onnxsim.simplify(str(source))
-    if not equal:
-        raise ValueError("its own check failed")
-    onnx.save(simplified, str(target))
-
-
-def _onnxslim(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnxslim
-
-    onnxslim.slim(str(source), str(target))
-
-
-def _float16(source: Path, target: Path, _: dict[str, Any]) -> None:
-    import onnx
-    from onnxconverter_common import float16
-
-    onnx.save(float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True), str(target))
-
-
-def _sanitize(source: Path, target: Path, _: dict[str, Any]) -> None:
-    from polygraphy.tools import main
-
-    command = ["polygraphy", "surgeon", "sanitize", "--fold-constants", str(source), "-o", str(target)]
-    try:
-        with mock.patch.object(sys, "argv", command):
-            status = main()
-    except SystemExit as done:
-        status = done.code
-    if status:
-        raise RuntimeError(f"exit status {status}")
-
-
-def _preprocess(source: Path, target: Path, _: dict[str, Any]) -> None:
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    quant_pre_process(str(source), str(target))
-
-
-def _dynamic(source: Path, target: Path, _: dict[str, Any]) -> None:
-    from onnxruntime.quantization import quantize_dynamic
-
-    quantize_dynamic(str(source), str(target))
-
-
-def _static(source: Path, target: Path, feed: dict[str, Any]) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        batches = iter([feed])
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.batches, None)
-
-    quantize_static(str(source), str(target), Reader())
-
-
-def _openvino(source: Path, _: Path, feed: dict[str, Any]) -> list[Any]:
-    import openvino
-
-    # In bfloat16, its choice on some processors, float parts would not be the same function.
-    compiled = openvino.Core().compile_model(str(source), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    results = compiled(feed)
-    return [results[output] for output in compiled.outputs]
-
-
-TOOLS = {
-    "onnx.checker (full)": Tool("onnx", READS, _checker, "onnx"),
-    "onnx.helper, onnx.printer": Tool("onnx", READS, _printer, "onnx"),
-    "onnx.reference": Tool("onnx", EXECUTES, _reference, "onnx"),
-    "onnx.shape_inference (strict, data_prop)": Tool("onnx", SAME, _shapes, "onnx"),
-    "onnx.utils.extract_model": Tool("onnx", SAME, _extract, "onnx"),
-    "onnx.compose.merge_models": Tool("onnx", SAME, _merge, "onnx"),
-    "onnx.version_converter to 19": Tool("onnx", SAME, _converter(19), "onnx"),
-    "onnx.version_converter to 21": Tool("onnx", SAME, _converter(21), "onnx"),
-    "onnx.version_converter to 23": Tool("onnx", SAME, _converter(23), "onnx"),
-    "onnxsim": Tool("onnxsim", SAME, _onnxsim, "onnxsim"),
-    "onnxslim": Tool("onnxslim", SAME, _onnxslim, "onnxslim"),
-    "polygraphy surgeon sanitize --fold-constants": Tool("polygraphy", SAME, _sanitize, "onnx_graphsurgeon"),
-    "onnxruntime quant_pre_process": Tool("onnxruntime", SAME, _preprocess, "onnxruntime"),
-    "onnxruntime quantize_dynamic": Tool("onnxruntime", PRECISION, _dynamic, "onnxruntime"),
-    "onnxruntime quantize_static": Tool("onnxruntime", PRECISION, _static, "onnxruntime"),
-    "onnxconverter_common.float16": Tool("onnxconverter-common", PRECISION, _float16, "onnxconverter_common"),
-    "openvino": Tool("openvino", EXECUTES, _openvino, "openvino"),
-}
-
-_DOWN = "Gelu is an operator since opset 20, 4-bit Q/DQ since 21: there is nothing to go down to"
-_QUANTIZED = (
-    "it quantizes float weights and refuses a Conv whose weights are dequantized; take model_fp32.onnx"
-)
-_FLOAT32 = "it measures ranges with DynamicQuantizeLinear, which takes float32 only; take model_fp32.onnx"
-_CPU = "it optimizes for ONNX Runtime on processors, which compute FP16 in float32: roundings move; take model_fp32.onnx"
-_HALF = "it refuses what has FP16 already"
-_TAP = "it casts an output to float32 for those inside that read it, too; take model.onnx"
-_CAST = "it leaves Cast(uint8 to float32) and calls its output FP16; give it `op_block_list` with Cast beside its defaults"
-# By tool and file: why the tool is not meant for it.
-NOT_MEANT: dict[str, dict[str, str]] = {
-    "onnx.version_converter to 19": dict.fromkeys(FILES, _DOWN),
-    "onnxruntime quant_pre_process": dict.fromkeys(HALVES, _CPU),
-    "onnxruntime quantize_dynamic": {**dict.fromkeys(QUANTIZED, _QUANTIZED), "model_fp16.onnx": _FLOAT32},
-    "onnxconverter_common.float16": {
-        **dict.fromkeys(HALVES, _HALF),
-        "model_debug.onnx": _TAP,
-        "model_uint8.onnx": _CAST,
-    },
-}
 
 
 def make_feed(path: Path) -> dict[str, Any]:
@@ -324,7 +114,7 @@ def _moved(tool: Tool, source: Path, target: Path, feed: dict[str, Any], outputs
     # The changed file has to run in ONNX Runtime in any case.
     before, after = execute(source, feed), execute(target, feed)
     if source.name in HALVES:
-        before, after = _reference(source, target, feed), _reference(target, target, feed)
+        before, after = reference(source, target, feed), reference(target, target, feed)
     return difference(before, after, len(before) if tool.promise == SAME else 1)
 
 
@@ -340,21 +130,20 @@ def quiet() -> Any:
         logging.disable(logging.NOTSET)
 
 
-def measure(run: Path, chosen: list[str]) -> dict[str, Any]:
-    """Every chosen tool that is installed on every file of a run directory that exists."""
-    rows: dict[str, Any] = {}
-    for name in chosen:
-        tool = TOOLS[name]
-        if importlib.util.find_spec(tool.module) is None:
-            continue
-        files = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for file in FILES:
-                if (run / file).is_file():
-                    files[file] = try_tool(name, run / file, Path(folder))
-                    print(name, file, files[file], flush=True)
-        rows[name] = {"package": tool.package, "version": _version(tool.package), "files": files}
-    return rows
+def measure(run: Path, name: str) -> Row | None:
+    """One tool on every file of a run directory that exists; None where the tool is not installed."""
+    tool = TOOLS[name]
+    if importlib.util.find_spec(tool.module) is None:
+        return None
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for file in FILES:
+            if (run / file).is_file():
+                files[file] = try_tool(name, run / file, Path(folder))
+                print(name, file, files[file], flush=True)
+    found = origin()
+    found["versions"][tool.package] = _version(tool.package)
+    return {"run": run.name, "tool": name, "package": tool.package, "files": files, **found}
 
 
 def _version(package: str) -> str:
@@ -364,20 +153,19 @@ def _version(package: str) -> str:
     raise importlib.metadata.PackageNotFoundError(package)
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as Markdown: one tool a line, one file a column, and the reasons below."""
+    known = {row["tool"]: row for row in rows}
     reasons: dict[str, int] = {}
-    lines = [
-        "| tool | " + " | ".join(file.removesuffix(".onnx").removeprefix("model_") for file in FILES) + " |",
-        "| --- |" + " --- |" * len(FILES),
-    ]
-    for name, row in rows.items():
-        cells = [
-            _cell(name, file, row["files"][file], reasons) if file in row["files"] else "" for file in FILES
-        ]
-        lines.append(f"| {name} ({row['package']} {row['version']}) | " + " | ".join(cells) + " |")
+    lines = []
+    for name in (name for name in TOOLS if name in known):
+        row = known[name]
+        files = row["files"]
+        cells = [_cell(name, file, files[file], reasons) if file in files else "" for file in FILES]
+        lines.append([f"{name} ({row['package']} {row['versions'][row['package']]})", *cells])
+    header = ["tool", *(file.removesuffix(".onnx").removeprefix("model_") for file in FILES)]
     notes = [f"{number}. Not meant for it: {reason}." for reason, number in reasons.items()]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([markdown(header, lines), *notes])
 
 
 def _cell(name: str, file: str, row: dict[str, Any], reasons: dict[str, int]) -> str:
@@ -397,22 +185,19 @@ def _cell(name: str, file: str, row: dict[str, Any], reasons: dict[str, int]) ->
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="run directory; with --table, its rows are read")
     parser.add_argument("tool", nargs="*", help="a part of a tool's name; none: all")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    path = ROWS / f"{args.run.name}.json"
-    rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if args.table:
-        print(table(rows))
+        print(table(ROWS.rows(run=args.run.name)))
         return
-    chosen = [name for name in TOOLS if not args.tool or any(part in name for part in args.tool)]
-    rows |= measure(args.run, chosen)
-    ROWS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({name: rows[name] for name in TOOLS if name in rows}, indent=1) + "\n")
+    for name in TOOLS:
+        if not args.tool or any(part in name for part in args.tool):
+            row = measure(args.run, name)
+            if row is not None:
+                ROWS.put(row)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ Both are run in one process, one after the other, on a packaged network at W3A3;
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
-from granularity import BITS
-from networks import quantize, table
-from results import demo_network
+from lib.classifiers import demo_network
+from lib.command import make_parser
+from lib.markdown import table
+from lib.networks import quantize
+from lib.top1 import BITS
 
 from ospq_export.calibrate.objectives.objective import objectives
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
@@ -50,9 +51,7 @@ def measure(name: str, overrides: list[str]) -> list[object]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("networks", nargs="*", default=["vit", "swin"])
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
     parser.add_argument("--threads", type=int, default=1)

@@ -14,8 +14,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import table
+from lib.command import make_parser, said_by
+from lib.markdown import table
+from lib.rows import DOCS
 from rich.console import Console
 
 from ospq_export.data import Batch, ImageSet
@@ -36,7 +36,7 @@ from ospq_export.world.memory import peak_memory
 
 _MIB = 1 << 20
 _PROCESSES = 3
-_TARGET = Path(__file__).parents[1] / "docs" / "validation.md"
+_TARGET = DOCS / "validation.md"
 
 
 class Preprocessed:
@@ -124,11 +124,8 @@ def peak(run: Run, count: int, batch_size: int) -> dict[str, float]:
 
 
 def _peak_of(folder: Path, count: int, batch_size: int) -> float:
-    command = [sys.executable, __file__, "--run", str(folder), "--peak", str(count)]
-    command += ["--batch-size", str(batch_size)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    mib: float = json.loads(done.stdout.splitlines()[-1])["mib"]
-    return mib
+    words = ["--run", str(folder), "--peak", str(count), "--batch-size", str(batch_size)]
+    return float(said_by(__file__, words)["mib"])
 
 
 def measure_memory(folder: Path, counts: Sequence[int], batch_size: int) -> list[list[Any]]:
@@ -146,9 +143,7 @@ def measure_memory(folder: Path, counts: Sequence[int], batch_size: int) -> list
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="what `ospq-export demo` left")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--many", type=int, default=50_000)

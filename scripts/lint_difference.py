@@ -1,11 +1,11 @@
 """Hold lint's prediction to what TensorRT-RTX's parser and builder make of drawn graphs.
 
-    python scripts/lint_difference.py FIRST COUNT [--output FILE]
+    python scripts/lint_difference.py FIRST COUNT [--output FILE] [--record]
 
 Each seed gives one graph (scripts/lint_graphs.py). It is built for SM89, and every product's kernel is looked up in the plan.
 Three kinds of disagreement are counted: false errors (lint says refused, the builder takes it), missed refusals, and products
 whose precision is another. Graphs that the builder takes but reads differently (uint8 as int8) are errors of lint's that are not
-refusals: they are counted apart.
+refusals: they are counted apart. With --record the summary is kept in benchmarks/rows/lint.jsonl.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from lib.origin import origin
+from lib.rows import LINT
+
 from lint_graphs import draw
 from ospq_export.engines.build import BuildSettings, build
 from ospq_export.engines.plan import PlanLayer, layers_from_log
@@ -167,13 +169,10 @@ def _work(seeds: list[int], sender: Any) -> None:
 
 def summary(cases: list[Case], first: int) -> dict[str, Any]:
     """What is kept of a run: versions, seeds, counts, and every disagreement."""
-    packages = ("onnx", "onnxruntime-gpu", "tensorrt_rtx_cu13", "numpy")
     valid = [case for case in cases if not case.predicted.startswith("invalid")]
     kinds = Counter(case.difference.split(",")[0] for case in valid if case.difference)
     return {
         "target": TARGET,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
         "seeds": [first, first + len(cases)],
         "graphs": len(valid),
         "invalid_onnx": sum(case.predicted.startswith("invalid") for case in cases),
@@ -189,6 +188,7 @@ def summary(cases: list[Case], first: int) -> dict[str, Any]:
         "rules": dict(Counter(rule for case in valid for rule in case.rules)),
         "disagreements": dict(kinds),
         "cases": [asdict(case) for case in valid if case.difference],
+        **origin(),
     }
 
 
@@ -198,6 +198,9 @@ def main() -> None:
     parser.add_argument("first", type=int)
     parser.add_argument("count", type=int)
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--record", action="store_true", help="keep the summary in benchmarks/rows/lint.jsonl"
+    )
     arguments = parser.parse_args()
     cases: list[Case] = []
     for case in run(range(arguments.first, arguments.first + arguments.count)):
@@ -206,6 +209,8 @@ def main() -> None:
         if len(cases) == arguments.count or (arguments.output and len(cases) % 20 == 0):
             report = json.dumps(summary(cases, arguments.first), indent=1) + "\n"
             (arguments.output or Path("/dev/stdout")).write_text(report)
+    if arguments.record:
+        LINT.put(summary(cases, arguments.first))
 
 
 if __name__ == "__main__":

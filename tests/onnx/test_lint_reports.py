@@ -352,7 +352,7 @@ def test_comparison_notices_each_disagreement():
 
 @pytest.mark.slow
 def test_drawn_graphs():
-    """200 graphs by seed; the long run of the same is in benchmarks/lint."""
+    """200 graphs by seed; the long run of the same is in benchmarks/rows/lint.jsonl."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     cases = list(difference.run(range(7_000, 7_200)))
     assert sum(case.predicted.startswith("invalid") for case in cases) < 10

@@ -1,0 +1,1 @@
+"""What the benchmarks share: their rows, the networks they measure, their command lines and Markdown."""
