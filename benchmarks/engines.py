@@ -25,14 +25,14 @@ from rich.console import Console
 
 from ospq_export.calibrate import calibrate
 from ospq_export.engines.record import EngineRecord
-from ospq_export.graph.insertion import Bits
+from ospq_export.formats.choice import integers
 from ospq_export.models.timm import ModelSpec
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import FLOAT_TENSORS
 from ospq_export.validate.report.model import machine_name
 
-RECIPES = {"W8A8": Bits(8, 8), "W6A6": Bits(6, 6), "W4A8": Bits(4, 8), "W4A4": Bits(4, 4)}
+RECIPES = {"W8A8": integers(8, 8), "W6A6": integers(6, 6), "W4A8": integers(4, 8), "W4A4": integers(4, 4)}
 LARGE = {
     "DeiT-S": "deit_small_patch16_224",
     "ViT-S": "vit_small_patch16_224",
@@ -159,7 +159,7 @@ def main() -> None:
     for label, job in jobs:
         row, record, kernels = job()
         rows.append(row)
-        dropped += reasons(label, {**record.fusion.not_int8, **record.fusion.not_fused})
+        dropped += reasons(label, {**record.fusion.not_quantized, **record.fusion.not_fused})
         in_float += reasons(label, kernels.in_float)
         Console().print(row)
     text = [

@@ -16,8 +16,9 @@ from lib.command import add_run, make_parser
 from lib.markdown import table
 from torch import Tensor
 
-from ospq_export.calibrate.objectives.objective import fisher_weights
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.calibrate.objectives.fisher import fisher_weights
+from ospq_export.formats.choice import integers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.runs.run import Run
 from ospq_export.validate.report.model import machine_name
 
@@ -47,7 +48,7 @@ def main() -> None:
     images = image_set(args.data, "calibration", run.manifest.data).sample(args.images, seed=0).images
     halves = images.chunk(2)
     network = insert_quantizers(
-        run.captured(), Bits(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
+        run.captured(), integers(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
     )
     ends = [s.end for s in run.manifest.slices][1::_EVERY]
     rows = []

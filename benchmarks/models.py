@@ -28,15 +28,15 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
 
-from ospq_export.engines.fusion import Fusion
+from ospq_export.engines.plan import Fusion
 from ospq_export.errors import InputError
-from ospq_export.graph.insertion import Bits
+from ospq_export.formats.choice import Choice, integers
 from ospq_export.models.timm import ModelSpec
 from ospq_export.validate.codes.locate import Locator, Reference
 from ospq_export.validate.executions.probes import open_probed
 
 DOCUMENT = DOCS / "models.md"
-BITS = {"W8A8": Bits(8, 8), "W4A4": Bits(4, 4)}
+BITS = {"W8A8": integers(8, 8), "W4A4": integers(4, 4)}
 IMAGES = 4
 
 
@@ -103,7 +103,7 @@ def check(label: str, family: Family) -> Result:
     )
 
 
-def quantized_family(family: Family, bits: Bits, images: Tensor) -> Quantized:
+def quantized_family(family: Family, bits: Choice, images: Tensor) -> Quantized:
     """Round to nearest, ranges from the images (N, 3, H, W) float32."""
     spec = ModelSpec(name=family.name, kwargs=family.arguments)
     return quantize(spec, (3, family.side, family.side), bits, images)
@@ -198,7 +198,7 @@ def write_page() -> None:
 
 def _dropped(results: list[Result]) -> str:
     fused = [(result.label, result.fusion) for result in results if result.fusion is not None]
-    rows = [row for label, f in fused for row in engines.reasons(label, {**f.not_int8, **f.not_fused})]
+    rows = [row for label, f in fused for row in engines.reasons(label, {**f.not_quantized, **f.not_fused})]
     listed = table(["family", "how many", "reason", "for example"], rows) if rows else "Nothing.\n"
     return f"## What runs otherwise, and why\n\n{listed}"
 

@@ -25,7 +25,7 @@ from lib.origin import origin
 from lib.rows import PAPER
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives import objective_class
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.reconstructor import weight_quantizers
@@ -48,7 +48,7 @@ def floors(run: Run, images: torch.Tensor, device: torch.device) -> list[Work]:
         piece, count = extract(network.module, bounds), len(images)
         outputs = forward(piece, tensors, Mode.FLOAT, device, count)
         weights = weight_quantizers(piece)
-        objective = Objective(settings, weights)
+        objective = objective_class(settings)(settings, weights)
         objective.normalise_by(1.0)
         learner = Learner(piece, SliceData(tensors, tensors, outputs[0], count), objective, settings, device)
         learner.learn = unrecorded(learner.learn)

@@ -39,13 +39,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 
 from ospq_export.errors import InputError
-from ospq_export.graph.insertion import Bits
+from ospq_export.formats.choice import integers
 from ospq_export.models.timm import ModelSpec
 from ospq_export.onnx.kernels import integer_kernels
 
 DOCUMENT, PEER_ENVIRONMENT = DOCS / "peers.md", BENCHMARKS / ".modelopt"
 MODELOPT = "nvidia-modelopt[onnx]==0.47.0"
-BATCHES, W8A8 = (1, 8), Bits(8, 8)
+BATCHES, W8A8 = (1, 8), integers(8, 8)
 FP32 = "FP32"
 _MIB = 1 << 20
 _MODELOPT_SCRIPT = """

@@ -27,15 +27,17 @@ from lib.origin import origin
 from lib.plain import PlainLoop
 from lib.rows import RECONSTRUCTION
 
-from ospq_export.calibrate.objectives.losses import Objective
+from ospq_export.calibrate.objectives import objective_class
+from ospq_export.calibrate.objectives.base import Objective
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
 from ospq_export.demo import demo_spec
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import extract
 from ospq_export.models.timm import ModelSpec, create_model
@@ -84,7 +86,7 @@ def prepare(case: Case, images: int, device: torch.device) -> tuple[torch.fx.Gra
     """The slice with searched ranges and nearest codes, and its data: float input on both sides."""
     torch.manual_seed(0)
     captured = capture(create_model(case.spec), case.input_size).to(device)
-    network = insert_quantizers(captured, Bits(4, 4))
+    network = insert_quantizers(captured, integers(4, 4))
     network.module.to(device)
     x = torch.randn(images, *case.input_size, generator=torch.Generator().manual_seed(1))
     observe(network, x[:8], batch_size=8, seed=0, values_per_tensor=1 << 14)
@@ -135,7 +137,7 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     overrides = [f"reconstruction.{key}={value}" for key, value in changed.items()]
     settings = load_recipe("w4a4", overrides).reconstruction
     judge = Reconstructor(settings, device)
-    objective = Objective(settings, weight_quantizers(piece))
+    objective: Objective = objective_class(settings)(settings, weight_quantizers(piece))
     initial = judge.error(piece, data, objective)[1]
     objective.normalise_by(initial)
     torch.manual_seed(0)

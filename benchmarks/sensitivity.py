@@ -18,8 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ospq_export.calibrate.observe import observe
+from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     own = own_network(args)
     network = insert_quantizers(
-        capture(own.model, own.config.input_size), Bits(args.weight_bits, args.activation_bits)
+        capture(own.model, own.config.input_size), integers(args.weight_bits, args.activation_bits)
     )
     observe(network, own.calibration.sample(args.observe, seed=0).images, batch_size=64, seed=0)
     images = own.validation.sample(args.images, seed=0).images

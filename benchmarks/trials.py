@@ -16,12 +16,12 @@ from lib.markdown import table
 from lib.networks import quantize
 from lib.top1 import BITS
 
-from ospq_export.calibrate.objectives.objective import objectives
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
-from ospq_export.calibrate.reconstruct.walk import walk
+from ospq_export.calibrate.objectives import objectives
+from ospq_export.calibrate.objectives.base import Context
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, walk
 from ospq_export.calibrate.slicing.auto import choose_slicing
+from ospq_export.formats.choice import integers
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import Bits
 from ospq_export.graph.slicing import atoms
 from ospq_export.recipes import load_recipe
 from ospq_export.validate.report.model import machine_name
@@ -32,7 +32,7 @@ def measure(name: str, overrides: list[str]) -> list[object]:
     network, recipe = demo_network(name), load_recipe("w4a4", ["slicing=auto", *overrides])
     images = network.calibration.sample(recipe.calibration_images, seed=0).images
     observed = images[: recipe.observation_images]
-    prepared = quantize(network.spec, network.config.input_size, Bits(*BITS["w3a3"]), observed)
+    prepared = quantize(network.spec, network.config.input_size, integers(*BITS["w3a3"]), observed)
     captured, quantized = prepared.captured, prepared.network
     # Any profile does: it moves the cuts of one candidate, which costs the same wherever they are.
     dominances = dict.fromkeys((atom.end for atom in atoms(captured.graph)), 0.01)
@@ -41,7 +41,7 @@ def measure(name: str, overrides: list[str]) -> list[object]:
     _, record = choose_slicing(quantized, captured.graph, recipe, images, dominances, cpu, 0)
     middle = time.process_time()
     slices = slicing_of(captured.graph, "block")
-    make = objectives(quantized, slices, images, recipe.reconstruction, cpu, 0)
+    make = objectives(Context(quantized, slices, images, recipe.reconstruction, cpu, 0))
     reconstructor = Reconstructor(recipe.reconstruction, cpu)
     for _ in walk(quantized, slices, images, reconstructor, 0, make_objective=make):
         continue

@@ -30,7 +30,8 @@ from ospq_export.data import Batch, ImageSet
 from ospq_export.demo import demo_images
 from ospq_export.runs.run import Run
 from ospq_export.validate import Report, validate, write_documents
-from ospq_export.validate.executions.table import OPTIMIZED, open_executions
+from ospq_export.validate.executions.chosen import open_executions
+from ospq_export.validate.executions.table import OPTIMIZED
 from ospq_export.validate.report.model import machine_name
 from ospq_export.world.memory import peak_memory
 

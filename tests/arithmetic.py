@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ospq_export.formats.integer import Integer
-from ospq_export.formats.levels import Grid, Levels, embedded_levels, symmetric_levels
-from ospq_export.formats.soft import inverse_rectified_sigmoid, mix, random_kept, rectified_sigmoid
+from ospq_export.formats.kernels import inverse_rectified_sigmoid, mix, random_kept, rectified_sigmoid
+from ospq_export.formats.search import Grid, Levels, embedded_levels, symmetric_levels
 
 __all__ = [
     "Grid",

@@ -18,7 +18,7 @@ from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
 from ospq_export.export.stage import Extras
 from ospq_export.formats.choice import integers
-from ospq_export.formats.levels import Levels
+from ospq_export.formats.search import Levels
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph

@@ -23,8 +23,7 @@ from ospq_export.cli.options import say
 from ospq_export.data import Batch, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
-from ospq_export.formats.levels import Grid
-from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
+from ospq_export.formats.search import Grid, compress, search_activation_range, search_weight_scale
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode

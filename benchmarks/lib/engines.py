@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib.markdown import percent
 from ospq_export.engines.build import BuildSettings
-from ospq_export.engines.fusion import Fusion
+from ospq_export.engines.plan import Fusion
 from ospq_export.engines.products import Product
 from ospq_export.engines.record import EngineRecord, build_engine
 
@@ -26,7 +26,7 @@ def compiled(file: Path, folder: Path, target: str = TARGET) -> EngineRecord:
 
 def fusion_cells(fusion: Fusion) -> tuple[str, str]:
     """How many products run on Int8, and how many attentions in one kernel."""
-    products = percent(fusion.int8_gemms, fusion.gemms)
+    products = percent(fusion.quantized_gemms, fusion.gemms)
     return products, percent(fusion.fused_attentions, fusion.attentions)
 
 

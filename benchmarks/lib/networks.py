@@ -14,14 +14,15 @@ from torch.utils._pytree import tree_map
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import Batch, DataConfig, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.export.lower import lower, probe_names
-from ospq_export.export.variants import ACTIVATION_LAYOUT, shift_activations
+from ospq_export.export.lower.graph import lower, probe_names
+from ospq_export.export.variants import shift_activations
+from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture
-from ospq_export.graph.insertion import Bits, insert_quantizers
+from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.onnx.half import to_half
-from ospq_export.onnx.write import write_onnx
+from ospq_export.onnx.write import ACTIVATION_LAYOUT, write_onnx
 
 _VALUES_PER_TENSOR = 1 << 14
 
@@ -79,7 +80,7 @@ class Quantized:
         return module
 
 
-def quantize(spec: ModelSpec, input_size: tuple[int, int, int], bits: Bits, images: Tensor) -> Quantized:
+def quantize(spec: ModelSpec, input_size: tuple[int, int, int], bits: Choice, images: Tensor) -> Quantized:
     """Capture a network and set every range from a few images; weights to nearest.
 
     Args:

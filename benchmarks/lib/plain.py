@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.formats.base import Format
+from ospq_export.formats.integer import Integer
+from ospq_export.formats.search import Levels
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer, own_quantizers
 from ospq_export.recipes import Reconstruction
 
@@ -20,6 +23,12 @@ from ospq_export.recipes import Reconstruction
 def round_through(x: Tensor) -> Tensor:
     """Round with the straight-through estimator."""
     return (x.round() - x).detach() + x
+
+
+def levels_of(format_: Format) -> Levels:
+    """The levels of an integer format."""
+    assert isinstance(format_, Integer)
+    return format_.levels
 
 
 class PlainActivation(nn.Module):
@@ -31,7 +40,11 @@ class PlainActivation(nn.Module):
         self.logarithmic = settings.scale_parametrization == "logarithmic"
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.offset = None if source.used_offset is None else source.used_offset.clone()
-        self.lo, self.hi, self.drop = source.levels.lo, source.levels.hi, settings.drop_probability
+        self.lo, self.hi, self.drop = (
+            levels_of(source.format).lo,
+            levels_of(source.format).hi,
+            settings.drop_probability,
+        )
 
     def scale(self) -> Tensor:
         """The learned scale."""
@@ -52,7 +65,7 @@ class PlainWeight(nn.Module):
     def __init__(self, source: WeightQuantizer, weight: Tensor) -> None:
         super().__init__()
         self.scale = source.scale.reshape(-1, *[1] * (weight.dim() - 1)).clone()
-        self.lo, self.hi = source.levels.lo, source.levels.hi
+        self.lo, self.hi = levels_of(source.format).lo, levels_of(source.format).hi
         rest = weight / self.scale - torch.floor(weight / self.scale)
         self.v = nn.Parameter(-torch.log(1.2 / (rest + 0.1) - 1.0))
 

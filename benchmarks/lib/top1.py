@@ -20,8 +20,8 @@ from lib.command import add_network, make_parser
 from lib.markdown import table as markdown
 from lib.origin import origin
 from lib.rows import Row, Table
+from lib.twins import twin_state_dict
 from ospq_export.calibrate import calibrate
-from ospq_export.graph.outliers import twin_state_dict
 from ospq_export.models.timm import create_model
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import load_recipe

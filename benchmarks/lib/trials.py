@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lib.classifiers import image_set, observed_network
-from ospq_export.calibrate.objectives.losses import kl_divergence, total_variation
-from ospq_export.calibrate.slicing.auto import Candidate, Trials, candidate_of
+from ospq_export.calibrate.slicing.auto import Trials
+from ospq_export.calibrate.slicing.plan import Candidate, candidate_of
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.runs.run import Run
+from ospq_export.tasks.classify import kl_divergence, total_variation
 
 _TEMPERATURES = (1.0, 2.0, 4.0)
 

@@ -1,10 +1,12 @@
-"""A checkpoint per finished slice: what its quantizers and biases have become, and its record; a resumed run starts from them."""
+"""What a calibration leaves while it runs: a checkpoint per finished slice, from which a resumed run goes on, and its events."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from torch import fx
@@ -12,7 +14,7 @@ from torch import fx
 from ospq_export.calibrate.reconstruct.bias import corrected_biases
 from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import own_quantizers
-from ospq_export.runs.files import CHECKPOINTS
+from ospq_export.runs.files import CHECKPOINTS, json_line
 from ospq_export.runs.manifest import QuantizerRecord, SliceRecord
 from ospq_export.runs.run import load_bias, load_quantizer, quantizer_tensors
 from ospq_export.runs.tensors import read_tensors, write_tensors
@@ -72,3 +74,38 @@ def parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:
         raise InputError(
             "the checkpoint is damaged", where=path, fix="delete this file and run again"
         ) from error
+
+
+Events = Callable[[str, dict[str, Any]], None]
+"""Called with what happened, "cost", "slice", "done", and its facts."""
+
+
+def no_events(_event: str, _facts: dict[str, Any]) -> None:
+    """For calibrations that nobody listens to."""
+
+
+def json_lines(target: str) -> Events:
+    """Appends a line per event, {"event": ..., "time": seconds since 1970, ...}, to a file, or to standard error for "-".
+
+    Each line is written as a whole and at once, so that a reader never sees a part of one.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def write(event: str, facts: dict[str, Any]) -> None:
+        line = json_line({"event": event, "time": round(time.time(), 3), **facts})
+        if target == "-":
+            sys.stderr.write(line)
+            return
+        try:
+            with Path(target).open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise InputError(
+                f"cannot be written: {error.strerror or error}",
+                where=target,
+                fix="choose another `log_json`",
+            ) from error
+
+    return write

@@ -6,13 +6,22 @@ one whose logits depend on the other images of the batch, would be calibrated, e
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
-from ospq_export.runs.tensors import image_digests
+from ospq_export.recipes import Recipe
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, is_temporary, sha256
+from ospq_export.runs.manifest import Manifest, check_files, differences, read_manifest
+from ospq_export.runs.tensors import image_digests, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -156,3 +165,128 @@ def check_images(images: Tensor) -> int:
     if distinct < len(images):
         log.warning("only %d of the %d calibration images are distinct", distinct, len(images))
     return distinct
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory, which is made if need be, and goes again where nothing was written into it.
+
+    The operating system gives the lock up when its holder dies, however it dies: a lock file that is left over holds nobody.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be made.
+    """
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            "another process is calibrating into this folder",
+            where=folder,
+            fix="wait for it, or choose another `out`",
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror or error}", where=folder, fix="choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        # Removed while it is still held: who opens the name afterwards makes a lock of its own.
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_output_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but an interrupted calibration.
+
+    Raises:
+        InputError: `out` is a file, a finished run, or a folder with other content.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError("the output is not a folder", where=out, fix="choose another `out`")
+    if all(path.name == LOCK or is_temporary(path) for path in out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise InputError("the output folder is not empty", where=out, fix="choose another `out`")
+    if read_manifest(out).status == "calibrated":
+        raise InputError(
+            "the output folder already holds a finished run", where=out, fix="choose another `out`"
+        )
+
+
+def check_batch(recipe: Recipe, images: int) -> None:
+    """Hold the number of images to the recipe's batch.
+
+    Raises:
+        InputError: there are too few.
+    """
+    settings = recipe.reconstruction
+    if settings.iterations > 0 and images < settings.batch_size:
+        raise InputError(
+            f"{images} calibration images are fewer than a batch of {settings.batch_size}",
+            where="`data`",
+            fix=f"give more images, or `overrides` reconstruction.batch_size={images}",
+        )
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Hold the recipe's batch to the number of processes.
+
+    Raises:
+        InputError: they cannot share it evenly.
+    """
+    size, batch = int(os.environ.get("WORLD_SIZE", "1")), recipe.reconstruction.batch_size
+    if batch % size:
+        raise InputError(
+            f"a batch of {batch} images cannot be shared evenly by {size} processes",
+            where="reconstruction.batch_size",
+            fix=f"`overrides` reconstruction.batch_size={max(1, batch // size) * size}",
+        )
+
+
+def check_same(out: Path, found: Manifest, manifest: Manifest, captured: fx.GraphModule) -> None:
+    """Hold an interrupted run to the one that is about to continue it.
+
+    Args:
+        out: the run directory.
+        found: its manifest.
+        manifest: what this run would have written at its start.
+        captured: the float network.
+
+    Raises:
+        InputError: they differ.
+    """
+    check_files(out, found)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / FLOAT_TENSORS
+        write_tensors(probe, dict(captured.named_buffers()))
+        files = {FLOAT_TENSORS: sha256(probe)}
+    theirs, mine = found.identity(), manifest.model_copy(update={"files": files}).identity()
+    changed = [key for key in mine if mine[key] != theirs[key]]
+    if changed:
+        what = "; ".join(differences(theirs, mine))
+        raise InputError(
+            f"the interrupted run there was made with another {', '.join(changed)} ({what})",
+            where=out,
+            fix="repeat the very same command to resume, or choose another `out`",
+        )
+    before, now = found.calibration.threads, manifest.calibration.threads
+    if before not in (None, now):
+        log.warning(
+            "the run was begun with %d threads and goes on with %d: the last digits of its sums differ from those of a "
+            "run that is not interrupted; `threads` %d avoids it",
+            before,
+            now,
+            before,
+        )

@@ -11,24 +11,21 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ospq_export.calibrate.before import check_same
-from ospq_export.calibrate.checkpoints import checkpoint, parsed, restore, save, share
+from ospq_export.calibrate.checkpoints import Events, checkpoint, no_events, parsed, restore, save, share
+from ospq_export.calibrate.checks import check_same
 from ospq_export.calibrate.cost import check_budget, cost_of
-from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.objectives import objectives
 from ospq_export.calibrate.objectives.base import Context
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, Step, walk
 from ospq_export.calibrate.reconstruct.store import Store
-from ospq_export.calibrate.reconstruct.walk import Step, walk
 from ospq_export.calibrate.slicing.auto import choose_slicing
-from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_aware_slicing
-from ospq_export.calibrate.slicing.plan import OUTLIER_AWARE
+from ospq_export.calibrate.slicing.plan import OUTLIER_AWARE, cut_dominance, outlier_aware_slicing
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
 from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice, extract
-from ospq_export.onnx.sizes import ONNX_BYTES, files_summary
+from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,

@@ -11,15 +11,21 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from ospq_export.calibrate.before import check_batch, check_output_folder, check_processes
-from ospq_export.calibrate.checks import check_graph, check_images, check_module, float_products
+from ospq_export.calibrate.checkpoints import Events, no_events
+from ospq_export.calibrate.checks import (
+    check_batch,
+    check_graph,
+    check_images,
+    check_module,
+    check_output_folder,
+    check_processes,
+    float_products,
+    locked,
+)
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
-from ospq_export.calibrate.events import Events, no_events
 from ospq_export.calibrate.job import Job, Options
-from ospq_export.calibrate.lock import locked
-from ospq_export.calibrate.observe import observation_steps, observe
-from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.observe import observation_steps, observe, outlier_profile
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.formats.choice import Choice

@@ -132,8 +132,8 @@ def run_calibrate(
 
     `images` finds them and returns a function of the preprocessing and the network's number of outputs that gives the set.
     """
-    from ospq_export.calibrate.before import check_output_folder
-    from ospq_export.calibrate.events import json_lines, no_events
+    from ospq_export.calibrate.checkpoints import json_lines, no_events
+    from ospq_export.calibrate.checks import check_output_folder
     from ospq_export.calibrate.reconstruct.store import parse_bytes
     from ospq_export.calibrate.stage import calibrate
     from ospq_export.progress import stage_progress
@@ -179,7 +179,7 @@ def run_calibrate(
 
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
     """What is known before the network is built."""
-    from ospq_export.calibrate.before import check_processes
+    from ospq_export.calibrate.checks import check_processes
     from ospq_export.models.timm import network_bytes, torch_device
     from ospq_export.world import room
 
@@ -195,7 +195,7 @@ def _check_images(
     found: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
 ) -> None:
     """What is known before images are decoded."""
-    from ospq_export.calibrate.before import check_batch
+    from ospq_export.calibrate.checks import check_batch
     from ospq_export.graph.capture import capture
     from ospq_export.graph.granularity import slicing_of
     from ospq_export.world import room

@@ -68,7 +68,7 @@ def inspect(
     compute_with(threads)
     import torch
 
-    from ospq_export.calibrate.profile import outlier_profile
+    from ospq_export.calibrate.observe import outlier_profile
     from ospq_export.data import Classes, ImageSet, resolve_data_config, scan_folder
     from ospq_export.graph.capture import capture
     from ospq_export.models.timm import create_model, torch_device

@@ -1,10 +1,9 @@
 """Images on their way into a network: the preprocessing, where images come from, and batches of tensors."""
 
 from ospq_export.data.classes import ClassChoice, Classes, known_classes, number_classes
-from ospq_export.data.config import DataConfig, resolve_data_config
+from ospq_export.data.config import DataConfig, ImagesRecord, resolve_data_config
 from ospq_export.data.folders import scan_folder
 from ospq_export.data.images import Batch, ImageSet
-from ospq_export.data.record import ImagesRecord
 
 __all__ = [
     "Batch",

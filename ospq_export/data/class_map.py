@@ -1,15 +1,77 @@
-"""Reading a class map: which output of a network a class folder belongs to."""
+"""Which name belongs to which output: class maps from files, WordNet ids, and the orders that names are numbered in."""
+
+from __future__ import annotations
 
 import codecs
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ospq_export.data.natural import class_name
 from ospq_export.errors import InputError
+
+# timm has the table of this subset's heads but no name for it.
+_UNNAMED = {10450: ("imagenet-21k-miil-w21", "imagenet21k_miil_w21_synsets.txt")}
+
+
+def is_wordnet_id(name: str) -> bool:
+    """Whether a name looks like n01440764."""
+    return re.fullmatch(r"n[0-9]{8}", name) is not None
+
+
+def wordnet_table(outputs: int) -> tuple[str, Sequence[str]] | None:
+    """The table, in timm, of the ImageNet subset with as many classes as the network has outputs.
+
+    Returns:
+        The subset's name and the WordNet ids in the order of the outputs; None where timm knows no such subset.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if outputs in _UNNAMED:
+        name, file = _UNNAMED[outputs]
+        return name, (files("timm.data") / "_info" / file).read_text().split()
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    return None if subset is None else (subset, ImageNetInfo(subset).label_names())
+
+
+def natural_key(name: str) -> list[int | str]:
+    """A name's key in timm's order: digits by value, letters without case; unlike timm's own it takes digits such as '²' too."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def class_name(raw: str) -> str:
+    """A folder's or a file's name as a class name: machines differ in how they compose letters (NFC, NFD)."""
+    return unicodedata.normalize("NFC", raw)
+
+
+def plain_order(names: Sequence[str]) -> list[str]:
+    """Sorted by code points, as torchvision's ImageFolder numbers classes."""
+    return sorted(names)
+
+
+def natural_order(names: Sequence[str]) -> list[str]:
+    """Sorted as timm numbers classes; names that timm's key does not tell apart are in plain order."""
+    return sorted(names, key=lambda name: (natural_key(name), name))
+
+
+def natural_ties(names: Sequence[str]) -> list[str]:
+    """The first two names that timm's order does not tell apart, such as '1' and '01'; nothing where there are none."""
+    ordered = natural_order(names)
+    for one, other in pairwise(ordered):
+        if natural_key(one) == natural_key(other):
+            return [one, other]
+    return []
+
+
+def decomposed_order(names: Sequence[str]) -> list[str]:
+    """Plain order as a machine sees it that stores letters and their accents apart (NFD)."""
+    return sorted(names, key=lambda name: unicodedata.normalize("NFD", name))
+
 
 _FORMS = "one name a line, 'index,name', 'name,index' or 'index name' lines, or JSON"
 _HEADINGS = frozenset(

@@ -8,11 +8,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from ospq_export.data.class_map import read_class_map
+from ospq_export.data.class_map import (
+    decomposed_order,
+    is_wordnet_id,
+    natural_order,
+    natural_ties,
+    plain_order,
+    read_class_map,
+    wordnet_table,
+)
+from ospq_export.data.config import ClassLevel
 from ospq_export.data.folders import Scan
-from ospq_export.data.natural import decomposed_order, natural_order, natural_ties, plain_order
-from ospq_export.data.record import ClassLevel
-from ospq_export.data.wordnet import is_wordnet_id, wordnet_table
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ospq_export.data.formats import picture_extensions
-from ospq_export.data.natural import class_name, natural_key
-from ospq_export.data.record import ClassLevel
+from ospq_export.data.class_map import class_name, natural_key
+from ospq_export.data.config import ClassLevel
+from ospq_export.data.pixels import picture_extensions
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ospq_export.data.classes import ClassChoice, Classes, check_folders, number_classes
-from ospq_export.data.config import DataConfig
-from ospq_export.data.decode import Decoded, Decoder, gather
+from ospq_export.data.config import DataConfig, ImagesRecord
 from ospq_export.data.folders import Scan, scan_folder
-from ospq_export.data.notes import Notes
-from ospq_export.data.record import ImagesRecord
-from ospq_export.data.sampling import stratified
-from ospq_export.data.sources import NO_LABEL, ArraySource, FolderSource, Source
+from ospq_export.data.pixels import Notes
+from ospq_export.data.sources import (
+    NO_LABEL,
+    ArraySource,
+    Decoded,
+    Decoder,
+    FolderSource,
+    Source,
+    gather,
+    stratified,
+)
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)

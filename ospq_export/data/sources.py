@@ -1,4 +1,6 @@
-"""Where images come from: files, or arrays in memory."""
+"""Where images lie, which endings they have, how one is read, and which are drawn."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from ospq_export.data.config import DataConfig
 from ospq_export.data.pixels import read_picture
 
 NO_LABEL = -1
@@ -73,3 +79,88 @@ class FolderSource:
     def decode(self, index: int, mode: str, exif: bool) -> tuple[Image.Image, tuple[str, ...]]:
         """Image `index` in PIL mode `mode`, and notes on it; see `read_picture`."""
         return read_picture(self.paths[index], mode, exif=exif)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image.
+
+    Attributes:
+        index: Its place in the source.
+        pixels: (C, H, W) float32, or the reason why there are none.
+        notes: What has to be said about it.
+    """
+
+    index: int
+    pixels: Tensor | str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a worker hands over: the images it could read as one tensor, for each costs a file descriptor.
+
+    Attributes:
+        indices: Places of the readable images in the source.
+        images: float32, (len(indices), C, H, W).
+        notes: What has to be said about each of them.
+        unreadable: Places of the others, and why they could not be read.
+    """
+
+    indices: list[int]
+    images: Tensor
+    notes: list[tuple[str, ...]]
+    unreadable: list[tuple[int, str]]
+
+
+class Decoder(Dataset[Decoded]):
+    """Decoding and the transform, and never an exception for a bad file."""
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        self._source = source
+        self._config = config
+        self._transform = config.transform()
+
+    def __getitem__(self, index: int) -> Decoded:
+        try:
+            image, notes = self._source.decode(index, self._config.image_mode, self._config.exif)
+        except Exception as error:
+            # PIL's decoders raise all sorts of things on damaged files, SyntaxError and struct.error too.
+            return Decoded(index, f"{type(error).__name__}: {error}")
+        return Decoded(index, self._transform(image), notes)
+
+
+def gather(decoded: list[Decoded]) -> Chunk:
+    """Puts a batch of decoded images together."""
+    readable = [(d.index, d.pixels, d.notes) for d in decoded if isinstance(d.pixels, Tensor)]
+    return Chunk(
+        [index for index, _, _ in readable],
+        torch.stack([pixels for _, pixels, _ in readable]) if readable else torch.empty(0),
+        [notes for _, _, notes in readable],
+        [(d.index, d.pixels) for d in decoded if isinstance(d.pixels, str)],
+    )
+
+
+def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Places of a random sample in which every class has its share, so that it stands for the whole set.
+
+    Classes get their proportional part, rounded down, and those with the largest remainders one more until `count` is reached
+    (Hamilton's method; equal remainders are drawn by lot).
+
+    Args:
+        labels: Classes of all images, (N,); images without a class are a class of their own.
+        count: How many, at most N.
+        seed: The choice depends on nothing else.
+
+    Returns:
+        The places, (count,), in ascending order.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    sizes = np.array([len(group) for group in groups])
+    parts, remainders = np.divmod(sizes * count, len(labels))
+    # lexsort: the last key decides first.
+    largest = np.lexsort((rng.permutation(len(groups)), -remainders))
+    parts[largest[: count - parts.sum()]] += 1
+    chosen = [rng.choice(group, part, replace=False) for group, part in zip(groups, parts, strict=True)]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)

@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.progress import Progress
 
 from ospq_export.engines.build import BuildSettings, Built, build, check_settings
-from ospq_export.engines.fusion import Fusion, analyse
-from ospq_export.engines.plan import PlanLayer, layers_from_inspector, layers_from_log
+from ospq_export.engines.plan import Fusion, PlanLayer, analyse, layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product, load, recorder
 from ospq_export.errors import InputError
 from ospq_export.runs.files import json_text, replacing, sha256

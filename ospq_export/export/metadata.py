@@ -1,11 +1,14 @@
-"""What a file says of itself: key-value pairs in the ONNX model's metadata."""
+"""What files say of themselves and of a run: metadata of an ONNX model, and scales.json."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
+from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.manifest import SCHEMA_VERSION, Manifest
 from ospq_export.runs.run import Run
 
 
@@ -40,4 +43,30 @@ def _common_metadata(run: Run) -> dict[str, str]:
         "preprocessing": manifest.data.model_dump_json(),
         **({"classes": json.dumps(classes)} if classes else {}),
         **({"classes_source": manifest.classes_source} if manifest.classes_source else {}),
+    }
+
+
+def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, Any]:
+    """Per slice, per quantizer: bits, grid, levels, scale (a list per output channel for weights), offset, axis.
+
+    Scales are in the units of the tensor and exact: a float32 has a shortest decimal form that reads back to the same bits.
+    """
+    slices: list[dict[str, Any]] = [
+        {"index": s.index, "name": s.name, "start": s.start, "end": s.end, "quantizers": []}
+        for s in manifest.slices
+    ]
+    for record in manifest.quantizers:
+        entry: dict[str, Any] = record.model_dump(mode="json", exclude={"slice", "format"}) | record.format
+        if record.kind == "weight":
+            entry["scale"] = network.weights[record.name].scale.tolist()
+        else:
+            quantizer = network.activations[record.name]
+            entry["scale"], entry["offset"] = float(quantizer.scale), float(quantizer.offset)
+        entry["zero_point"] = 0
+        slices[record.slice]["quantizers"].append(entry)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": manifest.model.name,
+        "recipe": manifest.recipe.name,
+        "slices": slices,
     }

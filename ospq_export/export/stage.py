@@ -15,8 +15,7 @@ from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.export.lower.graph import lower, probe_names
-from ospq_export.export.metadata import float_metadata, quantized_metadata
-from ospq_export.export.scales import describe_scales
+from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
 from ospq_export.export.variants import shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.half import to_half
@@ -36,11 +35,12 @@ from ospq_export.runs.files import (
     UINT8_ACTIVATIONS_ONNX,
     UINT8_ONNX,
     data_file,
+    staging,
+    take,
     write_json,
 )
 from ospq_export.runs.manifest import Manifest, record_files, write_manifest
 from ospq_export.runs.run import Run
-from ospq_export.runs.staging import staging, take
 from ospq_export.world.processor import examine_processor
 from ospq_export.world.room import CERTAIN, check_disk, check_folder
 

@@ -16,8 +16,15 @@ from torch import Tensor
 
 from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample
 from ospq_export.formats.kernels import FakeQuantize
-from ospq_export.formats.levels import INT8_MAX, INT8_MIN, Grid, Levels, symmetric_levels
-from ospq_export.formats.search import search_activation_range, search_weight_scale
+from ospq_export.formats.search import (
+    INT8_MAX,
+    INT8_MIN,
+    Grid,
+    Levels,
+    search_activation_range,
+    search_weight_scale,
+    symmetric_levels,
+)
 
 _NAME = re.compile(r"int([2-8])")
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.errors import InputError
-from ospq_export.graph.batch_norm import fold_batch_norm
 from ospq_export.graph.einsum import expand_einsums
 from ospq_export.graph.rewrite import (
     VIEWS,
     add_constant,
     call_functions,
     constant_of,
+    fold_batch_norm,
     insert_call,
     replace_node,
 )

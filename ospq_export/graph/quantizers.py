@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.formats.base import Format, Neighbours, Range
-from ospq_export.formats.soft import inverse_rectified_sigmoid, random_kept, rectified_sigmoid
+from ospq_export.formats.kernels import inverse_rectified_sigmoid, random_kept, rectified_sigmoid
 
 
 class Mode(StrEnum):

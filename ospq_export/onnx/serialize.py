@@ -6,12 +6,45 @@ constants; these follow one by one, as more of the same message's fields: https:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError
-from ospq_export.onnx.sizes import ONNX_BYTES
+from ospq_export.onnx import serialize
+from ospq_export.onnx.read import DATA_SHA256
+from ospq_export.runs.files import (
+    FLOAT_ONNX,
+    FLOAT_TENSORS,
+    QUANTIZED_ONNX,
+    QUANTIZED_TENSORS,
+    data_file,
+    replacing,
+    sha256,
+)
+from ospq_export.world.room import gigabytes
+
+# What protobuf allows one message to have, less room for those who read a file and write it again with more in it: the shapes of
+# all inner tensors, more outputs, another graph of the same weights.
+ONNX_BYTES = (1 << 31) - 1 - (1 << 26)
+
+
+def files_summary(weights: int, quantized: int, most: int) -> str:
+    """One line for people: what the files of a run and of its export will weigh.
+
+    Args:
+        weights: bytes of the float constants.
+        quantized: bytes of the same where the quantized weights are codes of one byte.
+        most: bytes that one ONNX file holds; more lies beside it.
+    """
+    exported = [
+        f"{name} {gigabytes(size)}{' (its weights in a file beside it)' if size > most else ''}"
+        for name, size in ((QUANTIZED_ONNX, quantized), (FLOAT_ONNX, weights))
+    ]
+    kept = f"{FLOAT_TENSORS} {gigabytes(weights)}, {QUANTIZED_TENSORS} {gigabytes(quantized)}"
+    return f"files: {kept}; of an export: {', '.join(exported)}"
+
 
 # Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
 STREAMED_BYTES = 1 << 18
@@ -127,3 +160,83 @@ def _varint(value: int) -> Iterator[int]:
         yield value & 0x7F | 0x80
         value >>= 7
     yield value
+
+
+log = logging.getLogger(__name__)
+
+# In a file that is too large, constants beyond this size, in bytes, lie beside it; the rest, shapes above all, stays inside.
+EXTERNAL_BYTES = 1 << 10
+# What the standard recommends for mapping into memory: a page, and for large tensors the unit that Windows maps in.
+_PAGE, _WINDOWS_UNIT, _LARGE = 1 << 12, 1 << 16, 1 << 20
+
+
+def save(proto: Any, tensors: Sequence[Any], path: Path) -> None:
+    """Write a split model as one file, or as two where one would be too large; whichever it was before.
+
+    Args:
+        proto: what `serialize.split` gave; its graph is cleared.
+        tensors: the constants that it lacks.
+        path: the ONNX file; its weights go to `runs.files.data_file(path)`.
+
+    Raises:
+        InputError: a file cannot be written, or is too large even without its weights.
+    """
+    data = data_file(path)
+    if serialize.file_bytes(proto, tensors) <= serialize.MAX_BYTES:
+        with replacing(path) as temporary:
+            serialize.write(proto, list(tensors), temporary, path)
+        data.unlink(missing_ok=True)
+        return
+    outside = [*tensors, *_unloaded(proto)]
+    # The weights take their place first: an ONNX file never stands beside those of the one before it.
+    with replacing(path) as temporary, replacing(data) as weights:
+        offsets = _write(outside, weights)
+        proto.graph.initializer.extend(
+            _reference(tensor, data.name, offset) for tensor, offset in zip(outside, offsets, strict=True)
+        )
+        proto.metadata_props.add(key=DATA_SHA256, value=sha256(weights))
+        serialize.write(proto, [], temporary, path)
+    log.info("%s is too large for one file: its weights are in %s", path.name, data.name)
+
+
+def _unloaded(proto: Any) -> list[Any]:
+    """Take the constants of medium size out of a split model, as onnx_ir tensors; integers that may be shapes stay."""
+    import onnx_ir as ir
+    from onnx import TensorProto
+
+    kept: list[Any] = []
+    taken: list[Any] = []
+    for tensor in proto.graph.initializer:
+        moves = tensor.ByteSize() > EXTERNAL_BYTES and tensor.data_type != TensorProto.INT64
+        copy = TensorProto()
+        copy.CopyFrom(tensor)
+        (taken if moves else kept).append(copy)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return [ir.serde.TensorProtoTensor(tensor) for tensor in taken]
+
+
+def _write(tensors: Sequence[Any], path: Path) -> list[int]:
+    """Write tensors one after the other, each where it may be mapped; where each begins, in bytes."""
+    offsets = []
+    with path.open("wb") as file:
+        for tensor in tensors:
+            unit = _WINDOWS_UNIT if tensor.nbytes > _LARGE else _PAGE
+            file.seek(-file.tell() % unit, 1)
+            offsets.append(file.tell())
+            tensor.tofile(file)
+    return offsets
+
+
+def _reference(tensor: Any, location: str, offset: int) -> Any:
+    """A TensorProto that says where its values lie."""
+    from onnx import StringStringEntryProto, TensorProto
+
+    entries = {"location": location, "offset": str(offset), "length": str(tensor.nbytes)}
+    return TensorProto(
+        dims=tensor.shape.numpy(),
+        data_type=int(tensor.dtype),
+        name=tensor.name,
+        data_location=TensorProto.EXTERNAL,
+        external_data=[StringStringEntryProto(key=key, value=value) for key, value in entries.items()],
+    )

@@ -18,9 +18,8 @@ import torch
 from torch import fx
 
 from ospq_export.errors import InputError
-from ospq_export.onnx import external, serialize
-from ospq_export.onnx.inner import describe_inner_only, hide_outputs
-from ospq_export.onnx.names import name_everything
+from ospq_export.onnx import serialize
+from ospq_export.onnx.names import describe_inner_only, hide_outputs, name_everything
 
 # From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
 # its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
@@ -87,7 +86,7 @@ def write_translated(
     describe_inner_only(proto)
     serialize.check(proto, tensors, path)
     check_deployable(proto, path)
-    external.save(proto, tensors, path)
+    serialize.save(proto, tensors, path)
 
 
 def translate(

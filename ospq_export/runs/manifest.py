@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from ospq_export.data.config import DataConfig
-from ospq_export.data.record import ClassLevel
+from ospq_export.data.config import ClassLevel, DataConfig
 from ospq_export.errors import InputError
 from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ospq_export.tasks.base import Task
+from ospq_export.tasks.base import Outputs, Task
 from ospq_export.tasks.comparison import Comparison, compare
-from ospq_export.tasks.outputs import Outputs
 from ospq_export.tasks.statistics import FloatArray, IntArray
 
 

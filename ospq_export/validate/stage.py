@@ -12,14 +12,12 @@ from rich.progress import Progress
 from ospq_export.errors import InputError
 from ospq_export.progress import stepper
 from ospq_export.runs.files import REPORT, write_json
+from ospq_export.tasks.base import Outputs
 from ospq_export.tasks.classify import TASKS
 from ospq_export.tasks.comparison import Collector
-from ospq_export.tasks.outputs import Outputs
 from ospq_export.validate.codes.samples import Samples, locate
 from ospq_export.validate.executions.backends import Backend, FloatArray
-from ospq_export.validate.executions.baseline import open_baseline
-from ospq_export.validate.executions.chosen import open_executions
-from ospq_export.validate.executions.origin import check_preprocessing
+from ospq_export.validate.executions.chosen import check_preprocessing, open_baseline, open_executions
 from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
     DEFAULT_BACKENDS,

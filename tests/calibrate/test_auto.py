@@ -7,12 +7,10 @@ import torch
 from conftest import CUDA, calibrated_demo
 
 from ospq_export.calibrate.cost import step_bytes
-from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.observe import observe, outlier_profile
 from ospq_export.calibrate.slicing import auto
 from ospq_export.calibrate.slicing.auto import choose_slicing
-from ospq_export.calibrate.slicing.outlier_aware import cut_dominance
-from ospq_export.calibrate.slicing.plan import division, image_steps, plan
+from ospq_export.calibrate.slicing.plan import cut_dominance, division, image_steps, plan
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.formats.choice import integers

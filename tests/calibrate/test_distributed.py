@@ -11,10 +11,9 @@ import pytest
 import torch
 from helpers import finished, tiny
 
-from ospq_export.calibrate.before import check_processes
+from ospq_export.calibrate.checks import check_processes
 from ospq_export.calibrate.observe import observe
-from ospq_export.calibrate.reconstruct.activations import SliceData
-from ospq_export.calibrate.reconstruct.batches import Batches
+from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture

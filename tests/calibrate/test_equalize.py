@@ -9,8 +9,7 @@ from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.observe import observe
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, fingerprint
-from ospq_export.graph.equalization.rescale import rescale
-from ospq_export.graph.equalization.sites import find_sites
+from ospq_export.graph.equalization import find_sites, rescale
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.record import ModelSpec

@@ -16,8 +16,7 @@ from ospq_export.calibrate.objectives.squared import Squared
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward, rows_of
 from ospq_export.calibrate.reconstruct.bias import correct_biases
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
-from ospq_export.calibrate.reconstruct.walk import walk
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, walk
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import slicing_of

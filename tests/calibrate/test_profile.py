@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from lib.twins import inject_outliers
 from scipy.stats import kurtosis
 
-from ospq_export.calibrate.profile import outlier_profile
+from ospq_export.calibrate.observe import outlier_profile
 from ospq_export.demo import demo_spec
 from ospq_export.graph.capture import capture
-from ospq_export.graph.outliers import inject_outliers
 from ospq_export.models.timm import create_model
 
 

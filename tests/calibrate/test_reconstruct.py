@@ -8,9 +8,8 @@ import torch
 from ospq_export.calibrate.objectives.squared import literal_loss
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
-from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, walk
 from ospq_export.calibrate.reconstruct.rounding import annealed_beta, rounding_regularizer
-from ospq_export.calibrate.reconstruct.walk import walk
 from ospq_export.formats.choice import integers
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import insert_quantizers

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import SPEC, finished, tiny
 
-from ospq_export.calibrate.lock import LOCK, locked
+from ospq_export.calibrate.checks import LOCK, locked
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 def test_one_process_per_folder(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from ospq_export.calibrate.lock import locked\n"
+        "import sys; from pathlib import Path; from ospq_export.calibrate.checks import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); input()"
     )
     holder = subprocess.Popen(

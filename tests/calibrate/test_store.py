@@ -12,10 +12,9 @@ import torch
 from helpers import SPEC, finished, tiny
 
 from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.checkpoints import json_lines
 from ospq_export.calibrate.cost import cost_of
-from ospq_export.calibrate.events import json_lines
-from ospq_export.calibrate.reconstruct.activations import SliceData
-from ospq_export.calibrate.reconstruct.batches import Batches
+from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
 from ospq_export.calibrate.reconstruct.store import Store, parse_bytes
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError

@@ -10,7 +10,7 @@ import timm.data
 from ospq_export.data import ClassChoice, Classes, known_classes, number_classes
 from ospq_export.data.class_map import read_class_map
 from ospq_export.data.folders import Scan
-from ospq_export.data.sampling import stratified
+from ospq_export.data.sources import stratified
 from ospq_export.errors import InputError
 
 LETTERS = {"cat": 0, "dog": 1, "emu": 2}

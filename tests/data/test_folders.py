@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from timm.utils.misc import natural_key as timms_key
 
+from ospq_export.data.class_map import natural_key
 from ospq_export.data.folders import Scan, scan_folder
-from ospq_export.data.formats import picture_extensions
-from ospq_export.data.natural import natural_key
+from ospq_export.data.pixels import picture_extensions
 from ospq_export.errors import InputError
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from ospq_export.data import DataConfig, ImageSet
-from ospq_export.data import notes as said
+from ospq_export.data import pixels as said
 from ospq_export.data.pixels import read_picture
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)

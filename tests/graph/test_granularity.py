@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import Captured
 
-from ospq_export.calibrate.profile import outlier_profile
-from ospq_export.calibrate.slicing.outlier_aware import cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.observe import outlier_profile
+from ospq_export.calibrate.slicing.plan import cut_dominance, outlier_aware_slicing
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, quantizable_nodes

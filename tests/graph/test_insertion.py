@@ -7,7 +7,7 @@ from torch import nn
 from ospq_export.calibrate.observe import observe
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
-from ospq_export.formats.levels import Grid
+from ospq_export.formats.search import Grid
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lib.twins import inject_outliers, twin_state_dict
 from safetensors.torch import save_file
 
 from ospq_export.calibrate.equalize import equalize
@@ -12,7 +13,6 @@ from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.insertion import insert_quantizers
-from ospq_export.graph.outliers import inject_outliers, twin_state_dict
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model

@@ -23,7 +23,7 @@ from ospq_export.export import export
 from ospq_export.export.stage import Extras
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
-from ospq_export.onnx import external, serialize
+from ospq_export.onnx import serialize
 from ospq_export.onnx.lint import lint
 from ospq_export.onnx.read import read_model
 from ospq_export.recipes import load_recipe
@@ -142,7 +142,7 @@ def test_replaced_and_never_appended_to(
 ) -> None:
     def save(limit: int) -> dict[str, bytes]:
         monkeypatch.setattr(serialize, "MAX_BYTES", limit)
-        external.save(*serialize.split(onnx_ir.load(str(pair[0] / "model.onnx"))), tmp_path / "m.onnx")
+        serialize.save(*serialize.split(onnx_ir.load(str(pair[0] / "model.onnx"))), tmp_path / "m.onnx")
         return {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     first = save(LIMIT)
@@ -193,7 +193,7 @@ def test_no_space_for_the_weights_leaves_what_was_there(
 
     run_copy = Path(shutil.copytree(pair[1], tmp_path / "run"))
     monkeypatch.setattr(serialize, "MAX_BYTES", LIMIT)
-    monkeypatch.setattr(external, "_write", full)
+    monkeypatch.setattr(serialize, "_write", full)
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
     with pytest.raises(InputError, match=r"cannot be written: No space left.*model_fp32\.onnx\.data"):
         export(run_copy, overwrite=True)
@@ -206,7 +206,7 @@ def test_too_large_without_its_weights(
     monkeypatch.setattr(serialize, "MAX_BYTES", 10_000)
     proto, tensors = serialize.split(onnx_ir.load(str(pair[0] / "model.onnx")))
     with pytest.raises(InputError, match="one ONNX file holds"):
-        external.save(proto, tensors, tmp_path / "m.onnx")
+        serialize.save(proto, tensors, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

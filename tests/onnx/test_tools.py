@@ -9,7 +9,7 @@ import tools
 import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from ospq_export.onnx.inner import describe_inner_only, hide_outputs
+from ospq_export.onnx.names import describe_inner_only, hide_outputs
 from ospq_export.onnx.write import write_onnx
 
 

@@ -24,7 +24,7 @@ from ospq_export.tasks.comparison import Flip, margin_histogram
 from ospq_export.validate import Report, render, validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.report import plots
-from ospq_export.validate.report.thumbnails import data_url
+from ospq_export.validate.report.documents import data_url
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 40
@@ -380,7 +380,7 @@ def test_outlier_plot_marks_the_slices_that_were_chosen(validated):
 def test_a_folder_of_files(tmp_path):
     """Ids are found again in a folder, where some files cannot be read."""
     from ospq_export.data import DataConfig
-    from ospq_export.validate.report.thumbnails import thumbnails
+    from ospq_export.validate.report.documents import thumbnails
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

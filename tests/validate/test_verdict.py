@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from ospq_export.tasks.comparison import compare, margin_change, two_classes
-from ospq_export.validate.accuracy import accuracy_change, accuracy_criteria
 from ospq_export.validate.codes.records import Location
-from ospq_export.validate.faithful import faithful_criteria
+from ospq_export.validate.criteria import accuracy_change, accuracy_criteria, faithful_criteria
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.verdict import Thresholds, conclude
 
@@ -217,8 +216,8 @@ def test_margin_change_by_loops():
 
 def test_a_single_logit_is_two_classes():
     from ospq_export.errors import InputError
+    from ospq_export.tasks.base import Outputs
     from ospq_export.tasks.comparison import margins, predictions
-    from ospq_export.tasks.outputs import Outputs
 
     logits = np.array([[-1.0], [0.4], [0.6], [np.nan]], np.float32)
     both = two_classes(logits, 0.5)

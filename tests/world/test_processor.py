@@ -10,8 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.demo import demo_images
-from ospq_export.onnx.kernels import integer_kernels
-from ospq_export.onnx.saturation import saturable_pairs
+from ospq_export.onnx.kernels import integer_kernels, saturable_pairs
 from ospq_export.runs.run import Run
 from ospq_export.validate.findings import processor_findings
 from ospq_export.world.processor import PRECISE_KERNELS, Processor, examine_processor

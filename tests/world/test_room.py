@@ -18,7 +18,7 @@ from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model, network_bytes
-from ospq_export.onnx.sizes import ONNX_BYTES, files_summary
+from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
 from ospq_export.runs.run import Run
 from ospq_export.validate import validate
 from ospq_export.world import room

@@ -12,7 +12,7 @@ from ospq_export.calibrate.cost import kept_bytes_per_image
 from ospq_export.calibrate.objectives.base import Context
 from ospq_export.calibrate.objectives.squared import Squared
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
-from ospq_export.graph.tap import Tap
+from ospq_export.graph.rewrite import Tap
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import CLASSIFY
 

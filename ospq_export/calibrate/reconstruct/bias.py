@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
 from ospq_export.graph.quantizers import CorrectedBias, Mode, set_mode
-from ospq_export.graph.tap import Tap
+from ospq_export.graph.rewrite import Tap
 
 aten = torch.ops.aten
 

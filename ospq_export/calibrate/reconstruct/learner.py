@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.calibrate.objectives.base import Objective
-from ospq_export.calibrate.reconstruct.activations import SliceData
-from ospq_export.calibrate.reconstruct.batches import Batches
+from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
 from ospq_export.calibrate.reconstruct.graphed import Graphed, Step
 from ospq_export.calibrate.reconstruct.rounding import SoftRounding, annealed_beta
-from ospq_export.formats.soft import mix
+from ospq_export.formats.kernels import mix
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
     Mode,

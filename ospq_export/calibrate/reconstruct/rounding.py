@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.formats.kernels import blocks
-from ospq_export.formats.soft import SHIFT, STRETCH, rectified_sigmoid
+from ospq_export.formats.kernels import SHIFT, STRETCH, blocks, rectified_sigmoid
 from ospq_export.graph.quantizers import WeightQuantizer
 from ospq_export.recipes import Reconstruction
 from ospq_export.world.processes import SOLO, World

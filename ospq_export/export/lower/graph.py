@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from ospq_export.export.lower.base import lowering_of
+from ospq_export.export.lower import lowering_of
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import Slice
 

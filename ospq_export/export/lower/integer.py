@@ -8,9 +8,9 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from ospq_export.export.lower.base import Builder
+from ospq_export.export.lower import Builder
 from ospq_export.formats.integer import Integer
-from ospq_export.formats.levels import INT8_MAX, INT8_MIN
+from ospq_export.formats.search import INT8_MAX, INT8_MIN
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 
 aten = torch.ops.aten

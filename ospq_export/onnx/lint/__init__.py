@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ospq_export.onnx.lint.attention import attention, doubled, key_transpose
-from ospq_export.onnx.lint.branches import reshaped_into_branch
 from ospq_export.onnx.lint.findings import Finding, Severity, name_of
 from ospq_export.onnx.lint.network import Network
-from ospq_export.onnx.lint.pairs import datatypes, scales, zero_points
+from ospq_export.onnx.lint.pairs import datatypes, reshaped_into_branch, scales, zero_points
 from ospq_export.onnx.lint.parser import codes, constants, names, operators, outputs_computed_twice, types
 from ospq_export.onnx.lint.precision import product_kinds
-from ospq_export.onnx.lint.products import products
+from ospq_export.onnx.lint.products import attention, doubled, key_transpose, products
 from ospq_export.onnx.read import read_model
 
 __all__ = ["RULES", "Finding", "Prediction", "Severity", "lint", "predict"]

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections import Counter
 from collections.abc import Iterator
+from importlib import resources
 from typing import Any
 
 from onnx import TensorProto
 
 from ospq_export.onnx.lint.findings import Finding, refusal
 from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair
-from ospq_export.onnx.lint.operators import constant_types, imported_operators
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return dict(json.loads(resources.files("ospq_export.onnx.lint").joinpath("operators.json").read_text()))
+
+
+def imported_operators() -> frozenset[str]:
+    """Names of the operators that the parser has an importer for; it does not look at their domain."""
+    return frozenset(_table()["operators"])
+
+
+def constant_types() -> frozenset[str]:
+    """Names of the element types that a constant may have."""
+    return frozenset(_table()["constants"])
+
 
 # Operators whose inputs must have one type.
 _ONE_TYPE = {

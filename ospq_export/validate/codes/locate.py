@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import ActivationQuantizer
-from ospq_export.graph.tap import OnValue, Tap
+from ospq_export.graph.rewrite import OnValue, Tap
 from ospq_export.validate.codes.records import (
     CodeDifferences,
     Location,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ospq_export.graph.quantizers import ActivationQuantizer
+from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
 
 _NO_NOISE = 200.0
 
@@ -128,3 +134,49 @@ class CodeDifferences:
     def share(self) -> float:
         """Percent of the codes that differ."""
         return 100.0 * self.differing / max(self.total, 1)
+
+
+class WeightComparison(BaseModel):
+    """One weight's codes against the float weight.
+
+    Attributes:
+        sqnr: signal-to-quantization-noise ratio, dB.
+        histogram: how often each code occurs, in ascending order: of integers -128 .. 127.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    slice: str
+    bits: int
+    sqnr: float
+    histogram: list[int]
+
+
+def weight_comparisons(run: Run) -> list[WeightComparison]:
+    """Every weight of a run, in graph order; from its two tensor files alone.
+
+    Raises:
+        InputError: a tensor file cannot be read.
+    """
+    integers, _ = read_tensors(run.file(QUANTIZED_TENSORS))
+    floats, _ = read_tensors(run.file(FLOAT_TENSORS))
+    result = []
+    for record in run.manifest.quantizers:
+        if record.kind != "weight" or record.constant is None:
+            continue
+        codes, weight = integers[f"{record.name}.codes"], floats[record.constant]
+        format_ = record.read_format()
+        scale = format_.granularity.spread(integers[f"{record.name}.scale"], weight.shape)
+        power = Power()
+        power.add(weight, format_.dequantize(format_.decode(codes), scale))
+        result.append(
+            WeightComparison(
+                name=record.name,
+                slice=run.manifest.slices[record.slice].name,
+                bits=format_.bits,
+                sqnr=power.decibel,
+                histogram=format_.histogram(codes),
+            )
+        )
+    return result

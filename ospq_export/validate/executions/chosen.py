@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ospq_export.errors import InputError
-from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
+from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX, QUANTIZED_TENSORS
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.engines import engine_file
-from ospq_export.validate.executions.origin import check_origin
+from ospq_export.validate.executions.probes import read_proto
 from ospq_export.validate.executions.table import (
     DEFAULT_BACKENDS,
     FAKE_QUANT,
@@ -27,7 +29,51 @@ from ospq_export.validate.executions.table import (
 )
 
 if TYPE_CHECKING:
+    from ospq_export.data import DataConfig
     from ospq_export.runs.run import Run
+
+
+def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
+    """Hold a quantized file to the run it lies in: the same integers, the same preprocessing.
+
+    Raises:
+        InputError: it was exported from another run, or the run's preprocessing was changed since.
+    """
+    path: Path = run.file(file)
+    metadata = {p.key: p.value for p in read_proto(path).metadata_props}
+    if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
+        raise InputError("the file was exported from another run", where=path, fix="export this run again")
+    if json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
+        raise InputError(
+            "the file was exported for another preprocessing than the manifest's",
+            where=path,
+            fix="export this run again",
+        )
+
+
+def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
+    """The first setting in which two preprocessings differ, with both values; None where they are the same."""
+    pairs = ((key, getattr(ours, key), getattr(theirs, key)) for key in type(ours).model_fields)
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def check_preprocessing(run: Run, config: DataConfig) -> None:
+    """Hold the images to the run's preprocessing; whether files are turned as EXIF says is up to those files.
+
+    Raises:
+        InputError: they are prepared differently.
+    """
+    changed = changed_preprocessing(
+        run.manifest.data, config.model_copy(update={"exif": run.manifest.data.exif})
+    )
+    if changed is not None:
+        key, ours, theirs = changed
+        raise InputError(
+            f"the images are prepared with another {key} ({theirs}) than the run was calibrated with ({ours})",
+            where="`data`",
+            fix="use the preprocessing in the manifest",
+        )
+
 
 _NETWORKS = (".onnx", ".engine")
 
@@ -166,3 +212,57 @@ def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     ran = {e.detail.get("file") for e in executions}
     found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
     return [name for name in found if name not in ran]
+
+
+PREFIX = "baseline/"
+_COMPARED = (FAKE_QUANT, OPTIMIZED)
+
+
+def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> list[Backend]:
+    """The other run's fake-quantized network and its ONNX file, as far as this run's are executed, too.
+
+    Args:
+        run: what is validated.
+        other: what it is compared with; another recipe, another calibration or another model for the same data.
+        names: of this run's executions.
+        device: torch device.
+
+    Returns:
+        Executions whose names begin with `PREFIX`.
+
+    Raises:
+        InputError: the other run is not exported, its images are prepared differently, its classes are others, or the two have
+            no execution in common.
+    """
+    _check_comparable(run, other)
+    chosen = [name for name in _COMPARED if name in names]
+    if not chosen:
+        raise InputError(
+            f"neither {' nor '.join(_COMPARED)} is executed, so there is nothing to compare",
+            where="`baseline`",
+            fix=f"add `backends` {OPTIMIZED}",
+        )
+    other.file(QUANTIZED_ONNX)
+    check_origin(other)
+    backends = [TABLE[name].open(other, device) for name in chosen]
+    for backend in backends:
+        backend.name = f"{PREFIX}{backend.name}"
+    return backends
+
+
+def _check_comparable(run: Run, other: Run) -> None:
+    ours, theirs = run.manifest, other.manifest
+    changed = changed_preprocessing(ours.data, theirs.data)
+    if changed is not None:
+        key, mine, others = changed
+        raise InputError(
+            f"the other run prepares its images with another {key} ({others}, this one {mine})",
+            where=f"`baseline` {other.path}",
+            fix="compare runs with the same preprocessing",
+        )
+    if ours.class_to_idx != theirs.class_to_idx:
+        raise InputError(
+            f"the other run has other classes ({len(theirs.class_to_idx)} known, this one {len(ours.class_to_idx)})",
+            where=f"`baseline` {other.path}",
+            fix="compare runs that were calibrated on folders with the same classes",
+        )

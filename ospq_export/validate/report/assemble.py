@@ -24,14 +24,16 @@ from ospq_export.tasks.comparison import (
     topk_accuracy,
 )
 from ospq_export.tasks.statistics import FloatArray, IntArray, expected_calibration_error, wilson
-from ospq_export.validate.accuracy import AccuracyChange, accuracy_change, accuracy_criteria
-from ospq_export.validate.codes.records import Location
-from ospq_export.validate.codes.weights import weight_comparisons
+from ospq_export.validate.codes.records import Location, weight_comparisons
+from ospq_export.validate.criteria import (
+    AccuracyChange,
+    accuracy_change,
+    accuracy_criteria,
+    faithful_criteria,
+)
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.baseline import PREFIX
-from ospq_export.validate.executions.chosen import not_executed
+from ospq_export.validate.executions.chosen import PREFIX, not_executed
 from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
-from ospq_export.validate.faithful import faithful_criteria
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report

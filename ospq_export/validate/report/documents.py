@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
 from ospq_export.runs.files import REPORT_HTML, REPORT_MD, replacing
 from ospq_export.validate.report.model import image_lines
-from ospq_export.validate.report.thumbnails import thumbnails
 from ospq_export.validate.verdict import worst_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from ospq_export.data import ImageSet
+    from ospq_export.data import DataConfig, ImageSet
     from ospq_export.runs.manifest import Manifest
     from ospq_export.runs.run import Run
     from ospq_export.tasks.comparison import Comparison, Flip
@@ -172,3 +178,35 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
         weights = sorted(report.weights, key=lambda w: w.sqnr)[:_WORST]
         found["weights"] = plots.histogram_plot(weights, "weight codes")
     return found
+
+
+_SIDE = 112
+
+
+def thumbnails(images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
+    """PNG data URLs by id, preprocessed and then de-normalised: what the network saw, not the file.
+
+    Args:
+        images: the set they come from.
+        ids: which ones; those that the set does not have are left out.
+    """
+    wanted = set(ids)
+    indices = [i for i, name in enumerate(images.ids) if name in wanted]
+    found: dict[str, str] = {}
+    if not indices:
+        return found
+    for batch in images.batches(1, indices):
+        found[batch.ids[0]] = data_url(batch.images[0], images.config)
+    return found
+
+
+def data_url(image: Tensor, config: DataConfig) -> str:
+    """One normalised image, float32 (C, H, W), as a PNG of at most 112 px."""
+    mean, std = torch.tensor(config.mean)[:, None, None], torch.tensor(config.std)[:, None, None]
+    pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
+    if max(picture.size) > _SIDE:
+        picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -8,9 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.statistics import Rate
-from ospq_export.validate.accuracy import AccuracyChange
-from ospq_export.validate.codes.records import Location
-from ospq_export.validate.codes.weights import WeightComparison
+from ospq_export.validate.codes.records import Location, WeightComparison
+from ospq_export.validate.criteria import AccuracyChange
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.verdict import Thresholds, Verdict

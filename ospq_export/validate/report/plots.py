@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ospq_export.tasks.comparison import Comparison, MarginHistogram
-from ospq_export.validate.codes.records import Location, QuantizerComparison
-from ospq_export.validate.codes.weights import WeightComparison
+from ospq_export.validate.codes.records import Location, QuantizerComparison, WeightComparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

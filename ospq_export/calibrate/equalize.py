@@ -14,11 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ospq_export.calibrate.equalize.candidates import Channels
-from ospq_export.calibrate.equalize.region import Change, Region
+from ospq_export.calibrate.candidates import Change, Channels, Region
 from ospq_export.formats.choice import Choice
-from ospq_export.graph.equalization.rescale import rescale
-from ospq_export.graph.equalization.sites import Site, find_sites
+from ospq_export.graph.equalization import Site, find_sites, rescale
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.runs.manifest import EqualizedSite

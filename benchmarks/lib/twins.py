@@ -15,8 +15,7 @@ from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture
-from ospq_export.graph.equalization.rescale import rescale
-from ospq_export.graph.equalization.sites import Site, find_sites
+from ospq_export.graph.equalization import Site, find_sites, rescale
 
 
 def inject_outliers(
