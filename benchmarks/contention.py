@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lib.command import make_parser
+from lib.rows import make_parser
 
 HERE = Path(__file__).resolve()
 
@@ -109,7 +109,7 @@ def rows_of(args: argparse.Namespace, codes: dict[str, str]) -> list[dict[str, A
 def _row(
     args: argparse.Namespace, code: str, checkout: Path, found: dict[str, list[float]]
 ) -> dict[str, Any]:
-    from lib.origin import origin
+    from lib.rows import origin
 
     ratios = [busy / idle for idle, busy in zip(found["idle"], found["busy"], strict=True)]
     return {

@@ -16,11 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from lib.command import make_parser
-from lib.engines import TARGET, compiled, fusion_cells, reasons
-from lib.markdown import percent, table
 from lib.networks import demo_sample, quantize, random_batch, random_images, random_network
-from lib.rows import DOCS
+from lib.onnx_tools import TARGET, compiled, fusion_cells, reasons
+from lib.rows import DOCS, make_parser, percent, table
 from rich.console import Console
 
 from ospq_export.calibrate import calibrate

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 from lib.classifiers import image_set
-from lib.command import add_run, make_parser
-from lib.markdown import table
+from lib.rows import add_run, make_parser, table
 from torch import Tensor
 
 from ospq_export.calibrate.objectives.fisher import fisher_weights

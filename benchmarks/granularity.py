@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lib.markdown import table as markdown
 from lib.rows import DOCS, GRANULARITY
+from lib.rows import table as markdown
 from lib.top1 import Cell, arguments, measure_all, table_of
 
 DOCUMENT = DOCS / "granularity.md"

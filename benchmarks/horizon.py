@@ -14,8 +14,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from lib.command import add_run, make_parser
-from lib.markdown import table
+from lib.rows import add_run, make_parser, table
 from lib.trials import prepare, steps_batch_rate
 
 from ospq_export.runs.run import Run

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lib.command import make_parser
-from lib.markdown import table
+from lib.rows import make_parser, table
 from lib.trials import measures
 from numpy.typing import NDArray
 from scipy.stats import spearmanr

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.command import make_parser
+from lib.rows import make_parser
 
 CLI = (sys.executable, "-m", "ospq_export.cli")
 CLASSES, PER_CLASS, SIDE = 4, 2, 32
@@ -113,7 +113,7 @@ def measure(width: int, engine: bool, scratch: Path | None) -> dict[str, Any]:
         files = {p.name: p.stat().st_size for p in sorted((folder / "run").glob("*")) if p.is_file()}
     weights = files.get("float.safetensors", 0)
     # Not before: what this process holds when it starts another counts as the other's.
-    from lib.origin import origin
+    from lib.rows import origin
 
     return {
         "width": width,

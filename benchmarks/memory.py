@@ -20,11 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.command import make_parser, said_by
-from lib.markdown import table as markdown
 from lib.networks import random_batch, random_network
-from lib.origin import origin
-from lib.rows import MEMORY
+from lib.rows import MEMORY, make_parser, origin, said_by
+from lib.rows import table as markdown
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.reconstruct.store import parse_bytes

@@ -17,13 +17,10 @@ from pathlib import Path
 
 import torch
 from families import FAMILIES, Family
-from lib import engines
-from lib.command import make_parser
-from lib.engines import TARGET
-from lib.markdown import table
+from lib import onnx_tools
 from lib.networks import Quantized, quantize, random_images
-from lib.origin import origin
-from lib.rows import DOCS, MODELS
+from lib.onnx_tools import TARGET
+from lib.rows import DOCS, MODELS, make_parser, origin, table
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
@@ -140,7 +137,7 @@ def compiled(quantized: Quantized) -> Fusion:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
-        return engines.compiled(file, Path(folder)).fusion
+        return onnx_tools.compiled(file, Path(folder)).fusion
 
 
 def _row(result: Result) -> list[str]:
@@ -153,7 +150,7 @@ def _row(result: Result) -> list[str]:
     codes = f"{max(c.share for c in seen):.3f} %, {max(c.max_step for c in seen)}" if seen else "-"
     excess = f"{max(c.excess for c in seen):.0e}" if seen else "-"
     fusion = result.fusion
-    plan = ("-", "-") if fusion is None else engines.fusion_cells(fusion)
+    plan = ("-", "-") if fusion is None else onnx_tools.fusion_cells(fusion)
     tried = f"`{family.name}`, {family.side} px"
     return [result.label, tried, *cells, codes, excess, *plan, result.failure or "yes"]
 
@@ -198,7 +195,9 @@ def write_page() -> None:
 
 def _dropped(results: list[Result]) -> str:
     fused = [(result.label, result.fusion) for result in results if result.fusion is not None]
-    rows = [row for label, f in fused for row in engines.reasons(label, {**f.not_quantized, **f.not_fused})]
+    rows = [
+        row for label, f in fused for row in onnx_tools.reasons(label, {**f.not_quantized, **f.not_fused})
+    ]
     listed = table(["family", "how many", "reason", "for example"], rows) if rows else "Nothing.\n"
     return f"## What runs otherwise, and why\n\n{listed}"
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from lib.classifiers import image_set
-from lib.command import add_run, make_parser
-from lib.markdown import table
+from lib.rows import add_run, make_parser, table
 from lib.trials import measures, prepare, steps_batch_rate
 from torch import Tensor
 

@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.command import make_parser
 from lib.floor import Machine, Work, synchronize, unrecorded, work_of
-from lib.markdown import table
 from lib.networks import random_batch, random_network
-from lib.origin import origin
-from lib.rows import PAPER
+from lib.rows import PAPER, make_parser, origin, table
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.objectives import objective_class

@@ -27,13 +27,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from lib.command import make_parser
-from lib.engines import TARGET, fusion_cells
-from lib.engines import compiled as compiled_engine
-from lib.markdown import percent, table
 from lib.networks import Quantized, demo_sample, quantize, random_images
-from lib.origin import origin
-from lib.rows import BENCHMARKS, DOCS, PEERS
+from lib.onnx_tools import TARGET, fusion_cells
+from lib.onnx_tools import compiled as compiled_engine
+from lib.rows import BENCHMARKS, DOCS, PEERS, make_parser, origin, percent, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console

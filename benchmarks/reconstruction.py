@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lib.command import make_parser
 from lib.floor import Clock, Machine, synchronize, unrecorded, work_of
-from lib.markdown import table as markdown
-from lib.origin import origin
 from lib.plain import PlainLoop
-from lib.rows import RECONSTRUCTION
+from lib.rows import RECONSTRUCTION, make_parser, origin
+from lib.rows import table as markdown
 
 from ospq_export.calibrate.objectives import objective_class
 from ospq_export.calibrate.objectives.base import Objective

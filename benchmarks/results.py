@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 from lib.classifiers import Network, correct, demo_network, finished_run, observed_network, own_network
-from lib.command import add_network, make_parser
-from lib.markdown import table as markdown
-from lib.origin import origin
-from lib.rows import DOCS, RESULTS
+from lib.rows import DOCS, RESULTS, add_network, make_parser, origin
+from lib.rows import table as markdown
 
 from ospq_export.calibrate import calibrate
 from ospq_export.export import export

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 
-from lib.command import make_parser
-from lib.rows import DOCS
+from lib.rows import DOCS, make_parser
 
 from ospq_export.tasks.paired import below
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from lib.classifiers import own_network
-from lib.command import add_network, make_parser
+from lib.rows import add_network, make_parser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

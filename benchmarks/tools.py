@@ -28,12 +28,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lib.command import make_parser
-from lib.markdown import table as markdown
 from lib.onnx_tools import FILES, HALVES, NOT_MEANT, READS, SAME, TOOLS, Tool, reference
-from lib.origin import origin
 from lib.rows import TOOLS as ROWS
-from lib.rows import Row
+from lib.rows import Row, make_parser, origin
+from lib.rows import table as markdown
 
 BATCH = 2
 # Of float32's rounding, as a share of the largest logit; one code of a quantizer that flips makes more than this.

@@ -11,9 +11,8 @@ import time
 
 import torch
 from lib.classifiers import demo_network
-from lib.command import make_parser
-from lib.markdown import table
 from lib.networks import quantize
+from lib.rows import make_parser, table
 from lib.top1 import BITS
 
 from ospq_export.calibrate.objectives import objectives

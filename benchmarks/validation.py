@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.command import make_parser, said_by
-from lib.markdown import table
-from lib.rows import DOCS
+from lib.rows import DOCS, make_parser, said_by, table
 from rich.console import Console
 
 from ospq_export.data import Batch, ImageSet

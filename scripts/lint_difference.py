@@ -25,8 +25,7 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from lib.origin import origin
-from lib.rows import LINT
+from lib.rows import LINT, origin
 
 from lint_graphs import draw
 from ospq_export.engines.build import BuildSettings, build

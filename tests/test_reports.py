@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import arithmetic as q
+import helpers as q
 import numpy as np
 import onnxruntime
 import pytest

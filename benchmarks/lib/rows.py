@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from ospq_export.runs.files import json_line, replacing
+from ospq_export.world.processor import machine_name
+
+# Changes elsewhere leave a measurement as it is; benchmarks/rows changes with every row.
+_CODE = ("ospq_export", "benchmarks/*.py", "benchmarks/lib")
+# Distributions whose versions a run directory does not name, and whose name is not the same everywhere.
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt_rtx_cu13")
+
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def origin(device: str = "cpu", checkout: Path = ROOT) -> dict[str, Any]:
+    """The last fields of every row.
+
+    Args:
+        device: torch's name of what was measured.
+        checkout: of the code that was measured.
+
+    Returns:
+        `versions`, `machine` and, in a checkout, `commit`, with a "+" where the code has changes that are not committed.
+    """
+    from ospq_export.runs.manifest import installed_versions
+
+    versions = installed_versions()
+    for name in _RUNTIMES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = _commit(checkout)
+    return {"versions": versions, "machine": _machine(device), **({"commit": commit} if commit else {})}
+
+
+def _machine(device: str) -> str:
+    if not device.startswith("cuda"):
+        return machine_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def _commit(checkout: Path) -> str:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return f"{commit}+" if git("status", "--porcelain", "--", *_CODE) else commit
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
 
 Row = dict[str, Any]
@@ -87,3 +142,45 @@ TABLES = (
     *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
     *(RECONSTRUCTION, PAPER, MEMORY, LARGE, CONTENTION, LINT),
 )
+
+
+def percent(part: int, whole: int) -> str:
+    """Such as "31 of 32", or "-" where there is nothing to count."""
+    return f"{part} of {whole}" if whole else "-"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table, with the line break at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the script's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Options of a network that is not a packaged one; `lib.classifiers.own_network` reads them."""
+    parser.add_argument("--name", help="of the network in the tables")
+    parser.add_argument("--model-kwargs", default="")
+    for option in ("--model", "--checkpoint", "--calibration", "--validation"):
+        parser.add_argument(option, required=required)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """A finished run, and where its images are."""
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, help="calibration images; left out for a packaged network")
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def said_by(script: str, words: Sequence[str]) -> Any:
+    """The JSON in the last line that a script prints in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: the script failed.
+    """
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])

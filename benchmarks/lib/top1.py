@@ -16,10 +16,8 @@ from typing import NamedTuple
 import torch
 
 from lib.classifiers import Network, correct, demo_network, finished_run, own_network
-from lib.command import add_network, make_parser
-from lib.markdown import table as markdown
-from lib.origin import origin
-from lib.rows import Row, Table
+from lib.rows import Row, Table, add_network, make_parser, origin
+from lib.rows import table as markdown
 from lib.twins import twin_state_dict
 from ospq_export.calibrate import calibrate
 from ospq_export.models.timm import create_model

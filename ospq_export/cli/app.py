@@ -11,10 +11,9 @@ import typer
 
 from ospq_export.cli.calibrate import calibrate
 from ospq_export.cli.demo import demo
-from ospq_export.cli.doctor import doctor
 from ospq_export.cli.export import export
 from ospq_export.cli.inspect import inspect
-from ospq_export.cli.lint import lint
+from ospq_export.cli.lint import doctor, lint
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
 from ospq_export.world.threads import wait_passively

@@ -1,4 +1,4 @@
-"""`ospq-export lint`."""
+"""`ospq-export lint` and `ospq-export doctor`: what a file and what this machine will do."""
 
 from __future__ import annotations
 
@@ -53,3 +53,18 @@ def _table(findings: list[Finding]) -> object:
             finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.fix
         )
     return table
+
+
+def doctor() -> None:
+    """Try every backend and engine builder on this machine, and say what to install for the rest."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ospq_export.engines.doctor import examine
+
+    table = Table("", "what", "seen", "fix")
+    for result in examine():
+        table.add_row(
+            "works" if result.works else "no", result.name, escape(result.detail), escape(result.fix)
+        )
+    console().print(table)

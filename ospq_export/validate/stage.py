@@ -15,7 +15,6 @@ from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.base import Outputs
 from ospq_export.tasks.classify import TASKS
 from ospq_export.tasks.comparison import Collector
-from ospq_export.validate.codes.samples import Samples, locate
 from ospq_export.validate.executions.backends import Backend, FloatArray
 from ospq_export.validate.executions.chosen import check_preprocessing, open_baseline, open_executions
 from ospq_export.validate.executions.table import (
@@ -33,7 +32,7 @@ from ospq_export.validate.latency import Latency, check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble
 from ospq_export.validate.report.model import Report
-from ospq_export.validate.shards import part_of, pool, share_of
+from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
 

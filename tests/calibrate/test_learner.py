@@ -3,7 +3,7 @@
 import itertools
 import math
 
-import arithmetic as q
+import helpers as q
 import pytest
 import torch
 from conftest import straight_through

@@ -106,7 +106,7 @@ def test_a_refused_resume_says_what_changed(interrupted, changes, message):
 
 def test_another_version_is_refused(interrupted, monkeypatch):
     versions = {**installed_versions(), "torch": "1.0"}
-    monkeypatch.setattr("ospq_export.runs.manifest.installed_versions", lambda: versions)
+    monkeypatch.setattr("ospq_export.calibrate.stage.installed_versions", lambda: versions)
     with pytest.raises(InputError, match=r"versions\.torch: .*, now 1\.0"):
         tiny(interrupted)
 

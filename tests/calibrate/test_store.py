@@ -133,7 +133,7 @@ def test_cost_of_a_known_network():
 
 
 def test_an_unwritable_log(tmp_path):
-    with pytest.raises(InputError, match="--log-json"):
+    with pytest.raises(InputError, match="`log_json`"):
         json_lines(str(tmp_path / "none" / "log"))("cost", {})
 
 

@@ -96,7 +96,7 @@ def test_names_that_look_like_something_else(tmp_path: Path, text: str, names: l
 def test_class_maps_that_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_class_map(written(tmp_path / "map.txt", text))
-    assert "--class-map" in str(caught.value)
+    assert "`class_map`" in str(caught.value)
 
 
 def test_a_class_map_that_is_not_there(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_class_map_that_is_not_there(tmp_path: Path) -> None:
     [
         (["cat", "dog"], "3 classes|index 2 is missing"),
         (["cat", "dog", "emu", "fox"], "surplus: fox"),
-        (["cat", "dog", "fox"], r"not among .* classes \(--class-map .*emu"),
+        (["cat", "dog", "fox"], r"not among .* classes \(`class_map` .*emu"),
         (["cat", "dog", "Emu"], "a class is called 'Emu'"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_map_may_name_classes_without_a_folder(tmp_path: Path, caplog: pytest.
     path = written(tmp_path / "map.txt", "cat\ndog\nemu")
     with caplog.at_level(logging.WARNING):
         found = number_classes(folders("emu"), ClassChoice(path), 3)
-    assert (found.indices, found.source) == (LETTERS, f"--class-map {path}")
+    assert (found.indices, found.source) == (LETTERS, f"class_map={path}")
     assert "2 of 3 classes have no folder" in caplog.text
 
 
@@ -147,14 +147,14 @@ TEN = [str(number) for number in range(1, 11)]
     ],
 )
 def test_two_orders_are_refused_or_chosen(names: list[str], plain: list[str], natural: list[str]) -> None:
-    with pytest.raises(InputError, match=r"--class-map FILE.*--class-order") as caught:
+    with pytest.raises(InputError, match=r"`class_map` FILE.*`class_order`") as caught:
         number_classes(folders(*names), ClassChoice(), len(names))
     message = str(caught.value)
     assert f"plain (torchvision) {', '.join(plain)}; natural (timm) {', '.join(natural)}" in message
     for order, expected in (("plain", plain), ("natural", natural)):
         found = number_classes(folders(*names), ClassChoice(order=order), len(names))  # type: ignore[arg-type]
         assert list(found.indices) == expected
-        assert found.source == f"--class-order {order}"
+        assert found.source == f"class_order={order}"
 
 
 def test_long_orders_are_shown_where_they_part() -> None:
@@ -272,9 +272,7 @@ def test_options_have_to_agree_with_the_run(tmp_path: Path) -> None:
     for choice in (ClassChoice(), ClassChoice(same), ClassChoice(order="natural")):
         assert known_classes(scan, choice, run) == run
     for choice in (ClassChoice(other), ClassChoice(order="plain")):
-        with pytest.raises(
-            InputError, match=r"class '9' is 0 in the run and 1 there \(--class-order natural"
-        ):
+        with pytest.raises(InputError, match=r"class '9' is 0 in the run and 1 there \(class_order=natural"):
             known_classes(scan, choice, run)
     with pytest.raises(InputError, match="not among the run's 2 classes"):
         known_classes(folders("9", "11"), ClassChoice(), run)

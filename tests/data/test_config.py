@@ -70,9 +70,9 @@ def test_input_size_of_a_model_that_takes_any() -> None:
         ({"std": (0.1, 0.2, 0.0)}, "positive"),
         ({"mean": (0.1, 0.2, float("nan"))}, "finite"),
         ({"std": (0.1, 0.2, -0.3)}, "positive"),
-        ({"mean": (123.675, 116.28, 103.53)}, "in units of 0..255; over 255 it is --mean 0.485,0.456,0.406"),
-        ({"mean": (72.93,) * 3, "std": (90.02,) * 3}, "--mean 0.286,0.286,0.286 --std 0.353,0.353,0.353"),
-        ({"std": (58.395, 57.12, 57.375)}, "over 255 it is --std 0.229,0.224,0.225"),
+        ({"mean": (123.675, 116.28, 103.53)}, "in units of 0..255; over 255 it is `mean` 0.485,0.456,0.406"),
+        ({"mean": (72.93,) * 3, "std": (90.02,) * 3}, "`mean` 0.286,0.286,0.286 `std` 0.353,0.353,0.353"),
+        ({"std": (58.395, 57.12, 57.375)}, "over 255 it is `std` 0.229,0.224,0.225"),
         ({"mean": (-123.0,) * 3}, "in units of 0..255"),
         ({"mean": (400.0,) * 3}, "neither in 0..1 nor in 0..255"),
         ({"mean": ("a", "b", "c")}, "mean"),
@@ -95,7 +95,7 @@ def test_impossible_preprocessing(overrides: dict[str, Any], expected: str) -> N
 
 
 def test_input_size_of_a_model_that_takes_one() -> None:
-    with pytest.raises(InputError, match=r"requires \(224, 224\).*img_size in --model-kwargs"):
+    with pytest.raises(InputError, match=r"requires \(224, 224\).*img_size in `model_kwargs`"):
         resolve_data_config(*vit(), {"input_size": (3, 48, 48)})
 
 

@@ -112,7 +112,7 @@ def test_a_container_below_the_class_is_no_class(tmp_path: Path, inner: str) -> 
 )
 def test_ambiguous_nesting_is_refused_or_chosen(tmp_path: Path, names: tuple[str, ...]) -> None:
     root = tree(tmp_path, *names)
-    with pytest.raises(InputError, match=r"--class-from first or --class-from path") as caught:
+    with pytest.raises(InputError, match=r"`class_from` first or `class_from` path") as caught:
         scan_folder(root)
     assert "\n" not in str(caught.value)
     first, path = scan_folder(root, "first"), scan_folder(root, "path")
@@ -134,8 +134,8 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path, names: tuple[str, ...]) -
     root = tree(tmp_path, *(f"{name}/c0/1.png" for name in names))
     with pytest.raises(InputError, match="say which") as caught:
         scan_folder(root)
-    assert f"--data {root / names[0]}" in str(caught.value)
-    assert f"--data {root / names[1]}" in str(caught.value)
+    assert f"`data` {root / names[0]}" in str(caught.value)
+    assert f"`data` {root / names[1]}" in str(caught.value)
     assert set(scan_folder(root, "first").class_of) == set(names)
 
 

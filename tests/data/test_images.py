@@ -153,8 +153,8 @@ def test_classes_are_ordered_as_asked(tmp_path: Path, order: Any, expected: list
     assert list(images.class_to_idx) == expected
     _, labels, ids = everything(images)
     assert [expected[label] for label in labels] == [name.split("/")[0] for name in ids]
-    assert images.record.classes_source == f"--class-order {order}"
-    with pytest.raises(InputError, match="--class-order"):
+    assert images.record.classes_source == f"class_order={order}"
+    with pytest.raises(InputError, match="`class_order`"):
         ImageSet.from_folder(tmp_path, CONFIG)
 
 

@@ -142,7 +142,7 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
     assert "Layers:" in (run / "model.engine.log").read_text()
     assert {"model.engine", "model.engine.json"} <= read_manifest(run).files.keys()
     before = (run / "model.engine").read_bytes()
-    with pytest.raises(InputError, match=r"the engine exists.*--overwrite"):
+    with pytest.raises(InputError, match=r"the engine exists.*`overwrite`"):
         CliRunner().invoke(app, options, catch_exceptions=False)
     assert (run / "model.engine").read_bytes() == before
 

@@ -211,7 +211,7 @@ def test_exporting_twice_gives_the_same_bytes(run_copy):
 def test_an_earlier_export_is_kept_unless_told(run_copy):
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
     with pytest.raises(
-        InputError, match=r"model\.onnx, scales\.json of an earlier export exist.*--overwrite"
+        InputError, match=r"model\.onnx, scales\.json of an earlier export exist.*`overwrite`"
     ):
         export(run_copy, batch_size=2)
     assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before

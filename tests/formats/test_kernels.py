@@ -4,7 +4,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import arithmetic as q
+import helpers as q
 import pytest
 import torch
 from conftest import CUDA, straight_through

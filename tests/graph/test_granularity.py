@@ -12,10 +12,10 @@ from ospq_export.calibrate.slicing.plan import cut_dominance, outlier_aware_slic
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, quantizable_nodes
-from ospq_export.graph.granularity import UNIFORM, check_partition, slicing_of
+from ospq_export.graph.granularity import UNIFORM, block_slicing, check_partition, slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, own_quantizers
-from ospq_export.graph.slicing import Slice, atoms, extract, run_slice
+from ospq_export.graph.slicing import Slice, atoms, cut_points, extract, nodes_between, run_slice
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 FAMILIES = {
@@ -186,3 +186,80 @@ def test_the_profile_knows_every_atoms_end(networks, name):
 def test_unknown_start(networks):
     with pytest.raises(InputError, match="no cut point"):
         extract(networks[VIT][0], Slice("s", "nowhere", "head"))
+
+
+FAMILIES_of_slicing = {
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 3},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
+    "cait_xxs24_224": {"img_size": 32, "depth": 2},
+    "levit_128s": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+}
+
+
+@pytest.fixture(scope="module")
+def networks_of_slicing():
+    return Captured(FAMILIES_of_slicing)
+
+
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES_of_slicing))
+@pytest.mark.parametrize("slicing", [atoms, block_slicing])
+def test_slices_chain_to_the_network(networks_of_slicing, name, slicing):
+    network, size = networks_of_slicing[name]
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, size, size)
+        with torch.no_grad():
+            expected, y = network(x), x
+            for piece in slicing(network.graph):
+                y = extract(network, piece)(y, batch)
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name", Captured.parameters(FAMILIES_of_slicing))
+@pytest.mark.parametrize("slicing", [atoms, block_slicing])
+def test_every_operator_is_in_exactly_one_slice(networks_of_slicing, name, slicing):
+    graph = networks_of_slicing[name][0].graph
+    slices = slicing(graph)
+    assert [a.end for a in slices[:-1]] == [b.start for b in slices[1:]]
+    inside = [
+        n for s in slices for n in nodes_between(graph, s.start, s.end) if n in set(quantizable_nodes(graph))
+    ]
+    assert inside == quantizable_nodes(graph)
+    points = {n.name for n in cut_points(graph)}
+    assert {s.start for s in slices} | {s.end for s in slices} <= points
+
+
+def test_deit_tiny_has_26_atoms_and_14_blocks():
+    network, _ = Captured({"deit_tiny_patch16_224": {"img_size": 32}})["deit_tiny_patch16_224"]
+    assert len(atoms(network.graph)) == 26
+    names = [s.name for s in block_slicing(network.graph)]
+    assert names == ["patch_embed.proj", *[f"blocks.{i}" for i in range(12)], "head"]
+
+
+def test_swin_blocks_are_found_inside_its_stages(networks_of_slicing):
+    names = [s.name for s in block_slicing(networks_of_slicing["swin_tiny_patch4_window7_224"][0].graph)]
+    assert names == [
+        "patch_embed.proj",
+        "layers.0.blocks.0",
+        "layers.0.blocks.1",
+        "layers.1.downsample.reduction",
+        "layers.1.blocks.0",
+        "layers.1.blocks.1",
+        "head.fc",
+    ]
+
+
+def test_unknown_cut_point(networks_of_slicing):
+    network, _ = networks_of_slicing["vit_tiny_patch16_224"]
+    with pytest.raises(InputError, match="no cut point 'nowhere'"):
+        extract(network, Slice("s", "nowhere", "head"))
+
+
+def test_a_slice_that_needs_two_tensors_is_refused(networks_of_slicing):
+    network, _ = networks_of_slicing["vit_tiny_patch16_224"]
+    norm = next(n for n in network.graph.nodes if "layer_norm" in n.name)
+    residual = next(
+        n for n in network.graph.nodes if n.name.startswith("add_") and n.meta["module_path"] == "blocks.0"
+    )
+    with pytest.raises(ValueError, match="lies before its start"):
+        extract(network, Slice("s", norm.name, residual.name))

@@ -170,7 +170,7 @@ def test_of_two_sets_the_average_is_taken_with_a_warning(
     with torch.no_grad():
         assert torch.equal(model(images), logits)
     assert (record.entry, record.chosen, record.others) == (average, "rule", [plain])
-    assert repr(plain) in caplog.text and repr(average) in caplog.text and "--checkpoint-key" in caplog.text
+    assert repr(plain) in caplog.text and repr(average) in caplog.text and "`checkpoint_key`" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model.", "ema_model", "nested.b", "state_dict_ema"])
@@ -238,7 +238,7 @@ def test_an_entry_of_another_network_is_refused_by_name(tmp_path: Path, demo: St
 
 
 def test_the_option_without_a_checkpoint_is_refused() -> None:
-    with pytest.raises(InputError, match="--checkpoint-key ema"):
+    with pytest.raises(InputError, match="`checkpoint_key` ema"):
         create_model(SPEC.model_copy(update={"checkpoint_key": "ema"}))
 
 

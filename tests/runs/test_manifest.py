@@ -2,22 +2,29 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SHORT
 
 from ospq_export.calibrate import calibrate
-from ospq_export.data import Batch, resolve_data_config
+from ospq_export.data import Batch, ImageSet, resolve_data_config
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
+from ospq_export.export import export
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS, replacing
+from ospq_export.runs.files import FLOAT_TENSORS, GRAPH, MANIFEST, QUANTIZED_TENSORS, replacing
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors, write_tensors
+from ospq_export.validate import validate
 
 
 def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
@@ -151,14 +158,78 @@ def test_forged_tensors(small_copy, change, message):
 
 def test_codes_outside_their_bits(small_copy):
     with_tensors(small_copy, lambda t: t["blocks.0.mlp.fc1.weight.codes"].fill_(100))
-    with pytest.raises(InputError, match=r"codes leave \[-8, 7\]"):
+    with pytest.raises(InputError, match=r"codes are not all int4"):
         Run.open(small_copy).quantized_graph()
 
 
-def test_another_structure_is_refused(small_copy):
-    edit(small_copy, lambda m: m["model"]["kwargs"].update(depth=2))
-    with pytest.raises(InputError, match="graph is not the calibrated one"):
-        Run.open(small_copy).quantized_graph()
+def test_an_edited_graph_is_refused(small_copy):
+    path = small_copy / GRAPH
+    path.write_text(path.read_text().replace("aten.gelu.default", "aten.relu.default"))
+    with pytest.raises(InputError, match=r"graph\.json was changed"):
+        Run.open(small_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g["nodes"][-2].update(target="aten.from_file.default"), "not in the list"),
+        (lambda g: g["nodes"][-2].update(target="os.system"), "not in the list"),
+        (lambda g: g["nodes"][-2].update(target="aten.__class__"), "not in the list"),
+        (lambda g: g["nodes"][-2].update(op="call_method"), "kind 'call_method'"),
+        (lambda g: g["nodes"][-2]["args"].insert(0, {"dtype": "load"}), "'load' is no dtype"),
+        (lambda g: g["nodes"][-2]["args"].insert(0, {"node": "nothing"}), "nothing"),
+        (lambda g: g["nodes"][3].update(name=g["nodes"][2]["name"]), "two nodes are called"),
+        (lambda g: g.pop("constants"), "constants"),
+        (lambda g: g.update(version=99), "version 99"),
+        (lambda g: g["constants"][0][1].append(7), ""),
+    ],
+)
+def test_a_foreign_graph_calls_nothing_else(small_copy, change, message):
+    """With its hash in the manifest, as somebody else's run has it."""
+    graph = json.loads((small_copy / GRAPH).read_text())
+    change(graph)
+    (small_copy / GRAPH).write_text(json.dumps(graph))
+    record_files(small_copy, read_manifest(small_copy), GRAPH)
+    with pytest.raises(InputError, match=rf"{message}.*graph\.json|{message}.*expected"):
+        Run.open(small_copy).captured()
+
+
+def test_a_run_needs_neither_timm_nor_the_models_code(small, tmp_path):
+    """Exported where timm cannot be imported, to the same bytes as anywhere else."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(small, here)
+    shutil.copytree(small, there)
+    code = (
+        "import sys; sys.modules['timm'] = None\nfrom pathlib import Path\nfrom ospq_export.export import export\n"
+        "export(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(there)], check=True)
+    export(here)
+    for name in ("model.onnx", "model_fp32.onnx"):
+        assert (here / name).read_bytes() == (there / name).read_bytes()
+
+
+def test_validation_builds_no_network(small, tmp_path, monkeypatch):
+    run_copy = Path(shutil.copytree(small, tmp_path / "run"))
+    export(run_copy)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("timm.create_model was called")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    run = Run.open(run_copy)
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    images = ImageSet.from_arrays(
+        pixels, np.arange(8) % 4, [str(i) for i in range(8)], run.manifest.data, ["a", "b", "c", "d"]
+    )
+    report = validate(run, images, batch_size=4)
+    assert {"float", "fake_quant", "onnxruntime"} <= {b.name for b in report.backends}
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_command_that_remakes_it(small_copy):
+    edit(small_copy, lambda m: m.update(schema_version=1))
+    with pytest.raises(InputError, match=r"schema version 1.*calibrate vit_tiny_patch16_224 .* w4a4"):
+        Run.open(small_copy)
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from ospq_export.demo import demo_images
@@ -14,7 +17,7 @@ from ospq_export.export.stage import Extras
 from ospq_export.runs.files import sha256
 from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate, write_documents
-from ospq_export.validate.executions.backends import TorchBackend
+from ospq_export.validate.executions.backends import OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.chosen import Executions, open_executions
 from ospq_export.validate.executions.half import HalfNetwork
 from ospq_export.validate.executions.table import (
@@ -149,7 +152,7 @@ def test_all_that_is_here(finished_runs):
     assert set(found.names) | set(found.skipped) <= set(ALL_BACKENDS)
     assert found.references("fp32") == {UNOPTIMIZED: FAKE_QUANT, OPTIMIZED: FAKE_QUANT}
     assert FAKE_QUANT_FP16 not in found.names
-    with pytest.raises(InputError, match=r"no model_qdq_fp16\.onnx.*--fp16"):
+    with pytest.raises(InputError, match=r"no model_qdq_fp16\.onnx.*`fp16`"):
         open_executions(run, None, "cpu", "fp16")
 
 
@@ -252,5 +255,76 @@ def test_a_sound_engine_without_a_gpu_is_skipped_with_the_reason(run_copy, monke
     found = open_executions(Run.open(run_copy), None, "cpu", "fp32")
     assert {"tensorrt", "tensorrt-rtx"} <= set(found.skipped)
     assert all(
-        "CUDA" in found.skipped[n] or "installed" in found.skipped[n] for n in ("tensorrt", "tensorrt-rtx")
+        "CUDA" in found.skipped[n] or "pip install" in found.skipped[n] for n in ("tensorrt", "tensorrt-rtx")
     )
+
+
+WEIGHT = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+
+
+def save(path, batch):
+    """A linear classifier on (batch, 3, 2, 2)."""
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 2, 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 5])],
+        [numpy_helper.from_array(WEIGHT, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(path))
+    return path
+
+
+def images(count, channels=3):
+    return np.random.default_rng(1).normal(size=(count, channels, 2, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("batch", ["n", 4])
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_onnx_runtime_against_numpy(tmp_path, optimize, batch, count):
+    backend = OnnxRuntimeBackend("x", save(tmp_path / "m.onnx", batch), optimize=optimize, threads=1)
+    x = images(count)
+    np.testing.assert_allclose(backend(x), x.reshape(count, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
+    assert backend.detail["provider"] == "CPUExecutionProvider"
+    assert backend.detail["optimisations"] == ("all" if optimize else "off")
+
+
+def test_images_of_another_shape(tmp_path):
+    backend = OnnxRuntimeBackend("x", save(tmp_path / "m.onnx", "n"), optimize=True)
+    with pytest.raises(InputError, match=r"\[3, 2, 2\].*\[1, 2, 2\]"):
+        backend(images(2, channels=1))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200])
+def test_truncated_file(tmp_path, keep):
+    path = save(tmp_path / "m.onnx", "n")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="cannot load the file") as info:
+        OnnxRuntimeBackend("x", path, optimize=True)
+    assert "\n" not in str(info.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="cannot load the file"):
+        OnnxRuntimeBackend("x", tmp_path / "none.onnx", optimize=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_missing_or_falls_back(tmp_path, provider):
+    assert "CPUExecutionProvider" in onnxruntime.get_available_providers()
+    with pytest.raises(InputError, match=f"provider '{provider}'"):
+        OnnxRuntimeBackend("x", save(tmp_path / "m.onnx", "n"), optimize=True, provider=provider)
+
+
+def test_torch():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False))
+    module[1].weight.data = torch.from_numpy(WEIGHT.T.copy())
+    x = images(3)
+    np.testing.assert_allclose(TorchBackend("t", module)(x), x.reshape(3, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)

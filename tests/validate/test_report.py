@@ -314,12 +314,12 @@ def test_a_copied_directory_needs_no_weights_and_no_network(run_copy, tmp_path, 
 
 
 def test_without_the_torch_side(run_copy, monkeypatch):
-    """Another timm may capture another graph: the ONNX file is then compared with itself, unoptimised, and it is said."""
+    """Another torch may lack an operator of the graph: then the ONNX file is compared with itself, unoptimised, and it is said."""
 
     def refuse(self):
-        raise InputError("the model's graph is not the calibrated one", where=self.path)
+        raise InputError("the graph cannot be rebuilt", where=self.path)
 
-    monkeypatch.setattr(Run, "_recaptured", refuse)
+    monkeypatch.setattr(Run, "_rebuilt", refuse)
     run = Run.open(run_copy)
     images = demo_images("test", run.manifest.data)
     report = validate(run, images, limit=20, batch_size=20)
@@ -328,7 +328,7 @@ def test_without_the_torch_side(run_copy, monkeypatch):
     assert [(c.reference, c.deployed) for c in report.comparisons] == [(UNOPTIMIZED, OPTIMIZED)]
     assert report.locations == [] and report.floor is None
     page = write_documents(run, report, images).read_text()
-    assert "not the calibrated one" in page
+    assert "cannot be rebuilt" in page
 
 
 def test_margins_are_counted_once():

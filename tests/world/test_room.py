@@ -76,11 +76,11 @@ def test_images_and_budget() -> None:
     image = 4 * 3 * 224 * 224
     room.check_images(1000, size, None, 32, available=1000 * image)
     with pytest.raises(
-        InputError, match=r"1,000 calibration images of 3x224x224.*--data.*calibration_images"
+        InputError, match=r"1,000 calibration images of 3x224x224.*`data`.*calibration_images"
     ):
         room.check_images(1000, size, None, 32, available=1000 * image - 1)
     room.check_images(1000, size, 64 * image, 32, available=GB)
-    with pytest.raises(InputError, match=r"one batch of 32 images takes .*--memory-budget"):
+    with pytest.raises(InputError, match=r"one batch of 32 images takes .*`memory_budget`"):
         room.check_images(1000, size, 64 * image - 1, 32, available=GB)
 
 
@@ -175,8 +175,8 @@ def test_calibrate_refuses_before_the_network_is_built(
     words = calibrate_words(tmp_path)
     (tmp_path / "file").write_text("")
     cases = {
-        ("--device", "cuda:77"): "--device",
-        ("--device", "nonsense"): "--device",
+        ("--device", "cuda:77"): "`device`",
+        ("--device", "nonsense"): "`device`",
         ("--out", str(tmp_path / "file" / "run")): "is not a folder",
         ("--out", str(tmp_path / "data" / "run")): "among the images",
         ("--out", str(tmp_path / "data" / ".." / "data")): "among the images",
@@ -225,7 +225,7 @@ def test_images_are_not_decoded_for_what_cannot_work(tmp_path: Path, monkeypatch
     recipe = tmp_path / "cuts.toml"
     cases = {
         ("--set", "reconstruction.batch_size=64"): "40 calibration images are fewer than a batch of 64",
-        ("--memory-budget", "100kB"): "--memory-budget",
+        ("--memory-budget", "100kB"): "`memory_budget`",
         ("--set", "slicing=['no_such_cut']"): "slicing",
     }
     for given, message in cases.items():
@@ -258,10 +258,10 @@ def test_engine_options_without_an_engine(tmp_path: Path, option: tuple[str, ...
         ({"profile": (0, 1, 1)}, "do not rise"),
         ({"compute_capabilities": ("SM999",)}, "SM89"),
         ({"compute_capabilities": ("NONE",)}, "use one of SM"),
-        ({"version_compatible": True}, "--version-compatible"),
-        ({"hardware_compatibility": "ampere_plus"}, "--hardware-compatibility"),
-        ({"timing_cache": Path("x")}, "--timing-cache"),
-        ({"workspace_mib": 0}, "--workspace"),
+        ({"version_compatible": True}, "`version_compatible`"),
+        ({"hardware_compatibility": "ampere_plus"}, "`hardware_compatibility`"),
+        ({"timing_cache": Path("x")}, "`timing_cache`"),
+        ({"workspace_mib": 0}, "`workspace`"),
     ],
 )
 def test_targets(settings: dict[str, Any], message: str) -> None:
@@ -292,20 +292,20 @@ def test_export_and_validate_refuse_before_work(run_copy: Path, monkeypatch: pyt
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("ospq_export.runs.run.create_model", worked)
+    monkeypatch.setattr("ospq_export.runs.run.rebuild", worked)
     monkeypatch.setattr("ospq_export.data.ImageSet.batches", worked)
     for options, message in (
         ({"backends": ["nothing"]}, "there is no execution 'nothing'"),
         ({"backends": ["float", "tensorrt"]}, "tensorrt"),
         ({"backends": ["float", "onnxruntime-fp16"]}, r"no model_fp16\.onnx"),
-        ({"device": "nonsense"}, "--device"),
-        ({"device": "cuda:77"}, "--device"),
+        ({"device": "nonsense"}, "`device`"),
+        ({"device": "cuda:77"}, "`device`"),
     ):
         with pytest.raises(InputError, match=message):
             validate(run, images, **options)
     with monkeypatch.context() as patch:
         patch.setattr("ospq_export.world.memory.available_memory", lambda: 1000)
-        with pytest.raises(InputError, match=r"100 images of 1x28x28 take at least .*--batch-size"):
+        with pytest.raises(InputError, match=r"100 images of 1x28x28 take at least .*`batch_size`"):
             validate(run, images)
     with monkeypatch.context() as patch:
         patch.setattr(room, "free_disk", lambda _: 1000)

@@ -103,7 +103,7 @@ def test_the_environment_and_the_command_line_come_first(tmp_path):
 
 @pytest.mark.parametrize("count", [0, -1, 4 * (os.cpu_count() or 1) + 1])
 def test_impossible_numbers(count):
-    with pytest.raises(InputError, match="--threads"):
+    with pytest.raises(InputError, match="`threads`"):
         choose_threads(count, 1, {})
 
 
@@ -120,7 +120,7 @@ COMMANDS = {
 def test_every_command_refuses_an_impossible_number(command):
     done = CliRunner().invoke(app, [command, *COMMANDS[command], "--threads", "0"])
     assert isinstance(done.exception, InputError)
-    assert "--threads" in str(done.exception)
+    assert "`threads`" in str(done.exception)
 
 
 def test_torch_is_told():

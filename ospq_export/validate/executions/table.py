@@ -96,8 +96,9 @@ class Execution:
             return OnnxRuntimeBackend(self.name, path, optimize=self.optimize, provider=provider)
         if self.role is Role.FLOAT:
             return TorchBackend(self.name, run.float_network(), device)
-        network = run.quantized_graph().module
-        return TorchBackend(self.name, HalfNetwork(network) if self.float_type == "fp16" else network, device)
+        if self.float_type == "fp16":
+            return TorchBackend(self.name, HalfNetwork(run.quantized_graph().module), device)
+        return TorchBackend(self.name, run.fake_quant_network(), device)
 
 
 def _table() -> Iterator[Execution]:
