@@ -37,7 +37,7 @@ METHODS: dict[str, list[str]] = {
     "adaround": ["slicing=layer", "reconstruction.drop_probability=0.0", *PEER],
     "brecq": [
         *("slicing=block", "reconstruction.drop_probability=0.0"),
-        *("reconstruction.loss=fisher", "reconstruction.fisher_temperature=1.0"),
+        *("reconstruction.loss=fisher", "reconstruction.loss.temperature=1.0"),
         *PLAIN,
     ],
     "qdrop": ["slicing=block", *PEER],
@@ -71,7 +71,7 @@ def document() -> str:
         "",
         "## With Fisher weights of the logits themselves",
         "",
-        "DINOv2 as in the table above, but for `reconstruction.fisher_temperature=1`; above it is 4.",
+        "DINOv2 as in the table above, but for `reconstruction.loss.temperature=1`; above it is 4.",
         "",
         *_series("fisher-t1", [*OWN, "auto"]),
         "",

@@ -31,8 +31,8 @@ BASE = [
     "reconstruction.final_loss=same",
     "reconstruction.bias_correction=false",
 ]
-FISHER = [*BASE, "reconstruction.loss=fisher", "reconstruction.fisher_temperature=1.0"]
-SOFT = [*FISHER, "reconstruction.fisher_temperature=4.0"]
+FISHER = [*BASE, "reconstruction.loss=fisher", "reconstruction.loss.temperature=1.0"]
+SOFT = [*FISHER, "reconstruction.loss.temperature=4.0"]
 VARIANTS: dict[str, list[str]] = {
     "base": BASE,
     **{name: [*BASE, f"equalization={name}"] for name in ("none", "smooth", "repq")},

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ospq_export.errors import InputError
 
@@ -22,6 +22,35 @@ if TYPE_CHECKING:
 # Too long a number and too deep a list are no TOMLDecodeError.
 _UNREADABLE = (ValueError, RecursionError)
 _GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
+
+
+class SquaredLoss(BaseModel):
+    """Squared error: plain ("normalized"), per channel over its variance, or as BRECQ's code sums it, to the letter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["normalized", "channel", "literal"]
+
+
+class FisherLoss(BaseModel):
+    """Squared error weighed by Fisher information."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["fisher"]
+    temperature: float = Field(
+        default=4.0,
+        gt=0,
+        description="by which the logits are divided before the information is taken; above 1, a few unsure images "
+        "no longer make up nearly all of it",
+    )
+
+
+Loss = Annotated[
+    SquaredLoss | FisherLoss,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+]
 
 
 class Reconstruction(BaseModel):
@@ -42,15 +71,8 @@ class Reconstruction(BaseModel):
     scale_parametrization: Literal["linear", "logarithmic"] = Field(
         description="what the rate above applies to"
     )
-    loss: Literal["normalized", "channel", "fisher", "literal"] = Field(
-        description="squared error over its initial value, plain, per channel over its variance, or by Fisher information; "
-        "or BRECQ's code to the letter (sum over dimension 1)"
-    )
-    fisher_temperature: float = Field(
-        default=1.0,
-        gt=0,
-        description="by which the logits are divided before Fisher information is taken; above 1, a few unsure images "
-        "no longer make up nearly all of it",
+    loss: Loss = Field(
+        description="what a slice is optimised for, by its kind; a bare word is a kind with its defaults"
     )
     final_loss: Literal["same", "kl"] = Field(
         description="loss of the last slice: the same, or KL divergence of the logits"
@@ -170,7 +192,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise InputError(f"{section!r} is not a section of a recipe", where=f"`overrides` {override}")
-    target[last] = _literal(text.strip())
+    value = _literal(text.strip())
+    # A bare word in the place of a table of some kind is another kind, with its defaults.
+    target[last] = {"kind": value} if isinstance(target.get(last), dict) and isinstance(value, str) else value
 
 
 def _literal(text: str) -> Any:

@@ -218,7 +218,7 @@ def test_two_copies_of_one_network_are_no_choice(
         {"state_dict": demo, "state_dict_ema": {k: v.clone() for k, v in demo.items()}}, tmp_path / "w.pth"
     )
     _, record = loaded(tmp_path / "w.pth")
-    assert record.chosen == "only" and "--checkpoint-key" not in caplog.text
+    assert record.chosen == "only" and "`checkpoint_key`" not in caplog.text
 
 
 @pytest.mark.parametrize("key", ["ema", "state_dict.x", "epoch", "."])

@@ -39,7 +39,7 @@ PAPER = {
         "beta_end": 2.0,
         "warm_up": 0.2,
         "drop_probability": 0.5,
-        "loss": "literal",
+        "loss": {"kind": "literal"},
         "final_loss": "same",
         "refinement_images": 0,
         "learn_offsets": False,
@@ -65,12 +65,17 @@ def test_the_papers_settings():
 def test_a_run_with_the_papers_settings_has_them_in_its_manifest(tmp_path):
     """All of them at work but for the number of steps and of images."""
     changed = {"iterations": 2, "calibration_images": 64, "observation_images": 32}
-    run = calibrated_demo("swin", "paper-w4a4", tmp_path / "run", "calibration_images=64", "slicing=stage")
+    run = calibrated_demo(
+        "swin",
+        "paper-w4a4",
+        tmp_path / "run",
+        *("calibration_images=64", "slicing=stage", "reconstruction.refinement_images=0"),
+    )
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert_papers(manifest["recipe"], set(changed))
     assert manifest["recipe"]["reconstruction"]["iterations"] == 2
     assert [s["iterations"] for s in manifest["slices"]] == [2] * len(manifest["slices"])
-    bits = {q["name"]: q["bits"] for q in manifest["quantizers"]}
+    bits = {q["name"]: q["format"]["bits"] for q in manifest["quantizers"]}
     ends = ("patch_embed.proj.weight", "patch_embed.proj.input", "head.fc.weight", "head.fc.input")
     assert all(bits.pop(name) == 8 for name in ends) and set(bits.values()) == {4}
     assert manifest["calibration"]["images"] == 64 and not manifest["equalized"]

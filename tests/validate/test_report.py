@@ -314,7 +314,7 @@ def test_a_copied_directory_needs_no_weights_and_no_network(run_copy, tmp_path, 
 
 
 def test_without_the_torch_side(run_copy, monkeypatch):
-    """Another torch may lack an operator of the graph: then the ONNX file is compared with itself, unoptimised, and it is said."""
+    """Another torch may lack an operator: then the ONNX file is compared with itself, unoptimised, and it is said."""
 
     def refuse(self):
         raise InputError("the graph cannot be rebuilt", where=self.path)

@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, type[Squared]] = {
 
 def objective_class(settings: Reconstruction) -> type[Squared]:
     """The class of a recipe's loss."""
-    return OBJECTIVES[settings.loss]
+    return OBJECTIVES[settings.loss.kind]
 
 
 def objectives(context: Context, prepared: Any = None) -> MakeObjective:

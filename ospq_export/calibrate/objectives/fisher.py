@@ -13,6 +13,7 @@ from ospq_export.calibrate.objectives.base import Context
 from ospq_export.calibrate.objectives.squared import Squared
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.rewrite import Tap
+from ospq_export.recipes import FisherLoss
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import CLASSIFY
 
@@ -32,7 +33,8 @@ class Fisher(Squared):
     def prepare(cls, context: Context) -> Mapping[str, Tensor]:
         """F at every slice's end; see `fisher_weights`."""
         c = context
-        ends, temperature = [s.end for s in c.slices], c.settings.fisher_temperature
+        assert isinstance(c.settings.loss, FisherLoss)
+        ends, temperature = [s.end for s in c.slices], c.settings.loss.temperature
         return fisher_weights(c.network, ends, c.images, c.device, c.seed, temperature, c.task)
 
     @classmethod
