@@ -187,6 +187,7 @@ def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_j
     if log_json not in (None, "-"):
         room.check_file(Path(log_json), "--log-json")
     torch_device(device)
+    recipe.formats()
     check_processes(recipe)
     room.check_calibration(out, network_bytes(spec))
 

@@ -14,13 +14,13 @@ from rich.progress import Progress
 from torch import fx
 
 from ospq_export.errors import InputError
-from ospq_export.export.lower.graph import lower, probe_names
+from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
 from ospq_export.export.variants import shift_activations, store_int4, take_uint8
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.half import to_half
 from ospq_export.onnx.kernels import Kernels, integer_kernels
-from ospq_export.onnx.write import ACTIVATION_LAYOUT, translate, write_translated
+from ospq_export.onnx.write import ACTIVATION_LAYOUT, OPSET, translate, write_translated
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
     DEBUG_ONNX,
@@ -268,7 +268,8 @@ class _Writer:
         probes, model = list(self.probes.values()), self.translated
         if model is None:
             size = self.run.manifest.data.input_size
-            model = translate(module, input_size=size, batch_size=job.batch_size, probes=probes)
+            opset = highest_opset(self.network()) if job.quantized else OPSET
+            model = translate(module, input_size=size, batch_size=job.batch_size, probes=probes, opset=opset)
         again = following is not None and following.graph == job.graph
         # Values of a clone share their type's object with it: a pass gives a value another type, and changes none in place.
         self.translated = model.clone() if again else None

@@ -94,6 +94,7 @@ class Format(ABC):
         family: name of the module that writes it as ONNX, in `export/lower/`.
         storage: torch dtype of the codes.
         engine_type: what TensorRT calls an operand in it.
+        opset: of ONNX, from which its operators exist.
         bits: of a code.
         granularity: of the scales.
     """
@@ -101,6 +102,7 @@ class Format(ABC):
     family: ClassVar[str]
     storage: ClassVar[torch.dtype]
     engine_type: ClassVar[str]
+    opset: ClassVar[int]
     bits: int
     granularity: Granularity
 

@@ -21,8 +21,7 @@ from ospq_export.errors import InputError
 from ospq_export.onnx import serialize
 from ospq_export.onnx.names import describe_inner_only, hide_outputs, name_everything
 
-# From opset 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
-# its own type inference then refuses; at 20 the attribute does not exist. Nothing in an int8 file needs 21.
+# The lowest that every format has; see `formats.integer` for why it is no higher.
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
 # The zero point that carries int8 codes as uint8, and the metadata that says so.
@@ -41,13 +40,14 @@ def write_onnx(
     probes: Sequence[str] = (),
     expose_probes: bool = False,
     passes: Sequence[Callable[[Any], None]] = (),
+    opset: int = OPSET,
 ) -> None:
     """Translate a graph to ONNX and write it atomically: `translate` and `write_translated` in one.
 
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
     """
-    model = translate(module, input_size=input_size, batch_size=batch_size, probes=probes)
+    model = translate(module, input_size=input_size, batch_size=batch_size, probes=probes, opset=opset)
     write_translated(
         model, path, metadata=metadata, probes=probes, expose_probes=expose_probes, passes=passes
     )
@@ -95,6 +95,7 @@ def translate(
     input_size: tuple[int, int, int],
     batch_size: int | None,
     probes: Sequence[str] = (),
+    opset: int = OPSET,
 ) -> Any:
     """Translate a graph to ONNX.
 
@@ -103,6 +104,7 @@ def translate(
         input_size: (channels, height, width) in pixels.
         batch_size: a fixed batch, or None for a dynamic one.
         probes: names of what the graph returns beside the logits.
+        opset: the highest that a format in the graph asks for.
 
     Returns:
         An `onnx_ir.Model`, whose tensors are the module's.
@@ -120,7 +122,7 @@ def translate(
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=dynamic,
                 input_names=[INPUT],
                 output_names=[OUTPUT, *probes],

@@ -113,6 +113,11 @@ class Recipe(BaseModel):
     weight_bits: int = Field(ge=2, le=8)
     activation_bits: int = Field(ge=2, le=8)
     first_last_bits: int = Field(ge=2, le=8, description="of the first and last quantizable operator")
+    weight_format: str | None = Field(
+        default=None, description="number format; None: integers of weight_bits"
+    )
+    activation_format: str | None = Field(default=None, description="None: integers of activation_bits")
+    first_last_format: str | None = Field(default=None, description="None: integers of first_last_bits")
     slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
         description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
     )
@@ -125,10 +130,18 @@ class Recipe(BaseModel):
     pilot: Pilot
 
     def formats(self) -> Choice:
-        """The formats of weights, activations and the two ends."""
-        from ospq_export.formats.choice import integers
+        """The formats of weights, activations and the two ends.
 
-        return integers(self.weight_bits, self.activation_bits, self.first_last_bits)
+        Raises:
+            InputError: there is no format of a name.
+        """
+        from ospq_export.formats.choice import choice
+
+        return choice(
+            self.weight_format or f"int{self.weight_bits}",
+            self.activation_format or f"int{self.activation_bits}",
+            self.first_last_format or f"int{self.first_last_bits}",
+        )
 
 
 def packaged_recipes() -> list[str]:

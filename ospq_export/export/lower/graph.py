@@ -49,6 +49,12 @@ def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, s
     return names | {piece.end: f"{piece.name}.output" for piece in slices[:-1]}
 
 
+def highest_opset(network: QuantizedGraph) -> int:
+    """The ONNX opset that the formats of a network need."""
+    activations = [a.format.opset for a in network.activations.values()]
+    return max([*activations, *(w.format.opset for w in network.weights.values())])
+
+
 class _Lowering:
     def __init__(self, network: QuantizedGraph, probes: Mapping[str, str]) -> None:
         self.network, self.probes = network, probes
