@@ -14,12 +14,13 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast bench-gpu lint format clean
 
 help:
 	@echo "make demo       calibrate, export and validate the packaged network, on the CPU; ends with the report's path"
 	@echo "make test       lint, type check and every test"
 	@echo "make test-fast  the tests that are not marked slow"
+	@echo "make bench-gpu  the tests and benchmarks that want a GPU, in ten minutes; results in runs/bench-gpu"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff lay the code out"
 	@echo "make clean      remove the virtual environment and caches"
@@ -40,6 +41,9 @@ test: lint
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
