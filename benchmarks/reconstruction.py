@@ -6,7 +6,7 @@
 
 Both loops run in one process on the same slice, images, ranges and settings, a few steps of one and a few steps of the other in
 turn, so that what else the machine does slows both alike. Afterwards both slices are hardened and must reach the same loss.
-The plain loop is benchmarks/lib/plain.py, the floor is benchmarks/lib/floor.py; rows in benchmarks/rows/reconstruction.jsonl.
+The plain loop is benchmarks/lib/floor.py, the floor is benchmarks/lib/floor.py; rows in benchmarks/rows/reconstruction.jsonl.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lib.floor import Clock, Machine, synchronize, unrecorded, work_of
-from lib.plain import PlainLoop
+from lib.floor import Clock, Machine, PlainLoop, synchronize, unrecorded, work_of
 from lib.rows import RECONSTRUCTION, make_parser, origin
 from lib.rows import table as markdown
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fashion_mnist import SIDE, read_split
 from ospq_export.demo import MEAN, NETWORKS, STD
+from pack_demo_images import SIDE, read_split
 
 Images = tuple[Tensor, Tensor]
 """Normalised images (N, 1, 28, 28), float32, and their labels (N,), int64."""

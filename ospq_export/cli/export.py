@@ -70,7 +70,7 @@ def export(
         EngineProduct | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Engine with a dynamic batch: smallest, likeliest, largest, '1,8,32'.")
+        str | None, typer.Option(help="Engine with a dynamic batch: min, opt, max, '1,8,32'.")
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
@@ -208,7 +208,7 @@ def _print_engine(run: Path, record: EngineRecord) -> None:
         f"built {run / 'model.engine'} with {record.product} {record.version} for "
         f"{', '.join(record.compute_capabilities)}: "
         f"{fusion.quantized_gemms} of {fusion.gemms} products quantized, "
-        f"{fusion.fused_attentions} of {fusion.attentions} attentions one Int8 kernel"
+        f"{fusion.fused_attentions} of {fusion.attentions} attentions one quantized kernel"
     )
     for name, reason in {**fusion.not_quantized, **fusion.not_fused}.items():
         say(f"  {name}: {reason}")

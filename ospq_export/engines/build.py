@@ -26,7 +26,7 @@ class BuildSettings:
 
     Attributes:
         product: what builds it.
-        profile: smallest, likeliest and largest batch of a file with a dynamic batch; None for a static one.
+        profile: min, opt and max batch of a file with a dynamic batch; None for a static one.
         compute_capabilities: targets such as "SM89" (TensorRT-RTX); none: the GPU of this machine.
         version_compatible: whether later versions of the product may run it (TensorRT).
         hardware_compatibility: "ampere_plus" or "same_compute_capability" (TensorRT), or None.

@@ -26,7 +26,7 @@ class EngineRecord(BaseModel):
         gpu: the builder's GPU, or None where there was none.
         input: name, dtype and shape of the images; -1 is a dynamic batch.
         output: the same of the logits.
-        profile: smallest, likeliest and largest batch of a dynamic one.
+        profile: min, opt and max batch of a dynamic one.
         preprocessing: what an image goes through before the engine sees it, or None where the file does not say.
         classes: class names by index, where they are known.
         onnx, onnx_sha256: the file it was built from.

@@ -41,7 +41,7 @@ from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import CLASSIFY
 from ospq_export.world.memory import total_memory
 
-# Of a difference between two trials less is chance than at 1 (benchmarks/noise.py).
+# Of a difference between two trials less is chance than at 1 (benchmarks/studies_of_trials.py noise).
 _TEMPERATURE = 2.0
 
 
