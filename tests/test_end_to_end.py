@@ -37,6 +37,8 @@ def test_demo_is_faithful(tmp_path, model, recipe):
         "--set",
         "reconstruction.iterations=5",
         "--set",
+        "reconstruction.refinement_images=8",
+        "--set",
         "calibration_images=64",
         "--set",
         "observation_images=64",

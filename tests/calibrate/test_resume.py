@@ -22,6 +22,8 @@ COMMAND = [
         "observation_images=16",
         "--set",
         "reconstruction.iterations=3",
+        "--set",
+        "reconstruction.refinement_images=8",
     ),
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,5 +1,6 @@
 """Engines built ahead of time by TensorRT-RTX, without a GPU; the compiled plan is read back."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def test_float_products_are_named(tmp_path):
     assert fusion.not_quantized["blocks.0.mlp.fc1/MatMul"] == "operand 0 is not quantized"
 
 
+@functools.cache
+def captured_demo(name):
+    """A packaged network's graph; `insert_quantizers` does not change it."""
+    return capture(create_model(demo_spec(name)), (1, 28, 28))
+
+
 @pytest.mark.slow
 @RTX
 @pytest.mark.parametrize("recipe", ["w8a8", "w6a6", "w4a8", "w4a4"])
@@ -107,7 +114,7 @@ def test_float_products_are_named(tmp_path):
 def test_the_packaged_networks_at_every_recipe(tmp_path, name, gemms, attentions, recipe):
     chosen = load_recipe(recipe)
     bits = integers(chosen.weight_bits, chosen.activation_bits, chosen.first_last_bits)
-    network = insert_quantizers(capture(create_model(demo_spec(name)), (1, 28, 28)), bits)
+    network = insert_quantizers(captured_demo(name), bits)
     observe(network, torch.randn(8, 1, 28, 28), batch_size=8, seed=0, values_per_tensor=4096)
     network.set_mode(Mode.QUANTIZE)
     file = tmp_path / "m.onnx"
