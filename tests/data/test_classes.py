@@ -110,7 +110,7 @@ def test_a_class_map_that_is_not_there(tmp_path: Path) -> None:
     [
         (["cat", "dog"], "3 classes|index 2 is missing"),
         (["cat", "dog", "emu", "fox"], "surplus: fox"),
-        (["cat", "dog", "fox"], r"not among .* classes \(`class_map` .*emu"),
+        (["cat", "dog", "fox"], r"not among .* classes \(class_map=.*emu"),
         (["cat", "dog", "Emu"], "a class is called 'Emu'"),
     ],
 )
@@ -266,7 +266,7 @@ def test_wordnet_ids_of_a_network_of_its_own() -> None:
 
 
 def test_options_have_to_agree_with_the_run(tmp_path: Path) -> None:
-    run = Classes({"9": 0, "10": 1}, "--class-order natural")
+    run = Classes({"9": 0, "10": 1}, "class_order=natural")
     scan = folders("10", "9")
     same, other = written(tmp_path / "same", "9\n10"), written(tmp_path / "other", "10\n9")
     for choice in (ClassChoice(), ClassChoice(same), ClassChoice(order="natural")):

@@ -185,7 +185,7 @@ def test_what_was_chosen_is_in_manifest_and_file(capsys, tmp_path) -> None:
     manifest = read_manifest(out)
     assert manifest.class_to_idx == {"10": 0, "9": 1}
     assert (manifest.classes_source, manifest.class_from, manifest.outputs) == (
-        "--class-order plain",
+        "class_order=plain",
         "first",
         2,
     )
@@ -195,18 +195,18 @@ def test_what_was_chosen_is_in_manifest_and_file(capsys, tmp_path) -> None:
     export(out)
     metadata = {p.key: p.value for p in onnx.load(out / "model.onnx").metadata_props}
     assert json.loads(metadata["classes"]) == ["10", "9"]
-    assert metadata["classes_source"] == "--class-order plain"
+    assert metadata["classes_source"] == "class_order=plain"
     status, _, stderr = run(capsys, "validate", out, "--data", data, "--class-order", "natural")
-    assert status == 2 and "the run has other classes than --class-order natural" in stderr
+    assert status == 2 and "the run has other classes than class_order=natural" in stderr
     # The verdict is another matter: two classes by random weights.
     run(capsys, "validate", out, "--data", data, "--limit", 5, "--workers", 0, "--quiet", "--floor-images", 0)
     report = json.loads((out / "report.json").read_text())
     assert (report["images"], report["class_names"]) == (5, ["10", "9"])
-    assert report["classes_source"] == "--class-order plain"
+    assert report["classes_source"] == "class_order=plain"
     assert report["passed_over"] == {".ipynb_checkpoints/": 1, ".txt": 1}
     assert report["image_notes"]["of 9 were drawn at random, with each class's share"] == 5
     for name in ("report.md", "report.html"):
-        assert "classes: --class-order plain" in (out / name).read_text()
+        assert "classes: class_order=plain" in (out / name).read_text()
 
 
 def manifest(**changes):

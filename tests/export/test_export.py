@@ -1,12 +1,15 @@
 """The exported files: standard, deployable, and the artifact's very integers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import tiny
 from onnx import TensorProto, helper, numpy_helper
 
 from ospq_export.demo import demo_images
@@ -192,20 +195,34 @@ def test_scales_json_is_complete_and_exact(finished_runs):
         assert entry["hi"] - entry["lo"] == 2 ** entry["bits"] - 1 and entry["zero_point"] == 0
 
 
-@pytest.mark.slow
-def test_fixed_batch_size(run_copy, images):
-    export(run_copy, batch_size=4, overwrite=True)
-    runtime = session(run_copy / "model.onnx")
-    assert runtime.get_inputs()[0].shape == [4, 1, 28, 28]
-    assert runtime.run(None, {"images": images[:4]})[0].shape == (4, 10)
-    assert Run.open(run_copy), "the manifest has the new hashes"
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """An exported run of a network of two small blocks; do not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    tiny(folder)
+    export(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_run, tmp_path):
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_exporting_twice_gives_the_same_bytes(run_copy):
-    before = {n: (run_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
-    export(run_copy, overwrite=True)
-    assert all((run_copy / n).read_bytes() == data for n, data in before.items())
+def test_fixed_batch_size(tiny_copy):
+    export(tiny_copy, batch_size=4, overwrite=True)
+    runtime = session(tiny_copy / "model.onnx")
+    assert runtime.get_inputs()[0].shape == [4, 1, 32, 32]
+    assert runtime.run(None, {"images": np.zeros((4, 1, 32, 32), np.float32)})[0].shape == (4, 5)
+    assert Run.open(tiny_copy), "the manifest has the new hashes"
+
+
+@pytest.mark.slow
+def test_exporting_twice_gives_the_same_bytes(tiny_copy):
+    before = {n: (tiny_copy / n).read_bytes() for n in ("model.onnx", "model_fp32.onnx", "scales.json")}
+    export(tiny_copy, overwrite=True)
+    assert all((tiny_copy / n).read_bytes() == data for n, data in before.items())
 
 
 def test_an_earlier_export_is_kept_unless_told(run_copy):
@@ -218,37 +235,37 @@ def test_an_earlier_export_is_kept_unless_told(run_copy):
 
 
 @pytest.mark.slow
-def test_an_interrupted_export_leaves_the_run_as_it_was(run_copy, monkeypatch):
+def test_an_interrupted_export_leaves_the_run_as_it_was(tiny_copy, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    before = {p.name: p.read_bytes() for p in tiny_copy.iterdir()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         # After model_fp32.onnx, which has another batch size than before.
         patch.setattr("ospq_export.export.stage.lower", interrupted)
-        export(run_copy, batch_size=2, overwrite=True)
-    assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
+        export(tiny_copy, batch_size=2, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tiny_copy.iterdir()} == before
     # What a killed process leaves is no file of the run, and goes with the next export.
-    (run_copy / ".export.killed.tmp").mkdir()
-    (run_copy / ".export.killed.tmp" / "model.onnx").write_bytes(b"half")
-    assert Run.open(run_copy)
-    export(run_copy, overwrite=True)
-    assert {p.name for p in run_copy.iterdir()} == set(before)
+    (tiny_copy / ".export.killed.tmp").mkdir()
+    (tiny_copy / ".export.killed.tmp" / "model.onnx").write_bytes(b"half")
+    assert Run.open(tiny_copy)
+    export(tiny_copy, overwrite=True)
+    assert {p.name for p in tiny_copy.iterdir()} == set(before)
 
 
 @pytest.mark.slow
-def test_an_export_interrupted_while_files_take_their_places(run_copy, monkeypatch):
+def test_an_export_interrupted_while_files_take_their_places(tiny_copy, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("ospq_export.export.stage.take", interrupted)
-        export(run_copy, batch_size=2, overwrite=True)
-    listed = Run.open(run_copy).manifest.files
+        export(tiny_copy, batch_size=2, overwrite=True)
+    listed = Run.open(tiny_copy).manifest.files
     assert not {"model.onnx", "model_fp32.onnx", "scales.json"} & listed.keys()
-    done = export(run_copy)
+    done = export(tiny_copy)
     assert {"model.onnx", "model_fp32.onnx", "scales.json"} <= done.manifest.files.keys()
-    assert Run.open(run_copy)
+    assert Run.open(tiny_copy)
 
 
 @pytest.mark.slow
