@@ -1,4 +1,4 @@
-"""Search of quantization ranges by minimum mean squared error, on compressed samples of a tensor's values."""
+"""Integer levels and the grids that they lie on; search of ranges by minimum mean squared error, on compressed samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which products of an exported file ONNX Runtime computes in integers: read from the graph that it really runs."""
+"""Which products of an exported file ONNX Runtime computes in integers, and which of these can saturate.
+
+The former is read from the graph that it really runs; the latter from the codes: where a processor adds pairs of products in
+16 bits (VPMADDUBSW), uint8 by int8 can.
+"""
 
 from __future__ import annotations
 

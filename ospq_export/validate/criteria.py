@@ -1,4 +1,7 @@
-"""Is the deployment faithful? The deployed file against the fake-quantized network, and against that network's noise floor.
+"""The criteria of both verdicts.
+
+Is the deployment faithful? The deployed file against the fake-quantized network, and against that network's noise floor. Is
+accuracy kept? The deployed network against the float network, on the same images.
 
 Two executions of one quantized network differ where a float sum, in another order, lands on the other side of a
 rounding edge. How far that moves a margin between two classes is measured: the *noise floor*, the fake-quantized

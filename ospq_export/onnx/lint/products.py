@@ -1,4 +1,4 @@
-"""Rules about products: which run in float, and which two formats cannot be multiplied."""
+"""Rules about products: which run in float, which two formats cannot be multiplied, and which attentions are not fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which executions a validation runs: by name, or all that this machine has; what it lacks is listed with the reason."""
+"""Which executions a validation runs: by name, or all that this machine has; what it lacks is listed with the reason.
+
+A file or an image that belongs to another run is refused. A second run, the baseline, may be executed beside the first.
+"""
 
 from __future__ import annotations
 
