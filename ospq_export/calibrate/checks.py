@@ -1,5 +1,6 @@
-"""What is checked before a calibration, so that it is not said after it: the module, its graph, the
-images, the folder, the batch, the processes, and the run that is to be continued.
+"""What is checked before a calibration, so that it is not said after it.
+
+That is the module, its graph, the images, the folder, the batch, the processes, and the run that is to be continued.
 
 A captured graph is one function of one image at a time. A module that is not, one in training mode, one with random numbers or
 one whose logits depend on the other images of the batch, would be calibrated, exported and found faithful to the wrong function.
