@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import CUDA, calibrated_demo
+from helpers import tiny
 
 from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.observe import observe, outlier_profile
@@ -181,9 +182,8 @@ def test_a_run_records_its_slicing_and_resumes_after_the_trials(tmp_path, device
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["layer", "model"])
 def test_any_granularity_reaches_the_file(tmp_path, granularity):
-    overrides = [f"slicing={granularity}", "reconstruction.iterations=1", "reconstruction.batch_size=8"]
-    overrides += ["calibration_images=8", "observation_images=8", "reconstruction.refinement_images=0"]
-    run = calibrated_demo("swin", "w8a8", tmp_path / "run", *overrides, "equalization=none")
+    overrides = ["reconstruction.iterations=1", "reconstruction.refinement_images=0"]
+    run = tiny(tmp_path / "run", f"slicing={granularity}", *overrides)
     assert run.manifest.slicing.choice == granularity
     expected = slicing_of(run.captured().graph, granularity)
     assert Run.open(run.path).slices() == expected
