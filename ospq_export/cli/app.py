@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
 import sys
 
 import typer
@@ -14,6 +12,7 @@ from ospq_export.cli.demo import demo
 from ospq_export.cli.export import export
 from ospq_export.cli.inspect import inspect
 from ospq_export.cli.lint import doctor, lint
+from ospq_export.cli.options import with_options
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
 from ospq_export.world.threads import wait_passively
@@ -26,19 +25,6 @@ app = typer.Typer(
 )
 for command in (calibrate, export, validate, inspect, lint, doctor, demo):
     app.command()(command)
-
-
-@functools.cache
-def _options() -> dict[str, str]:
-    """What each setting is called on the command line, by its name in Python."""
-    group = typer.main.get_command(app)
-    parameters = (p for command in group.commands.values() for p in command.params)  # type: ignore[attr-defined]
-    return {p.name: max(p.opts, key=len) for p in parameters if p.opts[0].startswith("-")}
-
-
-def with_options(text: str) -> str:
-    """A message of the library with options in place of settings in backquotes."""
-    return re.sub(r"`(\w+)`", lambda found: _options().get(found[1], found[0]), text)
 
 
 class _Formatter(logging.Formatter):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import console
+from ospq_export.cli.options import console, with_options
 
 if TYPE_CHECKING:
     from ospq_export.onnx.lint import Finding
@@ -31,7 +31,7 @@ def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any n
         except InputError as error:
             if len(files) == 1:
                 raise
-            console().print(escape(str(error)), soft_wrap=True)
+            console().print(escape(with_options(str(error))), soft_wrap=True)
             status = 2
             continue
         errors = sum(finding.severity is Severity.ERROR for finding in findings)

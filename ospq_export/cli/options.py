@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -172,6 +174,21 @@ def compute_with(threads: int | None) -> None:
     from ospq_export.world.threads import use_threads
 
     use_threads(threads)
+
+
+@functools.cache
+def _options() -> dict[str, str]:
+    """What each setting is called on the command line, by its name in Python."""
+    from ospq_export.cli.app import app
+
+    group = typer.main.get_command(app)
+    parameters = (p for command in group.commands.values() for p in command.params)  # type: ignore[attr-defined]
+    return {p.name: max(p.opts, key=len) for p in parameters if p.opts[0].startswith("-")}
+
+
+def with_options(text: str) -> str:
+    """A message of the library with options in place of settings in backquotes."""
+    return re.sub(r"`(\w+)`", lambda found: _options().get(found[1], found[0]), text)
 
 
 def say(line: str) -> None:

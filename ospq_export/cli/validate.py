@@ -23,6 +23,7 @@ from ospq_export.cli.options import (
     compute_with,
     console,
     say,
+    with_options,
 )
 from ospq_export.errors import InputError
 
@@ -176,10 +177,20 @@ def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Rep
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
-    page = write_documents(run, report, images)
-    console().print(render(report), soft_wrap=True)
+    shown = _with_options(report)
+    page = write_documents(run, shown, images)
+    console().print(render(shown), soft_wrap=True)
     say(f"report: {page}")
     return report
+
+
+def _with_options(report: Report) -> Report:
+    """The report for people on the command line: report.json names settings as Python does."""
+    changed = {
+        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
+        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
+    }
+    return report.model_copy(update=changed)
 
 
 def _thresholds(**values: float | None) -> Thresholds:

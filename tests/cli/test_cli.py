@@ -13,11 +13,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ospq_export import cli
+from ospq_export.cli.options import with_options
+from ospq_export.cli.validate import _with_options
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model, parse_model_kwargs
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.tensors import read_tensors
+from ospq_export.validate import Report
 
 KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
 MODEL = "vit_tiny_patch16_224"
@@ -338,3 +341,14 @@ def test_preprocessing_is_the_users(capsys, folder, tmp_path):
 
     plain, shifted = profile("a.json"), profile("b.json", "--mean", "0.9")
     assert plain == profile("c.json") and plain != shifted
+
+
+def test_settings_are_called_as_their_options():
+    text = "a `batch_size` of 0, `overrides` x=1, `backends`, and what `calibrate` wrote"
+    assert with_options(text) == "a --batch-size of 0, --set x=1, --backend, and what `calibrate` wrote"
+    report = Report.model_construct(
+        image_notes={"are turned; `exif` applies it": 3}, executions_skipped={"x": "export it with `fp16`"}
+    )
+    shown = _with_options(report)
+    assert shown.image_notes == {"are turned; --exif applies it": 3}
+    assert shown.executions_skipped == {"x": "export it with --fp16"}
