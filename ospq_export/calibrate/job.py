@@ -6,6 +6,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -23,7 +24,6 @@ from ospq_export.calibrate.slicing.plan import OUTLIER_AWARE, cut_dominance, out
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
-from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
@@ -113,11 +113,12 @@ class Job:
         """Whether this process writes the run directory."""
         return self.options.world.rank == 0
 
-    def begin(self, captured: fx.GraphModule, images: Tensor) -> None:
+    def begin(self, captured: fx.GraphModule, described: dict[str, Any], images: Tensor) -> None:
         """Write what is known at the start, or check that an interrupted run is this one's.
 
         Args:
             captured: the float network.
+            described: its graph, see `serialize.describe`.
             images: the calibration images, (N, C, H, W).
         """
         if not self.writes:
@@ -134,7 +135,7 @@ class Job:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             write_manifest(self.out, self.manifest)
             write_tensors(self.out / FLOAT_TENSORS, dict(captured.named_buffers()))
-            write_json(self.out / GRAPH, describe(captured), indent=None)
+            write_json(self.out / GRAPH, described, indent=None)
             write_json(self.out / CALIBRATION_IMAGES, image_digests(images.cpu().numpy()))
             self.manifest = record_files(self.out, self.manifest, *_INPUTS)
         except InputError:

@@ -33,6 +33,7 @@ from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import torch_device
@@ -138,14 +139,15 @@ def _calibrate(
     progress: Progress | None,
     options: Options,
 ) -> Run:
-    distinct = check_images(images.images)
+    formats, distinct = recipe.formats(), check_images(images.images)
     captured = capture(model, data.input_size)
+    # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
+    described = describe(captured)
     check_graph(model, captured, images.images)
     if recipe.slicing != "auto":
         # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
         slices = slicing_of(captured.graph, recipe.slicing)
         check_cost(captured.graph, slices, len(images.images), recipe, out, target, options.memory_budget)
-    formats = recipe.formats()
     captured.to(target)
     equalized = _equalize(captured, images.images, formats, recipe, seed, progress)
     network = insert_quantizers(captured, formats)
@@ -184,7 +186,7 @@ def _calibrate(
     network.module.to(target)
     seconds = _observe(network, images.images[: recipe.observation_images], seed, progress, options.world)
     job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
-    job.begin(captured, images.images)
+    job.begin(captured, described, images.images)
     job.slice(captured, images.images)
     job.reconstruct(images.images)
     return job.finish()
