@@ -6,11 +6,9 @@ python benchmarks/studies_of_losses.py sensitivity --help
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from lib.classifiers import image_set, own_network
-from lib.rows import add_network, add_run, make_parser, table
+from lib.rows import add_network, add_run, make_parser, run_study, table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -127,17 +125,5 @@ def sensitivity() -> None:
     Console().print(table)
 
 
-STUDIES = {"fisher": fisher, "sensitivity": sensitivity}
-
-
-def main() -> None:
-    """Command line: the name of a study, then its arguments."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in STUDIES:
-        raise SystemExit(f"which study? {', '.join(STUDIES)}")
-    del sys.argv[1]
-    STUDIES[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_study({"fisher": fisher, "sensitivity": sensitivity})

@@ -9,7 +9,6 @@ python benchmarks/studies_of_trials.py trials --help
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from lib.classifiers import demo_network, image_set, observed_network
 from lib.networks import quantize
-from lib.rows import add_run, make_parser, table
+from lib.rows import add_run, make_parser, run_study, table
 from lib.top1 import BITS
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -271,17 +270,5 @@ def trials() -> None:
     print(f"\n{machine_name()}, {args.threads} threads")
 
 
-STUDIES = {"horizon": horizon, "judges": judges, "noise": noise, "trials": trials}
-
-
-def main() -> None:
-    """Command line: the name of a study, then its arguments."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in STUDIES:
-        raise SystemExit(f"which study? {', '.join(STUDIES)}")
-    del sys.argv[1]
-    STUDIES[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_study({"horizon": horizon, "judges": judges, "noise": noise, "trials": trials})

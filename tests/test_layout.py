@@ -13,7 +13,6 @@ from lib.rows import BENCHMARKS, TABLES, Table
 import ospq_export
 
 ROOT = Path(ospq_export.__file__).parent
-BASE = {"errors", "progress"}
 BELOW = {
     "errors": set(),
     "progress": set(),

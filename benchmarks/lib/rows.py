@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -158,6 +158,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows the script's docstring as it stands."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_study(studies: Mapping[str, Callable[[], None]]) -> None:
+    """Run the study that the first argument names; it reads the arguments behind its name."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in studies:
+        raise SystemExit(f"which study? {', '.join(studies)}")
+    del sys.argv[1]
+    studies[name]()
 
 
 def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

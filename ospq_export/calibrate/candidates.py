@@ -12,6 +12,10 @@ from ospq_export.formats.search import compress
 from ospq_export.graph.equalization import Site, bias_of, column_values, scaled_weight, weight_of
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
 
+_LIMIT = 1e3  # of a factor: float32 keeps the function to 1e-4 well beyond it, half precision does not
+_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
+_POWERS = (0.25, 0.5, 0.75, 1.0)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -122,11 +126,6 @@ class Region:
         result: Tensor = quantizer(x)
         quantizer.mode = Mode.FLOAT
         return result
-
-
-_LIMIT = 1e3  # of a factor: float32 keeps the function to 1e-4 well beyond it, half precision does not
-_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-_POWERS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ _QUANTIZED = ("conv2d",)
 # Of the largest logit; rounding in float32 stays a hundred times below it, a wrong graph does not.
 _TOLERANCE = 1e-2
 _IMAGES = 3
+LOCK = ".lock"
 
 
 def check_module(model: nn.Module) -> None:
@@ -167,9 +168,6 @@ def check_images(images: Tensor) -> int:
     if distinct < len(images):
         log.warning("only %d of the %d calibration images are distinct", distinct, len(images))
     return distinct
-
-
-LOCK = ".lock"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,28 @@ from ospq_export.errors import InputError
 
 # timm has the table of this subset's heads but no name for it.
 _UNNAMED = {10450: ("imagenet-21k-miil-w21", "imagenet21k_miil_w21_synsets.txt")}
+_FORMS = "one name a line, 'index,name', 'name,index' or 'index name' lines, or JSON"
+_HEADINGS = frozenset(
+    {
+        "class",
+        "class_id",
+        "class_idx",
+        "class_index",
+        "class_name",
+        "folder",
+        "id",
+        "idx",
+        "index",
+        "label",
+        "name",
+        "synset",
+        "target",
+        "wnid",
+    }
+)
+_SHOWN = 3
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+Pairs = list[tuple[str, int]]
 
 
 def is_wordnet_id(name: str) -> bool:
@@ -71,31 +93,6 @@ def natural_ties(names: Sequence[str]) -> list[str]:
 def decomposed_order(names: Sequence[str]) -> list[str]:
     """Plain order as a machine sees it that stores letters and their accents apart (NFD)."""
     return sorted(names, key=lambda name: unicodedata.normalize("NFD", name))
-
-
-_FORMS = "one name a line, 'index,name', 'name,index' or 'index name' lines, or JSON"
-_HEADINGS = frozenset(
-    {
-        "class",
-        "class_id",
-        "class_idx",
-        "class_index",
-        "class_name",
-        "folder",
-        "id",
-        "idx",
-        "index",
-        "label",
-        "name",
-        "synset",
-        "target",
-        "wnid",
-    }
-)
-_SHOWN = 3
-_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-Pairs = list[tuple[str, int]]
 
 
 def read_class_map(path: Path) -> dict[str, int]:

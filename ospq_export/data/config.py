@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ClassLevel = Literal["first", "path"]
+_OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_WHITE = 255
 
 
 class ImagesRecord(BaseModel):
@@ -41,10 +43,6 @@ class ImagesRecord(BaseModel):
     class_from: ClassLevel | None = None
     passed_over: dict[str, int] = {}
     notes: dict[str, int] = {}
-
-
-_OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_WHITE = 255
 
 
 class DataConfig(BaseModel):

@@ -12,6 +12,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 _NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
+logger = logging.getLogger(__name__)
+ORIENTATION_IGNORED = "have an EXIF orientation, which is ignored as timm does; `exif` applies it"
+ORIENTATION_APPLIED = "have an EXIF orientation, which was applied"
+ALPHA = "have transparent pixels, whose hidden colours are used, as timm does"
+FRAMES = "have several frames, of which the first is used"
+HIGH_BYTE = "have 16 bits per channel, taken as 0 (black) to 65535 (white)"
+NARROW = (
+    "of 16 bits hold no value above 4095: if 12 bits are all they have they are too dark, scale them first"
+)
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+_WHITE = 255
+_CANDIDATES = {"F": (1, _WHITE, 65535), "I": (_WHITE, 65535)}
+_TWELVE_BITS = 4095
 
 
 @cache
@@ -30,18 +45,6 @@ def picture_formats() -> tuple[str, ...]:
     endings = picture_extensions()
     known = {name for ending, name in Image.registered_extensions().items() if ending in endings}
     return tuple(name for name in Image.ID if name in known)
-
-
-logger = logging.getLogger(__name__)
-
-ORIENTATION_IGNORED = "have an EXIF orientation, which is ignored as timm does; `exif` applies it"
-ORIENTATION_APPLIED = "have an EXIF orientation, which was applied"
-ALPHA = "have transparent pixels, whose hidden colours are used, as timm does"
-FRAMES = "have several frames, of which the first is used"
-HIGH_BYTE = "have 16 bits per channel, taken as 0 (black) to 65535 (white)"
-NARROW = (
-    "of 16 bits hold no value above 4095: if 12 bits are all they have they are too dark, scale them first"
-)
 
 
 def container_range(top: int) -> str:
@@ -80,14 +83,6 @@ class Notes:
             if count > self._told.get(note, 0):
                 logger.warning("%s: %d images %s", name, count, note)
                 self._told[note] = count
-
-
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
-_WHITE = 255
-_CANDIDATES = {"F": (1, _WHITE, 65535), "I": (_WHITE, 65535)}
-_TWELVE_BITS = 4095
 
 
 def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Image, tuple[str, ...]]:

@@ -13,6 +13,14 @@ from ospq_export.formats.base import Sample
 INT8_MIN, INT8_MAX = -128, 127
 # [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
 EMBEDDED_MIN, EMBEDDED_MAX = -127, 127
+_TAIL = 512
+# Scales are positive; below this a float32 product of two of them is no normal number. Zeros alone take the second.
+_SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
+_GROUPS = 4096
+_ELEMENTS_AT_ONCE = 1 << 18
+_SHRINK_STEPS = 64
+# A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
+_SHIFT_MUST_GAIN = 0.9
 
 
 class Grid(StrEnum):
@@ -63,16 +71,6 @@ def embedded_levels(bits: int, lo: int) -> Levels:
     if lo < EMBEDDED_MIN or hi > EMBEDDED_MAX:
         raise ValueError(f"embedded levels [{lo}, {hi}] leave [{EMBEDDED_MIN}, {EMBEDDED_MAX}]")
     return Levels(lo, hi)
-
-
-_TAIL = 512
-# Scales are positive; below this a float32 product of two of them is no normal number. Zeros alone take the second.
-_SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
-_GROUPS = 4096
-_ELEMENTS_AT_ONCE = 1 << 18
-_SHRINK_STEPS = 64
-# A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
-_SHIFT_MUST_GAIN = 0.9
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one representation of a network that all stages share: captured ATen graph, cut points, quantizers, number semantics.
+"""The one representation of a network that all stages share: captured ATen graph, cut points, quantizers, graph.json.
 
-This package imports none of the stages.
+Imports formats and errors; knows nothing of files of a run or of a stage.
 """

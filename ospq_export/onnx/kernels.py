@@ -28,6 +28,20 @@ _OPERANDS = {
     "MatMulIntegerToFloat": (0, 4, 1),
     "MatMulInteger": (0, 2, 1),
 }
+# Kernels on integers that stand for a product, with float or integer results.
+INTEGER_KERNELS = frozenset(
+    {
+        *("QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QGemm"),
+        *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits"),
+    }
+)
+_ERRORS_ONLY = 3
+# Nothing is computed: the weights need not be rearranged for it, nor be part of what is read back.
+_FRUGAL = {
+    "session.disable_prepacking": "1",
+    "session.optimized_model_external_initializers_file_name": "weights.bin",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
+}
 
 
 def saturable_pairs(weights: NDArray[np.int8], low: int = 0, high: int = 255) -> int:
@@ -122,22 +136,6 @@ def _scalar(tensor: Any) -> float | None:
     if tensor is None or int(np.prod(tensor.dims)) != 1:
         return None
     return float(numpy_helper.to_array(tensor).reshape(()))
-
-
-# Kernels on integers that stand for a product, with float or integer results.
-INTEGER_KERNELS = frozenset(
-    {
-        *("QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QGemm"),
-        *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits"),
-    }
-)
-_ERRORS_ONLY = 3
-# Nothing is computed: the weights need not be rearranged for it, nor be part of what is read back.
-_FRUGAL = {
-    "session.disable_prepacking": "1",
-    "session.optimized_model_external_initializers_file_name": "weights.bin",
-    "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
-}
 
 
 class Kernels(BaseModel):

@@ -28,6 +28,18 @@ from ospq_export.world.room import gigabytes
 # What protobuf allows one message to have, less room for those who read a file and write it again with more in it: the shapes of
 # all inner tensors, more outputs, another graph of the same weights.
 ONNX_BYTES = (1 << 31) - 1 - (1 << 26)
+# Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
+STREAMED_BYTES = 1 << 18
+# What is larger goes to two files, see `save`.
+MAX_BYTES = ONNX_BYTES
+# Field numbers of onnx.proto3: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+_LENGTH_DELIMITED = 2
+log = logging.getLogger(__name__)
+# In a file that is too large, constants beyond this size, in bytes, lie beside it; the rest, shapes above all, stays inside.
+EXTERNAL_BYTES = 1 << 10
+# What the standard recommends for mapping into memory: a page, and for large tensors the unit that Windows maps in.
+_PAGE, _WINDOWS_UNIT, _LARGE = 1 << 12, 1 << 16, 1 << 20
 
 
 def files_summary(weights: int, quantized: int, most: int) -> str:
@@ -44,15 +56,6 @@ def files_summary(weights: int, quantized: int, most: int) -> str:
     ]
     kept = f"{FLOAT_TENSORS} {gigabytes(weights)}, {QUANTIZED_TENSORS} {gigabytes(quantized)}"
     return f"files: {kept}; of an export: {', '.join(exported)}"
-
-
-# Constants beyond this size, in bytes, are streamed; shapes, axes, scales and zero points stay where shape inference sees them.
-STREAMED_BYTES = 1 << 18
-# What is larger goes to two files, see `external`.
-MAX_BYTES = ONNX_BYTES
-# Field numbers of onnx.proto3: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-_LENGTH_DELIMITED = 2
 
 
 def split(model: Any) -> tuple[Any, list[Any]]:
@@ -160,14 +163,6 @@ def _varint(value: int) -> Iterator[int]:
         yield value & 0x7F | 0x80
         value >>= 7
     yield value
-
-
-log = logging.getLogger(__name__)
-
-# In a file that is too large, constants beyond this size, in bytes, lie beside it; the rest, shapes above all, stays inside.
-EXTERNAL_BYTES = 1 << 10
-# What the standard recommends for mapping into memory: a page, and for large tensors the unit that Windows maps in.
-_PAGE, _WINDOWS_UNIT, _LARGE = 1 << 12, 1 << 16, 1 << 20
 
 
 def save(proto: Any, tensors: Sequence[Any], path: Path) -> None:

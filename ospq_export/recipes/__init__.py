@@ -1,7 +1,7 @@
 """Recipes: what a calibration does, as readable TOML files checked by a schema.
 
 A recipe is found by name among the packaged ones ("w4a4") or by the path of a file; any value can be overridden by
-`section.key=value`.
+`section.key=value`. Imports formats and errors.
 """
 
 from __future__ import annotations

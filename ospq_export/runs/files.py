@@ -25,7 +25,7 @@ QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.js
 QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
-ENGINE, SIDECAR, ENGINE_LOG = "model.engine", "model.engine.json", "model.engine.log"
+ENGINE, SIDECAR = "model.engine", "model.engine.json"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 

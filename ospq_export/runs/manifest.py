@@ -30,7 +30,7 @@ class _Record(BaseModel):
 class SliceRecord(_Record):
     """One slice (see `graph.slicing.Slice`) and what its reconstruction achieved; errors and warning as in `SliceMetrics`.
 
-    `peak_bytes` is the highest memory use of the process so far: resident on the host, allocated on a GPU; None in older runs.
+    `peak_bytes` is the highest memory use of the process so far: resident on the host, allocated on a GPU; None if unknown.
     """
 
     index: int
@@ -133,8 +133,8 @@ class CalibrationRecord(_Record):
     """What the run was calibrated on; passed_over and notes as in `data.record.ImagesRecord`.
 
     Attributes:
-        threads: that computed; sums are split among them, so that another number gives other last digits. None in older runs.
-        distinct: how many of the images differ from all others; None in older runs.
+        threads: that computed; sums are split among them, so that another number gives other last digits.
+        distinct: how many of the images differ from all others.
         float_products: operators that multiply and add but have no quantized form.
     """
 

@@ -150,9 +150,6 @@ def _codes(location: Location) -> Criterion:
     )
 
 
-_accuracy_EPSILON = 1e-9
-
-
 class AccuracyChange(BaseModel):
     """What a deployed execution lost against the float network; percent and points.
 
@@ -217,7 +214,7 @@ def accuracy_criteria(changes: Sequence[AccuracyChange], limits: Thresholds) -> 
 
 def _labelled(c: AccuracyChange, limits: Thresholds) -> Criterion:
     assert c.drop is not None and c.low is not None and c.lost is not None and c.gained is not None
-    allowed, margin = limits.max_drop + _accuracy_EPSILON, limits.max_drop / 100
+    allowed, margin = limits.max_drop + _EPSILON, limits.max_drop / 100
     figures = (
         f"has a Top-1 of {c.deployed_top1:.2f} %, {c.reference} {c.reference_top1:.2f} %: {_points(c.drop)} "
         f"on {c.images:,} images"
@@ -250,7 +247,7 @@ def _unlabelled(c: AccuracyChange, limits: Thresholds) -> Criterion:
         f"at most {c.high:.2f} points lost with {100 * limits.confidence:g} % confidence ({limits.max_drop:g} allowed)"
     )
     common = {"deployed": c.deployed, "name": "accuracy", "by": "share of flips"}
-    if c.high <= limits.max_drop + _accuracy_EPSILON:
+    if c.high <= limits.max_drop + _EPSILON:
         return Criterion(**common, outcome="met", text=text)
     margin = limits.max_drop / 100
     below = c.differing / c.images < margin

@@ -1,1 +1,4 @@
-"""What the process runs on: other processes, threads, processor, memory, room on the disk."""
+"""What the process runs on: other processes, threads, processor, memory, room on the disk.
+
+Imports nothing of ours but errors.
+"""

@@ -181,7 +181,6 @@ def test_literal_recipe_runs(small_vit, observed_vit, noise):
     assert metrics.iterations == 5 and len(metrics.losses) == 5 and math.isfinite(metrics.error_after)
 
 
-CPU_of_refinement = torch.device("cpu")
 MULTIPLES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.1, 1.25)
 
 
@@ -191,10 +190,10 @@ def sliced(vit, graph, images, granularity, index):
     slices = slicing_of(vit.graph, granularity)
     for bounds in slices[:index]:
         piece = extract(graph.module, bounds)
-        floats = forward(piece, floats, Mode.FLOAT, CPU_of_refinement, len(images))
-        quantized = forward(piece, quantized, Mode.QUANTIZE, CPU_of_refinement, len(images))
+        floats = forward(piece, floats, Mode.FLOAT, CPU, len(images))
+        quantized = forward(piece, quantized, Mode.QUANTIZE, CPU, len(images))
     piece = extract(graph.module, slices[index])
-    target = forward(piece, floats, Mode.FLOAT, CPU_of_refinement, len(images))[0]
+    target = forward(piece, floats, Mode.FLOAT, CPU, len(images))[0]
     return piece, SliceData(floats, quantized, target, len(images))
 
 

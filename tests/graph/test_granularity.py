@@ -188,7 +188,7 @@ def test_unknown_start(networks):
         extract(networks[VIT][0], Slice("s", "nowhere", "head"))
 
 
-FAMILIES_of_slicing = {
+SMALLER = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 3},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
     "cait_xxs24_224": {"img_size": 32, "depth": 2},
@@ -198,14 +198,14 @@ FAMILIES_of_slicing = {
 
 
 @pytest.fixture(scope="module")
-def networks_of_slicing():
-    return Captured(FAMILIES_of_slicing)
+def smaller_networks():
+    return Captured(SMALLER)
 
 
-@pytest.mark.parametrize("name", Captured.parameters(FAMILIES_of_slicing))
+@pytest.mark.parametrize("name", Captured.parameters(SMALLER))
 @pytest.mark.parametrize("slicing", [atoms, block_slicing])
-def test_slices_chain_to_the_network(networks_of_slicing, name, slicing):
-    network, size = networks_of_slicing[name]
+def test_slices_chain_to_the_network(smaller_networks, name, slicing):
+    network, size = smaller_networks[name]
     for batch in (1, 3):
         x = torch.randn(batch, 3, size, size)
         with torch.no_grad():
@@ -215,10 +215,10 @@ def test_slices_chain_to_the_network(networks_of_slicing, name, slicing):
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("name", Captured.parameters(FAMILIES_of_slicing))
+@pytest.mark.parametrize("name", Captured.parameters(SMALLER))
 @pytest.mark.parametrize("slicing", [atoms, block_slicing])
-def test_every_operator_is_in_exactly_one_slice(networks_of_slicing, name, slicing):
-    graph = networks_of_slicing[name][0].graph
+def test_every_operator_is_in_exactly_one_slice(smaller_networks, name, slicing):
+    graph = smaller_networks[name][0].graph
     slices = slicing(graph)
     assert [a.end for a in slices[:-1]] == [b.start for b in slices[1:]]
     inside = [
@@ -236,8 +236,8 @@ def test_deit_tiny_has_26_atoms_and_14_blocks():
     assert names == ["patch_embed.proj", *[f"blocks.{i}" for i in range(12)], "head"]
 
 
-def test_swin_blocks_are_found_inside_its_stages(networks_of_slicing):
-    names = [s.name for s in block_slicing(networks_of_slicing["swin_tiny_patch4_window7_224"][0].graph)]
+def test_swin_blocks_are_found_inside_its_stages(smaller_networks):
+    names = [s.name for s in block_slicing(smaller_networks["swin_tiny_patch4_window7_224"][0].graph)]
     assert names == [
         "patch_embed.proj",
         "layers.0.blocks.0",
@@ -249,14 +249,14 @@ def test_swin_blocks_are_found_inside_its_stages(networks_of_slicing):
     ]
 
 
-def test_unknown_cut_point(networks_of_slicing):
-    network, _ = networks_of_slicing["vit_tiny_patch16_224"]
+def test_unknown_cut_point(smaller_networks):
+    network, _ = smaller_networks["vit_tiny_patch16_224"]
     with pytest.raises(InputError, match="no cut point 'nowhere'"):
         extract(network, Slice("s", "nowhere", "head"))
 
 
-def test_a_slice_that_needs_two_tensors_is_refused(networks_of_slicing):
-    network, _ = networks_of_slicing["vit_tiny_patch16_224"]
+def test_a_slice_that_needs_two_tensors_is_refused(smaller_networks):
+    network, _ = smaller_networks["vit_tiny_patch16_224"]
     norm = next(n for n in network.graph.nodes if "layer_norm" in n.name)
     residual = next(
         n for n in network.graph.nodes if n.name.startswith("add_") and n.meta["module_path"] == "blocks.0"

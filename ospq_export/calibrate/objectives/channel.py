@@ -20,8 +20,9 @@ class PerChannel(Squared):
     @classmethod
     def weight_of(cls, context: Context, prepared: Any, index: int, target: Tensor) -> Tensor | None:
         """See `channel_weight`."""
-        nodes = {n.name: n for n in context.network.module.graph.nodes}
-        return channel_weight(target, channel_axis(nodes[context.slices[index].end])).to(context.device)
+        end = context.slices[index].end
+        node = next(n for n in context.network.module.graph.nodes if n.name == end)
+        return channel_weight(target, channel_axis(node)).to(context.device)
 
 
 def channel_weight(target: Tensor, axis: int) -> Tensor:

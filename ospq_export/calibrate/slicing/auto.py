@@ -43,6 +43,7 @@ from ospq_export.world.memory import total_memory
 
 # Of a difference between two trials less is chance than at 1 (benchmarks/studies_of_trials.py noise).
 _TEMPERATURE = 2.0
+log = logging.getLogger(__name__)
 
 
 class Trials:
@@ -138,9 +139,6 @@ class Trials:
         make = objectives(context, self.prepared)
         for _ in walk(self.network, slices, self.train, reconstructor, self.seed, make_objective=make):
             continue
-
-
-log = logging.getLogger(__name__)
 
 
 def choose_slicing(

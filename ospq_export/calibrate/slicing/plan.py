@@ -17,6 +17,20 @@ from ospq_export.runs.manifest import OutlierRecord
 
 _WEIGHT = 0.25
 _MOST_EXCESS = 8.0
+OUTLIER_AWARE = "outlier-aware"
+# Where the budget does not carry all candidates, those first in this list are tried.
+_PREFERENCE = ("block", "atom", "blocks:2", OUTLIER_AWARE, "stage", "blocks:4", "model", "layer")
+# Fewer steps, or of fewer images, do not know the order of the finished networks: fine slices are ahead early.
+_MIN_ITERATIONS = 60
+_MIN_BATCH = 8
+_PILOT_IMAGES = 256
+_MOST_JUDGED = 1024
+PILOT_ERROR_IMAGES = 24
+_PILOT_REFINEMENT = 16
+# A step costs as much as so many images more, whatever its batch: about what it is on small networks, where it is most.
+_STEP_OVERHEAD = 8
+# A trial's few steps have to carry the rounding as far as the full run's many do.
+TRIAL_RATE = 4.0
 
 
 def cut_dominance(profile: Sequence[OutlierRecord]) -> dict[str, float]:
@@ -64,22 +78,6 @@ def _end_costs(dominances: Sequence[float]) -> list[float]:
     usual = max(statistics.median(dominances), 1e-12)
     excess = [min(_MOST_EXCESS, max(0.0, d / usual - 1.0)) for d in dominances[:-1]]
     return [*(_WEIGHT * e for e in excess), 0.0]
-
-
-OUTLIER_AWARE = "outlier-aware"
-# Where the budget does not carry all candidates, those first in this list are tried.
-_PREFERENCE = ("block", "atom", "blocks:2", OUTLIER_AWARE, "stage", "blocks:4", "model", "layer")
-# Fewer steps, or of fewer images, do not know the order of the finished networks: fine slices are ahead early.
-_MIN_ITERATIONS = 60
-_MIN_BATCH = 8
-_PILOT_IMAGES = 256
-_MOST_JUDGED = 1024
-PILOT_ERROR_IMAGES = 24
-_PILOT_REFINEMENT = 16
-# A step costs as much as so many images more, whatever its batch: about what it is on small networks, where it is most.
-_STEP_OVERHEAD = 8
-# A trial's few steps have to carry the rounding as far as the full run's many do.
-TRIAL_RATE = 4.0
 
 
 @dataclass(frozen=True)

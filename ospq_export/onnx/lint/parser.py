@@ -15,22 +15,6 @@ from ospq_export.onnx.lint.findings import Finding, refusal
 from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
-
-@functools.cache
-def _table() -> dict[str, Any]:
-    return dict(json.loads(resources.files("ospq_export.onnx.lint").joinpath("operators.json").read_text()))
-
-
-def imported_operators() -> frozenset[str]:
-    """Names of the operators that the parser has an importer for; it does not look at their domain."""
-    return frozenset(_table()["operators"])
-
-
-def constant_types() -> frozenset[str]:
-    """Names of the element types that a constant may have."""
-    return frozenset(_table()["constants"])
-
-
 # Operators whose inputs must have one type.
 _ONE_TYPE = {
     *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "Pow", "PRelu", "Equal", "Greater", "Less"),
@@ -80,6 +64,21 @@ _SHUFFLES = {
     "Dropout",
 }
 _PARAMETER_INPUTS = {"Clip": (1, 2), "Pad": (2,), QUANTIZE: (2,), DEQUANTIZE: (2,)}
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return dict(json.loads(resources.files("ospq_export.onnx.lint").joinpath("operators.json").read_text()))
+
+
+def imported_operators() -> frozenset[str]:
+    """Names of the operators that the parser has an importer for; it does not look at their domain."""
+    return frozenset(_table()["operators"])
+
+
+def constant_types() -> frozenset[str]:
+    """Names of the element types that a constant may have."""
+    return frozenset(_table()["constants"])
 
 
 def operators(network: Network) -> Iterator[Finding]:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from ospq_export.data import DataConfig
     from ospq_export.runs.run import Run
 
+_NETWORKS = (".onnx", ".engine")
+PREFIX = "baseline/"
+_COMPARED = (FAKE_QUANT, OPTIMIZED)
+
 
 def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
     """Hold a quantized file to the run it lies in: the same integers, the same preprocessing.
@@ -76,9 +80,6 @@ def check_preprocessing(run: Run, config: DataConfig) -> None:
             where="`data`",
             fix="use the preprocessing in the manifest",
         )
-
-
-_NETWORKS = (".onnx", ".engine")
 
 
 @dataclass
@@ -215,10 +216,6 @@ def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     ran = {e.detail.get("file") for e in executions}
     found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
     return [name for name in found if name not in ran]
-
-
-PREFIX = "baseline/"
-_COMPARED = (FAKE_QUANT, OPTIMIZED)
 
 
 def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> list[Backend]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ClassRow = tuple[str, float | None, float | None]
 _MARKS = {"met": "good", "missed": "bad", "open": "open"}
 _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
+_SIDE = 112
 
 
 def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
@@ -178,9 +179,6 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
         weights = sorted(report.weights, key=lambda w: w.sqnr)[:_WORST]
         found["weights"] = plots.histogram_plot(weights, "weight codes")
     return found
-
-
-_SIDE = 112
 
 
 def thumbnails(images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
