@@ -1,5 +1,8 @@
 """The one exception that means: the input was bad, not the program."""
 
+REMAKE = "calibrate again, or copy the run directory anew"
+"""What to do about a run directory that is damaged or was changed."""
+
 
 class InputError(Exception):
     """Something the user gave cannot be used; the command line prints it as one line and exits with status 2.

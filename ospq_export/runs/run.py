@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.errors import InputError
+from ospq_export.errors import REMAKE, InputError
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -31,8 +31,6 @@ from ospq_export.runs.manifest import (
     read_manifest,
 )
 from ospq_export.runs.tensors import read_tensors
-
-_FIX = "calibrate again, or copy the run directory anew"
 
 
 @dataclass
@@ -90,7 +88,7 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"cannot be read: {error}", where=path, fix=_FIX) from error
+            raise InputError(f"cannot be read: {error}", where=path, fix=REMAKE) from error
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""
@@ -160,7 +158,7 @@ def _load_constants(
             raise InputError(
                 f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
                 where=path,
-                fix=_FIX,
+                fix=REMAKE,
             )
         buffer.set_(value)  # type: ignore[call-overload]
 
@@ -209,7 +207,7 @@ def load_quantizers(
     quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
     unknown = {r.name for r in records} ^ set(quantizers)
     if unknown:
-        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=_FIX)
+        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=REMAKE)
     for record in records:
         load_quantizer(quantizers[record.name], record, tensors, path)
 
@@ -221,9 +219,9 @@ def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
         InputError: it is missing, or has another shape or dtype, or is not finite.
     """
     if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
-        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=_FIX)
+        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=REMAKE)
     if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{bias.name} is not finite", where=path, fix=_FIX)
+        raise InputError(f"{bias.name} is not finite", where=path, fix=REMAKE)
     bias.value.copy_(value)
 
 
@@ -237,19 +235,19 @@ def load_quantizer(
     try:
         quantizer.format = record.read_format()
     except InputError as error:
-        raise InputError(f"{record.name}: {error}", where=path, fix=_FIX) from error
+        raise InputError(f"{record.name}: {error}", where=path, fix=REMAKE) from error
     for key, value in quantizer_tensors([quantizer]).items():
         found = tensors.get(key)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise InputError(
-                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=_FIX
+                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=REMAKE
             )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise InputError(f"{key} is not finite", where=path, fix=_FIX)
+            raise InputError(f"{key} is not finite", where=path, fix=REMAKE)
         # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
-        raise InputError(f"{record.name}.scale is not positive", where=path, fix=_FIX)
+        raise InputError(f"{record.name}.scale is not positive", where=path, fix=REMAKE)
     if isinstance(quantizer, WeightQuantizer) and not quantizer.format.holds(quantizer.codes):
-        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=_FIX)
+        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=REMAKE)

@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.errors import InputError
+from ospq_export.errors import REMAKE, InputError
 from ospq_export.runs.files import replacing
-
-_FOREIGN = "calibrate again, or copy the run directory anew"
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -52,4 +50,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot be read as safetensors: {error}", where=path, fix=_FOREIGN) from error
+        raise InputError(f"cannot be read as safetensors: {error}", where=path, fix=REMAKE) from error
