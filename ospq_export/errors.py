@@ -22,7 +22,7 @@ class InputError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def listed(names: list[str], limit: int = 3) -> str:
