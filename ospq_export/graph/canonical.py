@@ -164,7 +164,8 @@ def normalize_conv_padding(module: fx.GraphModule) -> None:
         if node.target is not aten.conv2d.padding:
             continue
         defaults: tuple[Any, ...] = (None, None, None, [1, 1], "valid", [1, 1], 1)
-        x, weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])
+        given: tuple[Any, ...] = (*node.args, *defaults[len(node.args) :])
+        x, weight, bias, stride, padding, dilation, groups = given
         total = [0, 0]
         if padding == "same":
             kernel = weight.meta["val"].shape[2:]

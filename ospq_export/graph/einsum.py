@@ -94,7 +94,7 @@ def _expand(node: fx.Node, dependent: set[fx.Node]) -> None:
     try:
         indices, out = parse_equation(equation, [n.meta["val"].dim() for n in tensors])
         terms = [_Term(n, labels, n not in dependent) for n, labels in zip(tensors, indices, strict=True)]
-        result = _Expansion(node).contract(terms, out, [int(i) for i in path or ()])  # type: ignore[union-attr, arg-type]
+        result = _Expansion(node).contract(terms, out, [int(i) for i in path or ()])
     except (ValueError, RuntimeError) as error:
         raise unsupported(node, f"written as matrix products: equation {equation}: {error}") from error
     replace_node(node, result)
