@@ -21,13 +21,7 @@ from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
 from ospq_export.calibrate.reconstruct.graphed import Graphed, Step
 from ospq_export.calibrate.reconstruct.rounding import SoftRounding, annealed_beta
 from ospq_export.formats.kernels import mix
-from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
-    Mode,
-    WeightQuantizer,
-    own_quantizers,
-    set_mode,
-)
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, own_quantizers, set_mode
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
 from ospq_export.world.processes import SOLO, World
