@@ -85,7 +85,7 @@ def calibrate(
         progress: where to show progress bars.
         memory_budget: bytes of host memory for activations, the images among them; the rest goes to disk. None takes half of
             what is available.
-        events: told what happens; see `events.json_lines`.
+        events: told what happens; see `checkpoints.json_lines`.
 
     Raises:
         InputError: the output folder is in use, the model is in training mode, is not a function of one image at a time or

@@ -55,8 +55,8 @@ class SliceData:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
         """The same with every tensor replaced by what a function makes of it."""
-        inputs = (tuple(map(function, tensors)) for tensors in (self.float_input, self.quantized_input))
-        return SliceData(*inputs, function(self.target), self.images)
+        floats, quantized = tuple(map(function, self.float_input)), tuple(map(function, self.quantized_input))
+        return SliceData(floats, quantized, function(self.target), self.images)
 
 
 def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:

@@ -109,8 +109,16 @@ class Reconstructor:
             The loss where it was looked at, and a warning or nothing.
         """
         start, all_losses = _snapshot(piece), []
+        devices = [self.device] if self.device.type == "cuda" else []
         for rate, warning in ((1.0, ""), (RETRY_RATE, "diverged; learned again at a tenth of its rates")):
-            learner = self._attempt(piece, data, objective, seed, rate)
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
+                for step in range(self.settings.iterations):
+                    self.advance()
+                    if not learner.step(step):
+                        break
+                learner.settle()
             all_losses += learner.losses
             if learner.diverged_at is None:
                 return learner.losses, warning
@@ -118,20 +126,6 @@ class Reconstructor:
             _restore(piece, start)
         warning = "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
         return [loss for loss in all_losses if math.isfinite(loss)], warning
-
-    def _attempt(
-        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int, rate: float
-    ) -> Learner:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
-            for step in range(self.settings.iterations):
-                self.advance()
-                if not learner.step(step):
-                    break
-            learner.settle()
-        return learner
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float

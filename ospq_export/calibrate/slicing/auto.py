@@ -163,8 +163,11 @@ def choose_slicing(
         say: told beforehand, in a line, what will be tried and what it costs, or why nothing is.
         task: what the network's output is.
     """
-    fitting = _fitting(candidates_of(graph, dominances), graph, recipe.reconstruction.batch_size, device)
-    chosen = plan(recipe, len(images), fitting)
+    every, batch_size = candidates_of(graph, dominances), recipe.reconstruction.batch_size
+    # A slice is learned in half of the device's memory; of what is free now no result may depend.
+    most = total_memory(device) // 2
+    fitting = [c for c in every if step_bytes(graph, c.slices, batch_size) <= most]
+    chosen = plan(recipe, len(images), fitting or every[:1])
     say(chosen.summary(recipe, len(images)))
     winner, held = chosen.candidates[0], 0
     scores: list[list[float]] = [[]]
@@ -183,11 +186,3 @@ def choose_slicing(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
     )
     return winner.slices, record
-
-
-def _fitting(
-    candidates: Sequence[Candidate], graph: fx.Graph, batch_size: int, device: torch.device
-) -> Sequence[Candidate]:
-    """Those whose largest slice can be learned in half of the device's memory; of what is free now no result may depend."""
-    most = total_memory(device) // 2
-    return [c for c in candidates if step_bytes(graph, c.slices, batch_size) <= most] or candidates[:1]
