@@ -117,7 +117,8 @@ def calibrate(
             sample = pixels[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
             equalized = equalize(captured, sample, formats, recipe.equalization, seed=seed, advance=advance)
         network = insert_quantizers(captured, formats)
-        outputs = int(captured.graph.output_node().args[0].meta["val"].shape[-1])
+        output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
+        outputs = int(output.meta["val"].shape[-1])
         # Only a class map that covers the whole classifier, whose one output would tell two classes apart.
         known = class_to_idx if class_to_idx and len(class_to_idx) == max(outputs, 2) else {}
         manifest = Manifest(

@@ -87,7 +87,8 @@ class Reconstructor:
         if settings.refinement_images > 0:
             head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
-        losses, warning = [], ""
+        losses: list[float] = []
+        warning = ""
         if settings.iterations > 0:
             objective.normalise_by(self.error(piece, data, objective)[1])
             losses, warning = self._learn(piece, data, objective, seed)
