@@ -9,21 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ospq_export.tasks.comparison import finite, margin_change, predictions
-from ospq_export.validate.executions.backends import FloatArray
+from ospq_export.tasks.statistics import FloatArray, Record
 
 Execution = Callable[[FloatArray], FloatArray]
 _SPLIT = 7
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FloorVariation(_Record):
+class FloorVariation(Record):
     """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run.
 
     Attributes:
@@ -45,7 +40,7 @@ class FloorVariation(_Record):
         return 100.0 * (1 - self.flips / self.images) if self.images else 100.0
 
 
-class NoiseFloor(_Record):
+class NoiseFloor(Record):
     """The fake-quantized network's disagreement with itself."""
 
     variations: list[FloorVariation]
@@ -74,21 +69,15 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class FloorMeter:
-    """Counts the images on which each variation predicts another class than the reference execution did."""
+    """Counts the images on which each variation predicts another class than the reference execution did.
 
-    def __init__(
-        self,
-        module: nn.Module,
-        device: str,
-        as_logits: Callable[[FloatArray], FloatArray] = lambda output: output,
-    ) -> None:
-        """Prepare the variations.
+    Args:
+        module: the fake-quantized network, float32, on `device`.
+        device: torch device.
+        as_logits: from what the network returns to a logit for each class.
+    """
 
-        Args:
-            module: the fake-quantized network, float32, on `device`.
-            device: torch device.
-            as_logits: from what the network returns to a logit for each class.
-        """
+    def __init__(self, module: nn.Module, device: str, as_logits: Execution = lambda output: output) -> None:
         self.as_logits = as_logits
         self.module, self.device = module, torch.device(device)
         self.double = copy.deepcopy(module).double()
@@ -120,13 +109,7 @@ class FloorMeter:
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON has it, for another process to absorb."""
-        return {
-            "images": self.images,
-            "flips": self.flips,
-            "difference": self.difference,
-            "margins": self.margins,
-            "skipped": self.skipped,
-        }
+        return {key: getattr(self, key) for key in ("images", "flips", "difference", "margins", "skipped")}
 
     def absorb(self, counts: Mapping[str, Any]) -> None:
         """Add what the meter of another process counted on other images."""
@@ -141,8 +124,7 @@ class FloorMeter:
 
     def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
         with torch.inference_mode():
-            result: FloatArray = module(x.to(self.device)).float().cpu().numpy()
-        return self.as_logits(result)
+            return self.as_logits(module(x.to(self.device)).float().cpu().numpy())
 
     def _split(self, images: FloatArray) -> FloatArray:
         parts = torch.from_numpy(images).split(_SPLIT)

@@ -7,7 +7,8 @@ so a difference belongs to the stretch of graph right before it. That one decide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,10 +87,10 @@ class Locator:
         self.reference, self.probed, self.deployed = reference, probed, deployed
         self.ends = {end: name for name, end in reference.slices}
         self.images = 0
-        self.free: dict[str, CodeDifferences] = {}
-        self.equal: dict[str, CodeDifferences] = {}
-        self.quality: dict[str, Power] = {}
-        self.power: dict[tuple[str, str], Power] = {}
+        self.free: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
+        self.equal: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
+        self.quality: dict[str, Power] = defaultdict(Power)
+        self.power: dict[tuple[str, str], Power] = defaultdict(Power)
 
     def add(self, images: FloatArray) -> None:
         """Compare on a batch (B, C, H, W) float32."""
@@ -98,16 +99,11 @@ class Locator:
         self.images += len(images)
         with torch.inference_mode():
             outputs = self._free_running(x, tensors)
-            self._compare_ends("quantization", outputs, self._plain(self.reference.original, x), swap=True)
-            self._compare_ends("floor", outputs, self._plain(self.reference.exact, x.double()))
+            for name, value in self._plain(self.reference.original, x).items():
+                self.power["quantization", name].add(value, outputs[name])
+            for name, value in self._plain(self.reference.exact, x.double()).items():
+                self.power["floor", name].add(outputs[name], value)
             self._equal_inputs(x, tensors)
-
-    def _compare_ends(
-        self, kind: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor], *, swap: bool = False
-    ) -> None:
-        for name, value in ours.items():
-            pair = (others[name], value) if swap else (value, others[name])
-            self.power.setdefault((kind, name), Power()).add(*pair)
 
     def _plain(self, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
@@ -123,18 +119,16 @@ class Locator:
         outputs: dict[str, Tensor] = {}
 
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> None:
-            self.quality.setdefault(quantizer.name, Power()).add(value, quantizer(value))
+            self.quality[quantizer.name].add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                self.free.setdefault(quantizer.name, CodeDifferences()).add(
-                    quantizer, value, torch.from_numpy(codes)
-                )
+                self.free[quantizer.name].add(quantizer, value, torch.from_numpy(codes))
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
             given = self._given(name, tensors)
             if given is not None:
-                self.power.setdefault(("deployed", name), Power()).add(value, given)
+                self.power["deployed", name].add(value, given)
 
         _tap(self.reference.network, self.ends, on_codes, on_end).run(x)
         return outputs
@@ -145,7 +139,7 @@ class Locator:
             if found is None:
                 return None
             codes = torch.from_numpy(found)
-            self.equal.setdefault(quantizer.name, CodeDifferences()).add(quantizer, value, codes)
+            self.equal[quantizer.name].add(quantizer, value, codes)
             levels = quantizer.format.decode(codes).double()
             return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)
 
@@ -153,7 +147,7 @@ class Locator:
             given = self._given(name, tensors)
             if given is None:
                 return None
-            self.power.setdefault(("equal_input", name), Power()).add(value, given)
+            self.power["equal_input", name].add(value, given)
             return given.double()
 
         _tap(self.reference.exact, self.ends, on_codes, on_end).run(x.double())
@@ -163,8 +157,7 @@ class Locator:
         half = self.probed.half
         quantizers = [self._quantizer(name) for name in self.equal]
         slices = [self._slice(name) for name, _ in self.reference.slices]
-        unknown = sorted(self.reference.wanted - self.probed.names)
-        found = self._faults(quantizers, slices)
+        found = list(self._faults(quantizers, slices))
         return Location(
             deployed=self.deployed,
             images=self.images,
@@ -172,7 +165,7 @@ class Locator:
             min_sqnr=MIN_SQNR[half],
             first_diverging=found[0][0] if found else None,
             faults=[text for _, text in found],
-            unknown=unknown,
+            unknown=sorted(self.reference.wanted - self.probed.names),
             quantizers=quantizers,
             slices=slices,
         )
@@ -206,25 +199,17 @@ class Locator:
 
     def _faults(
         self, quantizers: list[QuantizerComparison], slices: list[SliceComparison]
-    ) -> list[tuple[str, str]]:
+    ) -> Iterator[tuple[str, str]]:
         """(slice, description) of every difference that rounding does not explain, slice by slice."""
         half = self.probed.half
-        found = []
         for piece in slices:
+            where = f"slice {piece.name}"
             for q in quantizers:
                 if q.slice == piece.name and not q.excess <= MAX_EXCESS[half]:
-                    found.append(
-                        (
-                            piece.name,
-                            f"slice {piece.name}: {q.name} has {q.share:.3g} % other codes, up to {q.max_step} steps "
-                            f"({q.excess:.2g} beyond a rounding edge)",
-                        )
-                    )
+                    other = f"{q.share:.3g} % other codes, up to {q.max_step} steps"
+                    yield piece.name, f"{where}: {q.name} has {other} ({q.excess:.2g} beyond a rounding edge)"
             if piece.equal_input is not None and not piece.equal_input >= MIN_SQNR[half]:
-                found.append(
-                    (
-                        piece.name,
-                        f"slice {piece.name}: its output is only {piece.equal_input:.0f} dB above the difference",
-                    )
+                yield (
+                    piece.name,
+                    f"{where}: its output is only {piece.equal_input:.0f} dB above the difference",
                 )
-        return found
