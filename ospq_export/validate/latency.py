@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ospq_export.errors import InputError
-from ospq_export.tasks.statistics import Record
-from ospq_export.validate.executions.backends import Backend, FloatArray
+from ospq_export.tasks.statistics import FloatArray, Record
+from ospq_export.validate.executions.backends import Backend
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.graph.rewrite import OnValue, Tap
+from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.codes.records import (
     CodeDifferences,
     Location,
@@ -23,7 +24,7 @@ from ospq_export.validate.codes.records import (
     QuantizerComparison,
     SliceComparison,
 )
-from ospq_export.validate.executions.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
+from ospq_export.validate.executions.probes import CODES, OUTPUT, Probed, Tensors
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
 # in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.

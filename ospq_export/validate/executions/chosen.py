@@ -111,15 +111,12 @@ class Executions:
             float_type: "fp32", or "fp16" where engines were built with FP16 float parts.
         """
         result = {}
-        for execution in map(TABLE.__getitem__, self.names):
-            deployed = execution.role is Role.DEPLOYED
-            if not deployed and not (execution.role is Role.FLOAT_FILE and execution.name in self.asked):
-                continue
-            for reference in (execution.reference(float_type), *([UNOPTIMIZED] if deployed else [])):
-                if reference in self.names and reference != execution.name:
-                    result[execution.name] = reference
-                    break
-        return result
+        for name in self.names:
+            deployed = TABLE[name].role is Role.DEPLOYED
+            if deployed or (TABLE[name].role is Role.FLOAT_FILE and name in self.asked):
+                held_to = [TABLE[name].reference(float_type), *([UNOPTIMIZED] if deployed else [])]
+                result[name] = next((n for n in held_to if n in self.names and n != name), None)
+        return {name: reference for name, reference in result.items() if reference is not None}
 
     @property
     def float_reference(self) -> str | None:
@@ -146,7 +143,8 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
     """
     named = named_executions(names, float_type)
-    wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
+    held_to = (TABLE[name].reference(float_type) for name in named)
+    wanted = list(dict.fromkeys([FLOAT, *filter(None, held_to), *named]))
     _check_files(run, wanted)
     result = Executions(asked=named)
     for name in wanted:
@@ -172,20 +170,13 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
         raise InputError(f"there is no execution {unknown[0]!r}", fix=f"use some of {', '.join(TABLE)}")
     if float_type == "fp16":
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
-    judged = with_role(Role.DEPLOYED, Role.FLOAT_FILE)
-    if not set(named) & set(judged):
+    if not set(named) & set(with_role(Role.DEPLOYED, Role.FLOAT_FILE)):
         raise InputError(
             f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
             where="`backends`",
             fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
         )
     return named
-
-
-def _references_of(named: Sequence[str], float_type: str) -> list[str]:
-    """What the named deployed executions are judged by."""
-    held_to = (TABLE[name].reference(float_type) for name in named)
-    return [FLOAT, *(name for name in held_to if name is not None)]
 
 
 def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
@@ -214,8 +205,7 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     """Networks and engines in the run directory that none of the executions ran, by file name."""
     ran = {e.detail.get("file") for e in executions}
-    found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
-    return [name for name in found if name not in ran]
+    return sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS and p.name not in ran)
 
 
 def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> list[Backend]:
@@ -242,7 +232,6 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
             where="`baseline`",
             fix=f"add `backends` {OPTIMIZED}",
         )
-    other.file(QUANTIZED_ONNX)
     check_origin(other)
     backends = [TABLE[name].open(other, device) for name in chosen]
     for backend in backends:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -15,21 +17,17 @@ _STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open"
 
 def render(report: Report) -> Group:
     """The verdicts and notes, the table of executions, flipped images, criteria."""
-    lines = [
-        *_baseline_lines(report),
-        *_flip_lines(report),
-        *_left_out_lines(report),
-        *_criterion_lines(report),
-    ]
+    said = [f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}" for c in report.verdict.criteria]
+    lines = [*_baseline_lines(report), *_flip_lines(report), *_left_out_lines(report), *map(Text, said)]
     return Group(*verdict_lines(report), _table(report), *lines)
 
 
 def verdict_lines(report: Report) -> list[Text]:
     """The first lines of every form of the report."""
     verdict = report.verdict
-    outcomes = [verdict.faithful.outcome, verdict.accuracy.outcome]
-    styles = [*(_STYLES[outcome] for outcome in outcomes), *["yellow"] * (len(verdict.text) - len(outcomes))]
-    return [Text(line, style=style) for line, style in zip(verdict.text, styles, strict=True)]
+    styles = [_STYLES[judgement.outcome] for judgement in (verdict.faithful, verdict.accuracy)]
+    pairs = zip_longest(verdict.text, styles, fillvalue="yellow")
+    return [Text(line, style=style) for line, style in pairs]
 
 
 def _table(report: Report) -> Table:
@@ -90,17 +88,10 @@ def _flip_lines(report: Report) -> list[Text]:
 
 
 def _left_out_lines(report: Report) -> list[Text]:
-    lines = [Text(f"  {line}", style="yellow") for line in image_lines(report)]
-    lines += [
-        Text(f"  {name} left out: {why}", style="dim") for name, why in report.executions_skipped.items()
-    ]
+    noted = image_lines(report)
     if report.skipped:
         shown = ", ".join(report.skipped[:_SHOWN_FLIPS])
-        lines.insert(0, Text(f"  {len(report.skipped)} images could not be read: {shown}", style="yellow"))
-    return lines
-
-
-def _criterion_lines(report: Report) -> list[Text]:
-    return [
-        Text(f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}") for c in report.verdict.criteria
-    ]
+        noted.insert(0, f"{len(report.skipped)} images could not be read: {shown}")
+    lines = [Text(f"  {line}", style="yellow") for line in noted]
+    left_out = report.executions_skipped.items()
+    return [*lines, *(Text(f"  {name} left out: {why}", style="dim") for name, why in left_out)]
