@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,16 +55,6 @@ class NoiseFloor(Record):
 
     def _run(self, reference: str) -> list[FloorVariation]:
         return [v for v in self.variations if v.images and v.reference == reference]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class FloorMeter:
@@ -134,8 +123,12 @@ class FloorMeter:
         return self._run(self.double, torch.from_numpy(images).double())
 
     def _other_threads(self, images: FloatArray) -> FloatArray:
-        with _threads(2 if torch.get_num_threads() == 1 else 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2 if before == 1 else 1)
+        try:
             return self._run(self.module, torch.from_numpy(images))
+        finally:
+            torch.set_num_threads(before)
 
     def result(self) -> NoiseFloor:
         """What was counted so far."""

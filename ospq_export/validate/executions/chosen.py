@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.errors import InputError
@@ -46,16 +45,14 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
     Raises:
         InputError: it was exported from another run, or the run's preprocessing was changed since.
     """
-    path: Path = run.file(file)
+    path, other = run.file(file), None
     metadata = {p.key: p.value for p in read_proto(path).metadata_props}
     if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
-        raise InputError("the file was exported from another run", where=path, fix="export this run again")
-    if json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
-        raise InputError(
-            "the file was exported for another preprocessing than the manifest's",
-            where=path,
-            fix="export this run again",
-        )
+        other = "from another run"
+    elif json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
+        other = "for another preprocessing than the manifest's"
+    if other is not None:
+        raise InputError(f"the file was exported {other}", where=path, fix="export this run again")
 
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
@@ -240,18 +237,18 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
 
 
 def _check_comparable(run: Run, other: Run) -> None:
-    ours, theirs = run.manifest, other.manifest
+    ours, theirs, where = run.manifest, other.manifest, f"`baseline` {other.path}"
     changed = changed_preprocessing(ours.data, theirs.data)
     if changed is not None:
         key, mine, others = changed
         raise InputError(
             f"the other run prepares its images with another {key} ({others}, this one {mine})",
-            where=f"`baseline` {other.path}",
+            where=where,
             fix="compare runs with the same preprocessing",
         )
     if ours.class_to_idx != theirs.class_to_idx:
         raise InputError(
             f"the other run has other classes ({len(theirs.class_to_idx)} known, this one {len(ours.class_to_idx)})",
-            where=f"`baseline` {other.path}",
+            where=where,
             fix="compare runs that were calibrated on folders with the same classes",
         )
