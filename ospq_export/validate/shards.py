@@ -95,7 +95,7 @@ def locate(
     files = dict.fromkeys(str(execution.file) for execution in held)
     if not files or not kept:
         return []
-    network, slices, sample = run.quantized_graph().module, run.manifest.slices, np.concatenate(list(kept))
+    network, slices, sample = run.quantized_graph().module, run.manifest.slices, np.concatenate(kept)
     reference = Reference(
         network=network,
         exact=copy.deepcopy(network).double(),

@@ -24,7 +24,7 @@ from ospq_export.validate.codes.records import (
     QuantizerComparison,
     SliceComparison,
 )
-from ospq_export.validate.executions.probes import CODES, OUTPUT, Probed, Tensors
+from ospq_export.validate.executions.probes import CODES, OUTPUT, Probed
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
 # in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
@@ -95,7 +95,7 @@ class Locator:
 
     def add(self, images: FloatArray) -> None:
         """Compare on a batch (B, C, H, W) float32."""
-        tensors = self.probed.run(images)
+        tensors = {name: torch.from_numpy(value) for name, value in self.probed.run(images).items()}
         x = torch.from_numpy(images)
         self.images += len(images)
         with torch.inference_mode():
@@ -111,19 +111,18 @@ class Locator:
         _tap(module, self.ends, lambda _q, _x: None, outputs.__setitem__).run(x)
         return outputs
 
-    def _given(self, slice_name: str, tensors: Tensors) -> Tensor | None:
+    def _given(self, slice_name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
         last = self.reference.slices[-1][0]
-        key = self.probed.logits if slice_name == last else f"{slice_name}{OUTPUT}"
-        return torch.from_numpy(tensors[key]) if key in tensors else None
+        return tensors.get(self.probed.logits if slice_name == last else f"{slice_name}{OUTPUT}")
 
-    def _free_running(self, x: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+    def _free_running(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
 
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> None:
             self.quality[quantizer.name].add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                self.free[quantizer.name].add(quantizer, value, torch.from_numpy(codes))
+                self.free[quantizer.name].add(quantizer, value, codes)
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
@@ -134,12 +133,11 @@ class Locator:
         _tap(self.reference.network, self.ends, on_codes, on_end).run(x)
         return outputs
 
-    def _equal_inputs(self, x: Tensor, tensors: Tensors) -> None:
+    def _equal_inputs(self, x: Tensor, tensors: Mapping[str, Tensor]) -> None:
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> Tensor | None:
-            found = tensors.get(f"{quantizer.name}{CODES}")
-            if found is None:
+            codes = tensors.get(f"{quantizer.name}{CODES}")
+            if codes is None:
                 return None
-            codes = torch.from_numpy(found)
             self.equal[quantizer.name].add(quantizer, value, codes)
             levels = quantizer.format.decode(codes).double()
             return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)

@@ -67,9 +67,8 @@ def check_preprocessing(run: Run, config: DataConfig) -> None:
     Raises:
         InputError: they are prepared differently.
     """
-    changed = changed_preprocessing(
-        run.manifest.data, config.model_copy(update={"exif": run.manifest.data.exif})
-    )
+    mine = run.manifest.data
+    changed = changed_preprocessing(mine, config.model_copy(update={"exif": mine.exif}))
     if changed is not None:
         key, ours, theirs = changed
         raise InputError(

@@ -12,7 +12,7 @@ from ospq_export.onnx.half import KEEPS_FLOAT32, MOVES, fits_fp16
 
 aten = torch.ops.aten
 # What an operator becomes in a file, where that decides on its precision: what stays FP32 is up to onnx/half.py alone.
-_IN_FILE = {
+_IN_FILE: dict[Any, str] = {
     **{aten.layer_norm.default: "LayerNormalization", aten.group_norm.default: "GroupNormalization"},
     **{aten._native_batch_norm_legit_no_training.default: "BatchNormalization", aten.log.default: "Log"},
     **{aten.softmax.int: "Softmax", aten._softmax.default: "Softmax", aten.exp.default: "Exp"},

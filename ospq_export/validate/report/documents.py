@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospq_export.runs.files import REPORT_HTML, REPORT_MD, replacing
-from ospq_export.validate.report.model import image_lines
+from ospq_export.validate.report.model import image_lines, number
 from ospq_export.validate.verdict import worst_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
         "kib": lambda count: f"{count / 1024:,.0f}",
-        "number": _number,
+        "number": number,
         "headline": lambda text: text.partition(": ")[0],
         "finding": lambda text: text.partition(": ")[2],
     }
@@ -102,10 +102,6 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
         "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
         "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
     }
-
-
-def _number(value: float | None, form: str = "%.2f") -> str:
-    return "" if value is None else form % value
 
 
 class _Flips:

@@ -97,6 +97,11 @@ class Report(BaseModel):
     provenance: Provenance
 
 
+def number(value: float | None, form: str = "%.2f") -> str:
+    """A figure as tables show it: nothing where there is none."""
+    return "" if value is None else form % value
+
+
 def image_lines(report: Report) -> list[str]:
     """What is to be known of the images: where their classes' numbers are from, what was passed over, ignored, assumed."""
     lines = [f"classes: {report.classes_source}"] if report.classes_source else []

@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 # Colours that no drawing would use by itself: each stands for a variable of the page until the SVG is written.
 _INK, _FAINT, _FILL = "#000001", "#000002", "#000003"
 _SERIES = ("#000011", "#000012", "#000013", "#000014")
-_VARIABLES = {
-    _INK: "ink",
-    _FAINT: "line",
-    _FILL: "fill",
-    **{c: f"s{i + 1}" for i, c in enumerate(_SERIES)},
-}
+_VARIABLES = {_INK: "ink", _FAINT: "line", _FILL: "fill", **{c: f"s{i}" for i, c in enumerate(_SERIES, 1)}}
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8.5,
