@@ -32,7 +32,7 @@ from ospq_export.runs.files import FLOAT_TENSORS
 from ospq_export.runs.run import Run
 from ospq_export.tasks.statistics import mcnemar
 from ospq_export.validate import validate
-from ospq_export.validate.stage import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
 DOCUMENT = DOCS / "results.md"
 W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]

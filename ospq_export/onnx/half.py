@@ -17,7 +17,7 @@ import numpy as np
 FP16_MAX = 65504.0
 # FP16 rounds by 2**-11; an error of a constant, over its largest magnitude, above this is lost range, not rounding.
 _ROUNDING = 2.0**-10
-_MOVES = frozenset({"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten"})
+MOVES = frozenset({"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten"})
 # Sums over many values, exponentials, and squares of outliers: what overflows or loses its small terms in FP16. Resize and the
 # pools are here because their FP16 form is missing in some runtimes.
 KEEPS_FLOAT32 = frozenset(
@@ -96,7 +96,7 @@ class _Half:
             for index, array in constants
             if array is not None
         )
-        if loses or (widened and node.op_type in _MOVES):
+        if loses or (widened and node.op_type in MOVES):
             self.wide.update(value.name for value in node.outputs)
         return loses or widened
 

@@ -17,15 +17,11 @@ class Outputs:
     """Turns whatever an execution returns into a logit for each class.
 
     Attributes:
+        threshold: a single logit above it stands for the second class; None takes 0.
         used: the decision threshold, once a network with a single logit was met; None for all others.
     """
 
     def __init__(self, threshold: float | None) -> None:
-        """Remember the threshold.
-
-        Args:
-            threshold: a single logit above it stands for the second class; None takes 0.
-        """
         self.threshold = threshold
         self.used: float | None = None
 

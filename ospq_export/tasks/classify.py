@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ospq_export.tasks.base import Outputs, Task
-from ospq_export.tasks.comparison import Comparison, compare
-from ospq_export.tasks.statistics import FloatArray, IntArray
+from ospq_export.tasks.comparison import compare
 
 
 def class_logits(output: Tensor) -> Tensor:
@@ -47,6 +44,9 @@ class Classify(Task):
     """Logits (B, K) float32; labels are class numbers."""
 
     name = "classify"
+    divergence = staticmethod(kl_divergence)
+    distance = staticmethod(total_variation)
+    compare = staticmethod(compare)
 
     def sampled_loss(self, output: Tensor, generator: Generator, temperature: float) -> Tensor:
         """Cross entropy of labels drawn from the softened probabilities; of one output Bernoulli's, by its sigmoid."""
@@ -54,27 +54,9 @@ class Classify(Task):
         labels = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)
         return F.cross_entropy(logits, labels.squeeze(1).to(logits.device), reduction="sum")
 
-    def divergence(self, output: Tensor, target: Tensor) -> Tensor:
-        """See `kl_divergence`."""
-        return kl_divergence(output, target)
-
-    def distance(self, output: Tensor, target: Tensor, temperature: float) -> Tensor:
-        """See `total_variation`."""
-        return total_variation(output, target, temperature)
-
     def reader(self, threshold: float | None) -> Outputs:
         """A logit for each class; `threshold` decides where a network has a single one."""
         return Outputs(threshold)
-
-    def compare(
-        self,
-        reference: tuple[str, FloatArray],
-        deployed: tuple[str, FloatArray],
-        labels: IntArray,
-        ids: Sequence[str],
-    ) -> Comparison:
-        """Agreement, Top-1, flips and margins."""
-        return compare(reference, deployed, labels, ids)
 
 
 CLASSIFY = Classify()

@@ -6,31 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from ospq_export.tasks.statistics import (
     ClassChange,
+    FloatArray,
+    IntArray,
     McNemar,
     Rate,
+    Record,
     class_changes,
     mcnemar,
     row_parts,
     wilson,
 )
 
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
 _MARGIN_BINS = 40
 # JSON has neither infinity nor NaN: the largest float32 stands for both.
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Flip(_Record):
+class Flip(Record):
     """An image that two executions classify differently.
 
     Margins are between the first and second logit, 3.4e38 where that is not finite.
@@ -44,7 +39,7 @@ class Flip(_Record):
     deployed_margin: float
 
 
-class MarginHistogram(_Record):
+class MarginHistogram(Record):
     """Images by the reference's margin.
 
     Attributes:
@@ -58,7 +53,7 @@ class MarginHistogram(_Record):
     flips: list[int]
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite.
 
     Without labels there is no Top-1, no test of McNemar's and no class.
@@ -137,8 +132,7 @@ def _ranks(logits: FloatArray, labels: IntArray) -> IntArray:
     safe = _nan_as_smallest(logits)
     own = np.take_along_axis(safe, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
-    ranks: IntArray = ((safe > own) | ((safe == own) & earlier)).sum(axis=1)
-    return ranks
+    return ((safe > own) | ((safe == own) & earlier)).sum(axis=1)
 
 
 def margins(logits: FloatArray) -> FloatArray:
@@ -240,14 +234,12 @@ class Collector:
 
     Everything is allocated at once: small arrays kept from batch to batch would lie between the large ones that are freed, and
     the holes that those leave could not be used again.
+
+    Args:
+        capacity: images that may be added, at most.
     """
 
     def __init__(self, capacity: int) -> None:
-        """Make room.
-
-        Args:
-            capacity: images that may be added, at most.
-        """
         self.ids: list[str] = []
         self._logits: dict[str, FloatArray] = {}
         self._labels = np.empty(capacity, np.int64)

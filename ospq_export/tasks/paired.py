@@ -39,7 +39,10 @@ def drop_bounds(lost: int, gained: int, images: int, confidence: float) -> tuple
     Raises:
         ValueError: the counts do not fit each other, or the confidence is not in its range.
     """
-    _check(lost, gained, images, confidence)
+    if min(lost, gained) < 0 or images < 1 or lost + gained > images:
+        raise ValueError(f"{lost} lost and {gained} gained of {images} images do not fit each other")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence {confidence}: a number from 0.5 to below 1 is needed")
     estimate = (lost - gained) / images
     if confidence == 0.5:
         return estimate, estimate
@@ -49,12 +52,7 @@ def drop_bounds(lost: int, gained: int, images: int, confidence: float) -> tuple
 def below(lost: int, gained: int, images: int, margin: float, confidence: float) -> bool:
     """Whether the drop is shown to lie below a margin: what the upper of `drop_bounds` says, at a twentieth of its cost.
 
-    Args:
-        lost: as in `drop_bounds`.
-        gained: as in `drop_bounds`.
-        images: 1 or more.
-        margin: a share, between -1 and 1.
-        confidence: of the bound, above 0.5.
+    Counts are as there, the margin is a share between -1 and 1, the confidence above 0.5.
     """
     return _p_value(lost, gained, images, margin, 1 - confidence) <= 1 - confidence
 
@@ -77,12 +75,7 @@ def share_bounds(count: float, images: float, confidence: float) -> tuple[float,
 def images_for_drop(lost: int, gained: int, images: int, margin: float, confidence: float) -> int | None:
     """About how many images would show which side of the margin the drop lies on, were its rates those seen so far.
 
-    Args:
-        lost: as in `drop_bounds`.
-        gained: as in `drop_bounds`.
-        images: 1 or more.
-        margin: the drop that is allowed, as a share.
-        confidence: of each bound.
+    Arguments are as in `drop_bounds`; the margin is the drop that is allowed, as a share.
 
     Returns:
         The number, to two digits; None where the estimate is the margin itself, or ten million images would not do.
@@ -110,13 +103,6 @@ def images_for_share(count: int, images: int, limit: float, confidence: float) -
         return high <= limit or low > limit
 
     return _smallest(told)
-
-
-def _check(lost: int, gained: int, images: int, confidence: float) -> None:
-    if min(lost, gained) < 0 or images < 1 or lost + gained > images:
-        raise ValueError(f"{lost} lost and {gained} gained of {images} images do not fit each other")
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence {confidence}: a number from 0.5 to below 1 is needed")
 
 
 def _smallest(told: Callable[[int], bool]) -> int | None:

@@ -23,11 +23,13 @@ def row_parts(count: int) -> Iterator[slice]:
         yield slice(start, min(count, start + _ROWS))
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What a report is made of."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Rate(_Record):
+class Rate(Record):
     """A share of images in percent, with the ends of its 95 % Wilson interval."""
 
     percent: float
@@ -35,7 +37,7 @@ class Rate(_Record):
     high: float
 
 
-class McNemar(_Record):
+class McNemar(Record):
     """McNemar's exact test on images that exactly one of two executions classifies correctly.
 
     Attributes:
@@ -49,7 +51,7 @@ class McNemar(_Record):
     p_value: float
 
 
-class ClassChange(_Record):
+class ClassChange(Record):
     """One class's Top-1 in two executions, percent."""
 
     label: int
@@ -125,10 +127,7 @@ def _calibration_gaps(logits: FloatArray, labels: IntArray, bins: int) -> NDArra
     correct = (safe.argmax(axis=1) == labels) & finite
     # A bin is open below and closed above, as in the paper; confidence 0 joins the first.
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps: NDArray[np.float64] = np.bincount(index, weights=correct - confidence, minlength=bins).astype(
-        np.float64
-    )
-    return gaps
+    return np.bincount(index, weights=correct - confidence, minlength=bins).astype(np.float64)
 
 
 def class_changes(

@@ -3,10 +3,11 @@
 Imports neither `calibrate` nor `export`.
 """
 
+from ospq_export.validate.executions.table import DEFAULT_BACKENDS
 from ospq_export.validate.report.documents import write_documents
 from ospq_export.validate.report.model import Report
 from ospq_export.validate.report.terminal import render
-from ospq_export.validate.stage import DEFAULT_BACKENDS, validate
+from ospq_export.validate.stage import validate
 from ospq_export.validate.verdict import Thresholds
 
 __all__ = [

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.paired import drop_bounds, images_for_drop, images_for_share, share_bounds
-from ospq_export.tasks.statistics import excess_p_value
+from ospq_export.tasks.statistics import Record, excess_p_value
 from ospq_export.validate.codes.records import Location
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
-from ospq_export.validate.verdict import Criterion, Thresholds
+from ospq_export.validate.verdict import Criterion, Outcome, Thresholds
 
 _EPSILON = 1e-9
 _SHOWN_FAULTS = 3
@@ -50,8 +48,8 @@ def faithful_criteria(
         floor: None where it was not measured: then no flip is noise.
         locations: comparisons of codes.
     """
-    criteria = [_plain(name, "finite", "missed", "gives logits that are not finite") for name in not_finite]
-    criteria += [_plain(name, "compared", "missed", "was compared with nothing") for name in uncompared]
+    criteria = [_missed(name, "finite", "gives logits that are not finite") for name in not_finite]
+    criteria += [_missed(name, "compared", "was compared with nothing") for name in uncompared]
     for c in comparisons:
         criteria.append(_agreement(c, limits, floor))
         if c.mcnemar is not None:
@@ -59,10 +57,8 @@ def faithful_criteria(
     return [*criteria, *(_codes(location) for location in locations)]
 
 
-def _plain(deployed: str, name: str, outcome: str, text: str) -> Criterion:
-    return Criterion.model_validate(
-        {"deployed": deployed, "name": name, "outcome": outcome, "by": name, "text": text}
-    )
+def _missed(deployed: str, name: str, text: str) -> Criterion:
+    return Criterion(deployed=deployed, name=name, outcome="missed", by=name, text=text)
 
 
 def _agreement(c: Comparison, limits: Thresholds, floor: NoiseFloor | None) -> Criterion:
@@ -75,11 +71,8 @@ def _agreement(c: Comparison, limits: Thresholds, floor: NoiseFloor | None) -> C
     excess = p_value < limits.significance
     low, high = share_bounds(beyond, c.images, limits.confidence)
     flips_low, flips_high = share_bounds(flips, c.images, limits.confidence)
-    common = {
-        "deployed": c.deployed,
-        "name": "agreement",
-        "by": "share of flips" if worst is None or not flips else "noise floor",
-    }
+    by = "share of flips" if worst is None or not flips else "noise floor"
+    common = {"deployed": c.deployed, "name": "agreement", "by": by}
     text = f"{_agreement_text(c, beyond, reach, worst, p_value)} ({limits.min_agreement:g} % needed)"
     if low > allowed or (excess and flips_low > allowed):
         return Criterion(**common, outcome="missed", text=text)
@@ -120,13 +113,8 @@ def _top1(c: Comparison, limits: Thresholds) -> Criterion:
         f"differs by {c.top1_difference:+.2f} points of Top-1 from {c.reference}, "
         f"{'more than' if refuted else 'not shown to exceed'} the {limits.max_top1_difference:g} allowed"
     )
-    return Criterion(
-        deployed=c.deployed,
-        name="top1",
-        outcome="missed" if refuted else "met",
-        by="paired interval",
-        text=text,
-    )
+    outcome: Outcome = "missed" if refuted else "met"
+    return Criterion(deployed=c.deployed, name="top1", outcome=outcome, by="paired interval", text=text)
 
 
 def _codes(location: Location) -> Criterion:
@@ -138,19 +126,11 @@ def _codes(location: Location) -> Criterion:
             f"has, with equal inputs, the fake-quantized network's codes at {len(location.quantizers)} quantizers "
             f"but at rounding edges ({location.images} images)"
         )
-    outcome = "missed" if location.faults else "met"
-    return Criterion.model_validate(
-        {
-            "deployed": location.deployed,
-            "name": "codes",
-            "outcome": outcome,
-            "by": "equal inputs",
-            "text": text,
-        }
-    )
+    outcome: Outcome = "missed" if location.faults else "met"
+    return Criterion(deployed=location.deployed, name="codes", outcome=outcome, by="equal inputs", text=text)
 
 
-class AccuracyChange(BaseModel):
+class AccuracyChange(Record):
     """What a deployed execution lost against the float network; percent and points.
 
     Attributes:
@@ -166,8 +146,6 @@ class AccuracyChange(BaseModel):
         lost: images that only the float network gets right.
         gained: images that only the deployed network gets right.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     deployed: str
     reference: str
@@ -214,31 +192,21 @@ def accuracy_criteria(changes: Sequence[AccuracyChange], limits: Thresholds) -> 
 
 def _labelled(c: AccuracyChange, limits: Thresholds) -> Criterion:
     assert c.drop is not None and c.low is not None and c.lost is not None and c.gained is not None
-    allowed, margin = limits.max_drop + _EPSILON, limits.max_drop / 100
+    allowed = limits.max_drop + _EPSILON
     figures = (
-        f"has a Top-1 of {c.deployed_top1:.2f} %, {c.reference} {c.reference_top1:.2f} %: {_points(c.drop)} "
-        f"on {c.images:,} images"
+        f"has a Top-1 of {c.deployed_top1:.2f} %, {c.reference} {c.reference_top1:.2f} %: "
+        f"{abs(c.drop):.2f} points {'lost' if c.drop >= 0 else 'gained'} on {c.images:,} images"
     )
-    sure = f"with {100 * limits.confidence:g} % confidence"
+    sure = f"with {100 * limits.confidence:g} % confidence ({limits.max_drop:g} allowed)"
     common = {"deployed": c.deployed, "name": "accuracy", "by": "paired interval"}
     if c.high <= allowed:
-        return Criterion(
-            **common, outcome="met", text=f"{figures}, {_most(c.high)} {sure} ({limits.max_drop:g} allowed)"
-        )
+        most = f"at most {c.high:.2f} lost" if c.high >= 0 else f"at least {-c.high:.2f} gained"
+        return Criterion(**common, outcome="met", text=f"{figures}, {most} {sure}")
     if c.low > allowed:
-        text = f"{figures}, at least {c.low:.2f} {sure} ({limits.max_drop:g} allowed)"
-        return Criterion(**common, outcome="missed", text=text)
-    more = images_for_drop(c.lost, c.gained, c.images, margin, limits.confidence)
-    text = f"{figures}, between {c.low:.2f} and {c.high:.2f} {sure} ({limits.max_drop:g} allowed); {enough(more)}"
+        return Criterion(**common, outcome="missed", text=f"{figures}, at least {c.low:.2f} {sure}")
+    more = images_for_drop(c.lost, c.gained, c.images, limits.max_drop / 100, limits.confidence)
+    text = f"{figures}, between {c.low:.2f} and {c.high:.2f} {sure}; {enough(more)}"
     return Criterion(**common, outcome="open", text=text, images_needed=more)
-
-
-def _points(drop: float) -> str:
-    return f"{drop:.2f} points lost" if drop >= 0 else f"{-drop:.2f} points gained"
-
-
-def _most(high: float) -> str:
-    return f"at most {high:.2f} lost" if high >= 0 else f"at least {-high:.2f} gained"
 
 
 def _unlabelled(c: AccuracyChange, limits: Thresholds) -> Criterion:

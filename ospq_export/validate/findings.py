@@ -28,8 +28,8 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
         return []
     from ospq_export.onnx.kernels import integer_kernels
 
-    mine = [e for name, e in TABLE.items() if name in names and e.shows_codes and e.optimize]
-    files = [str(execution.file) for execution in mine if execution.provider is None]
+    plain = (e for e in TABLE.values() if e.shows_codes and e.optimize and e.provider is None)
+    files = [str(e.file) for e in plain if e.name in names]
     files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
     how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"

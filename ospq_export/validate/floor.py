@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ospq_export.tasks.comparison import finite, margin_change, predictions
-from ospq_export.validate.executions.backends import FloatArray
+from ospq_export.tasks.statistics import FloatArray, Record
 
 Execution = Callable[[FloatArray], FloatArray]
 _SPLIT = 7
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FloorVariation(_Record):
+class FloorVariation(Record):
     """Another legitimate execution of the fake-quantized network, on a sample: its flips, or why it was not run.
 
     Attributes:
@@ -45,7 +39,7 @@ class FloorVariation(_Record):
         return 100.0 * (1 - self.flips / self.images) if self.images else 100.0
 
 
-class NoiseFloor(_Record):
+class NoiseFloor(Record):
     """The fake-quantized network's disagreement with itself."""
 
     variations: list[FloorVariation]
@@ -63,32 +57,16 @@ class NoiseFloor(_Record):
         return [v for v in self.variations if v.images and v.reference == reference]
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class FloorMeter:
-    """Counts the images on which each variation predicts another class than the reference execution did."""
+    """Counts the images on which each variation predicts another class than the reference execution did.
 
-    def __init__(
-        self,
-        module: nn.Module,
-        device: str,
-        as_logits: Callable[[FloatArray], FloatArray] = lambda output: output,
-    ) -> None:
-        """Prepare the variations.
+    Args:
+        module: the fake-quantized network, float32, on `device`.
+        device: torch device.
+        as_logits: from what the network returns to a logit for each class.
+    """
 
-        Args:
-            module: the fake-quantized network, float32, on `device`.
-            device: torch device.
-            as_logits: from what the network returns to a logit for each class.
-        """
+    def __init__(self, module: nn.Module, device: str, as_logits: Execution = lambda output: output) -> None:
         self.as_logits = as_logits
         self.module, self.device = module, torch.device(device)
         self.double = copy.deepcopy(module).double()
@@ -120,13 +98,7 @@ class FloorMeter:
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON has it, for another process to absorb."""
-        return {
-            "images": self.images,
-            "flips": self.flips,
-            "difference": self.difference,
-            "margins": self.margins,
-            "skipped": self.skipped,
-        }
+        return {key: getattr(self, key) for key in ("images", "flips", "difference", "margins", "skipped")}
 
     def absorb(self, counts: Mapping[str, Any]) -> None:
         """Add what the meter of another process counted on other images."""
@@ -141,8 +113,7 @@ class FloorMeter:
 
     def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
         with torch.inference_mode():
-            result: FloatArray = module(x.to(self.device)).float().cpu().numpy()
-        return self.as_logits(result)
+            return self.as_logits(module(x.to(self.device)).float().cpu().numpy())
 
     def _split(self, images: FloatArray) -> FloatArray:
         parts = torch.from_numpy(images).split(_SPLIT)
@@ -152,8 +123,12 @@ class FloorMeter:
         return self._run(self.double, torch.from_numpy(images).double())
 
     def _other_threads(self, images: FloatArray) -> FloatArray:
-        with _threads(2 if torch.get_num_threads() == 1 else 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2 if before == 1 else 1)
+        try:
             return self._run(self.module, torch.from_numpy(images))
+        finally:
+            torch.set_num_threads(before)
 
     def result(self) -> NoiseFloor:
         """What was counted so far."""

@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ospq_export.errors import InputError
-from ospq_export.validate.executions.backends import Backend, FloatArray
+from ospq_export.tasks.statistics import FloatArray, Record
+from ospq_export.validate.executions.backends import Backend
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
 
 
-class Latency(BaseModel):
+class Latency(Record):
     """One execution at one batch size.
 
     Attributes:
@@ -24,8 +24,6 @@ class Latency(BaseModel):
         images_per_second: batch size over the median.
         calls: how many were timed, after the warm-up.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     batch_size: int

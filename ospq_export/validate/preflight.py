@@ -35,17 +35,12 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
     named_executions(names, "fp32")
     if baseline is not None:
         baseline.file(QUANTIZED_ONNX)
-    for name in names or ():
-        _check_available(run, name, device)
-
-
-def _check_available(run: Run, name: str, device: str) -> None:
-    execution = TABLE[name]
-    if execution.runtime is Runtime.ENGINE:
-        check_engine(name, run.path)
-    elif execution.file is not None:
-        run.file(execution.file)
-        check_provider(execution.provider_on(device))
+    for execution in (TABLE[name] for name in names or ()):
+        if execution.runtime is Runtime.ENGINE:
+            check_engine(execution.name, run.path)
+        elif execution.file is not None:
+            run.file(execution.file)
+            check_provider(execution.provider_on(device))
 
 
 def check_batch_memory(

@@ -15,9 +15,9 @@ import torch
 from ospq_export.errors import InputError
 from ospq_export.runs.tensors import image_digests
 from ospq_export.tasks.comparison import Collector
+from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.codes.locate import Locator, Reference
 from ospq_export.validate.codes.records import Location
-from ospq_export.validate.executions.backends import FloatArray
 from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed
 from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
@@ -61,9 +61,9 @@ class Samples:
         self.first: FloatArray | None = None
         self.batches = 0
         self.meter: FloorMeter | None = None
-        if FAKE_QUANT in executions.names and floor_images:
-            backend = next(e for e in executions.backends if e.name == FAKE_QUANT)
-            self.meter = FloorMeter(backend.module, device, as_logits)  # type: ignore[attr-defined]
+        for backend in executions.backends:
+            if backend.name == FAKE_QUANT and floor_images:
+                self.meter = FloorMeter(backend.module, device, as_logits)  # type: ignore[attr-defined]
 
     def add(self, images: FloatArray, logits: dict[str, FloatArray]) -> None:
         """Take what is needed of a batch (B, C, H, W) and its logits by execution."""
@@ -95,19 +95,15 @@ def locate(
     files = dict.fromkeys(str(execution.file) for execution in held)
     if not files or not kept:
         return []
-    reference, sample = _reference(run), np.concatenate(list(kept))
-    return [_locate(run.file(name), reference, sample, device) for name in files]
-
-
-def _reference(run: Run) -> Reference:
-    graph, slices = run.quantized_graph(), run.manifest.slices
-    return Reference(
-        network=graph.module,
-        exact=copy.deepcopy(graph.module).double(),
+    network, slices, sample = run.quantized_graph().module, run.manifest.slices, np.concatenate(kept)
+    reference = Reference(
+        network=network,
+        exact=copy.deepcopy(network).double(),
         original=run.captured(),
         slices=[(s.name, s.end) for s in slices],
         slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
     )
+    return [_locate(run.file(name), reference, sample, device) for name in files]
 
 
 def _locate(path: Path, reference: Reference, sample: FloatArray, device: str) -> Location:
@@ -184,19 +180,12 @@ def pool(
     samples.kept, samples.seen = [], sum(facts["seen"] for facts in told)
     for place, (facts, flat) in enumerate(zip(told, parts, strict=True)):
         rows = [t.view(len(facts["ids"]), -1).numpy() for t in flat[:-1]]
-        whole.add(
-            dict(zip(seconds, rows, strict=True)), np.array(facts["labels"], dtype=np.int64), facts["ids"]
-        )
+        labels = np.array(facts["labels"], dtype=np.int64)
+        whole.add(dict(zip(seconds, rows, strict=True)), labels, facts["ids"])
         if facts["kept"][0]:
-            images: FloatArray = flat[-1].view(facts["kept"]).numpy()
-            samples.kept.append(images)
+            samples.kept.append(flat[-1].view(facts["kept"]).numpy())
         if samples.meter is not None and place != world.rank:
             samples.meter.absorb(facts["floor"])
     total = {name: sum(facts["seconds"][name] for facts in told) for name in seconds}
-    everywhere = sum((Counter(facts["notes"]) for facts in told), Counter())
-    return (
-        whole,
-        total,
-        list(dict.fromkeys(n for facts in told for n in facts["unreadable"])),
-        dict(everywhere),
-    )
+    skipped = list(dict.fromkeys(n for facts in told for n in facts["unreadable"]))
+    return whole, total, skipped, dict(sum((Counter(facts["notes"]) for facts in told), Counter()))

@@ -15,20 +15,11 @@ from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.base import Outputs
 from ospq_export.tasks.classify import TASKS
 from ospq_export.tasks.comparison import Collector
-from ospq_export.validate.executions.backends import Backend, FloatArray
+from ospq_export.tasks.statistics import FloatArray
+from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import check_preprocessing, open_baseline, open_executions
-from ospq_export.validate.executions.table import (
-    ALL_BACKENDS,
-    DEFAULT_BACKENDS,
-    FAKE_QUANT,
-    FLOAT,
-    OPTIMIZED,
-    TABLE,
-    UNOPTIMIZED,
-    Role,
-    with_role,
-)
-from ospq_export.validate.latency import Latency, check_batches, measure
+from ospq_export.validate.executions.table import TABLE, Role, with_role
+from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble
 from ospq_export.validate.report.model import Report
@@ -37,10 +28,10 @@ from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
-    from ospq_export.data import Batch, ImageSet
-    from ospq_export.runs.run import Run
+    from torch import Tensor
 
-__all__ = ["ALL_BACKENDS", "DEFAULT_BACKENDS", "FAKE_QUANT", "FLOAT", "OPTIMIZED", "UNOPTIMIZED", "validate"]
+    from ospq_export.data import ImageSet
+    from ospq_export.runs.run import Run
 
 
 def validate(
@@ -126,12 +117,11 @@ def validate(
         collector=collector,
         seconds=seconds,
         backends=everything,
-        skipped=executions.skipped,
+        executions=executions,
         unreadable=unreadable,
         images=images.record.model_copy(update={"notes": notes}),
         class_to_idx=images.class_to_idx,
         references=references,
-        float_reference=executions.float_reference,
         uncompared=executions.uncompared(float_type),
         floor=None if samples.meter is None else samples.meter.result(),
         locations=locate(run, references, samples.kept, device),
@@ -141,22 +131,19 @@ def validate(
     )
     report = assemble(run, evidence, thresholds or Thresholds(), baseline)
     if latency_batches and samples.first is not None:
-        timed = _time(run, everything, samples.first, latency_batches, device)
+        opened = [*everything, *_float_files(run, everything, device)]
+        timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]
         report = report.model_copy(update={"latencies": timed})
     write_json(run.path / REPORT, report.model_dump(mode="json"))
     world.tell(report.model_dump_json())
     return report
 
 
-def _time(
-    run: Run, executions: Sequence[Backend], images: FloatArray, sizes: Sequence[int], device: str
-) -> list[Latency]:
-    """Every execution, and every float file of the run that is not among them, at every batch size."""
+def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[Backend]:
+    """Every float file of the run that is not among its executions."""
     names = {e.name for e in executions}
-    float_files = (TABLE[name] for name in with_role(Role.FLOAT_FILE) if name not in names)
-    missing = [e for e in float_files if e.file in run.manifest.files]
-    opened = [*executions, *(execution.open(run, device) for execution in missing)]
-    return [measure(e, images, size) for e in opened for size in sizes]
+    missing = [TABLE[name] for name in with_role(Role.FLOAT_FILE) if name not in names]
+    return [e.open(run, device) for e in missing if e.file in run.manifest.files]
 
 
 def _collect(
@@ -180,28 +167,22 @@ def _collect(
             output = execution(tensors)
             seconds[execution.name] += time.perf_counter() - started
             logits[execution.name] = outputs(output)
-        _check_classes(logits)
-        _check_labels(batch, next(iter(logits.values())).shape[1])
+        _check_classes(logits, batch.labels)
         collector.add(logits, batch.labels.numpy(), batch.ids)
         samples.add(tensors, logits)
         advance()
     return collector, seconds
 
 
-def _check_classes(logits: dict[str, FloatArray]) -> None:
-    counts = {name: values.shape[1] for name, values in logits.items()}
-    first = next(iter(counts))
-    for name, count in counts.items():
-        if count != counts[first]:
+def _check_classes(logits: dict[str, FloatArray], labels: Tensor) -> None:
+    first, classes = next((name, values.shape[1]) for name, values in logits.items())
+    for name, values in logits.items():
+        if values.shape[1] != classes:
             raise InputError(
-                f"{name} has {count} classes, {first} {counts[first]}",
+                f"{name} has {values.shape[1]} classes, {first} {classes}",
                 where="the executions",
                 fix="export the run again, or compare with a baseline for the same classes",
             )
-
-
-def _check_labels(batch: Batch, classes: int) -> None:
-    labels = batch.labels
     if bool((labels >= classes).any()):
         raise InputError(
             f"label {int(labels.max())}, but the network has {classes} classes",

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ospq_export.tasks.statistics import Record
 
 Outcome = Literal["met", "missed", "open"]
 # What a verdict that holds is shown by; the other criteria can only refute.
@@ -18,11 +20,7 @@ _FIGURES = ("agreement", "accuracy")
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Thresholds(_Record):
+class Thresholds(Record):
     """What is allowed.
 
     Attributes:
@@ -47,7 +45,7 @@ class Thresholds(_Record):
         return max(self.max_drop, 100 - self.min_agreement)
 
 
-class Criterion(_Record):
+class Criterion(Record):
     """One criterion on one deployed execution.
 
     Attributes:
@@ -67,7 +65,7 @@ class Criterion(_Record):
     images_needed: int | None = None
 
 
-class Judgement(_Record):
+class Judgement(Record):
     """One of the two verdicts: its outcome, the sentence that says it, and the criteria that it rests on."""
 
     outcome: Outcome
@@ -78,7 +76,7 @@ class Judgement(_Record):
         return self.outcome == "met"
 
 
-class Verdict(_Record):
+class Verdict(Record):
     """Both verdicts.
 
     Attributes:
@@ -117,35 +115,30 @@ def conclude(
         accuracy: deployed against float.
         notes: what has to be known beside the verdict, a line each.
     """
-    first = _judgement(
-        faithful,
-        "the deployment is faithful",
-        "the deployment is not faithful",
-        "whether the deployment is faithful",
-    )
-    second = _judgement(accuracy, "accuracy is kept", "accuracy is not kept", "whether accuracy is kept")
-    status = _STATUS[worst_of(first, second)]
-    return Verdict(
-        text=[first.text, second.text, *notes], exit_status=status, faithful=first, accuracy=second
-    )
+    first = _judgement(faithful, "the deployment is", "faithful")
+    second = _judgement(accuracy, "accuracy is", "kept")
+    text, status = [first.text, second.text, *notes], _STATUS[worst_of(first, second)]
+    return Verdict(text=text, exit_status=status, faithful=first, accuracy=second)
 
 
-def worst_of(*judgements: Judgement) -> Outcome:
+def worst_of(*judged: Judgement | Criterion) -> Outcome:
     """The outcome that decides over several: `missed` before `open` before `met`."""
-    outcomes = {judgement.outcome for judgement in judgements}
+    outcomes = {one.outcome for one in judged}
     return "missed" if "missed" in outcomes else "open" if "open" in outcomes else "met"
 
 
-def _judgement(criteria: Sequence[Criterion], shown: str, refuted: str, asked: str) -> Judgement:
-    missed = [c for c in criteria if c.outcome == "missed"]
-    undecided = [c for c in criteria if c.outcome == "open"]
-    if missed:
-        return Judgement(outcome="missed", text=f"{refuted}: {_listed(missed)}", criteria=list(criteria))
-    if undecided or not criteria:
-        text = f"too few images to tell {asked}: {_listed(undecided) or 'nothing was compared'}"
-        return Judgement(outcome="open", text=text, criteria=list(criteria))
-    figures = [c for c in criteria if c.name in _FIGURES] or criteria
-    return Judgement(outcome="met", text=f"{shown}: {_listed(figures)}", criteria=list(criteria))
+def _judgement(criteria: Sequence[Criterion], subject: str, state: str) -> Judgement:
+    outcome = worst_of(*criteria) if criteria else "open"
+    said = {
+        "met": f"{subject} {state}",
+        "missed": f"{subject} not {state}",
+        "open": f"too few images to tell whether {subject} {state}",
+    }[outcome]
+    deciding = [c for c in criteria if c.outcome == outcome]
+    if outcome == "met":
+        deciding = [c for c in criteria if c.name in _FIGURES] or deciding
+    text = f"{said}: {_listed(deciding) or 'nothing was compared'}"
+    return Judgement(outcome=outcome, text=text, criteria=list(criteria))
 
 
 def _listed(criteria: Sequence[Criterion]) -> str:

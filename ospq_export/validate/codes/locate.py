@@ -7,7 +7,8 @@ so a difference belongs to the stretch of graph right before it. That one decide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.graph.rewrite import OnValue, Tap
+from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.codes.records import (
     CodeDifferences,
     Location,
@@ -22,7 +24,7 @@ from ospq_export.validate.codes.records import (
     QuantizerComparison,
     SliceComparison,
 )
-from ospq_export.validate.executions.probes import CODES, OUTPUT, FloatArray, Probed, Tensors
+from ospq_export.validate.executions.probes import CODES, OUTPUT, Probed
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
 # in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
@@ -86,66 +88,57 @@ class Locator:
         self.reference, self.probed, self.deployed = reference, probed, deployed
         self.ends = {end: name for name, end in reference.slices}
         self.images = 0
-        self.free: dict[str, CodeDifferences] = {}
-        self.equal: dict[str, CodeDifferences] = {}
-        self.quality: dict[str, Power] = {}
-        self.power: dict[tuple[str, str], Power] = {}
+        self.free: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
+        self.equal: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
+        self.quality: dict[str, Power] = defaultdict(Power)
+        self.power: dict[tuple[str, str], Power] = defaultdict(Power)
 
     def add(self, images: FloatArray) -> None:
         """Compare on a batch (B, C, H, W) float32."""
-        tensors = self.probed.run(images)
+        tensors = {name: torch.from_numpy(value) for name, value in self.probed.run(images).items()}
         x = torch.from_numpy(images)
         self.images += len(images)
         with torch.inference_mode():
             outputs = self._free_running(x, tensors)
-            self._compare_ends("quantization", outputs, self._plain(self.reference.original, x), swap=True)
-            self._compare_ends("floor", outputs, self._plain(self.reference.exact, x.double()))
+            for name, value in self._plain(self.reference.original, x).items():
+                self.power["quantization", name].add(value, outputs[name])
+            for name, value in self._plain(self.reference.exact, x.double()).items():
+                self.power["floor", name].add(outputs[name], value)
             self._equal_inputs(x, tensors)
-
-    def _compare_ends(
-        self, kind: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor], *, swap: bool = False
-    ) -> None:
-        for name, value in ours.items():
-            pair = (others[name], value) if swap else (value, others[name])
-            self.power.setdefault((kind, name), Power()).add(*pair)
 
     def _plain(self, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
         _tap(module, self.ends, lambda _q, _x: None, outputs.__setitem__).run(x)
         return outputs
 
-    def _given(self, slice_name: str, tensors: Tensors) -> Tensor | None:
+    def _given(self, slice_name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
         last = self.reference.slices[-1][0]
-        key = self.probed.logits if slice_name == last else f"{slice_name}{OUTPUT}"
-        return torch.from_numpy(tensors[key]) if key in tensors else None
+        return tensors.get(self.probed.logits if slice_name == last else f"{slice_name}{OUTPUT}")
 
-    def _free_running(self, x: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+    def _free_running(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
 
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> None:
-            self.quality.setdefault(quantizer.name, Power()).add(value, quantizer(value))
+            self.quality[quantizer.name].add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                self.free.setdefault(quantizer.name, CodeDifferences()).add(
-                    quantizer, value, torch.from_numpy(codes)
-                )
+                self.free[quantizer.name].add(quantizer, value, codes)
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
             given = self._given(name, tensors)
             if given is not None:
-                self.power.setdefault(("deployed", name), Power()).add(value, given)
+                self.power["deployed", name].add(value, given)
 
         _tap(self.reference.network, self.ends, on_codes, on_end).run(x)
         return outputs
 
-    def _equal_inputs(self, x: Tensor, tensors: Tensors) -> None:
+    def _equal_inputs(self, x: Tensor, tensors: Mapping[str, Tensor]) -> None:
         def on_codes(quantizer: ActivationQuantizer, value: Tensor) -> Tensor | None:
-            found = tensors.get(f"{quantizer.name}{CODES}")
-            if found is None:
+            codes = tensors.get(f"{quantizer.name}{CODES}")
+            if codes is None:
                 return None
-            codes = torch.from_numpy(found)
-            self.equal.setdefault(quantizer.name, CodeDifferences()).add(quantizer, value, codes)
+            self.equal[quantizer.name].add(quantizer, value, codes)
             levels = quantizer.format.decode(codes).double()
             return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)
 
@@ -153,7 +146,7 @@ class Locator:
             given = self._given(name, tensors)
             if given is None:
                 return None
-            self.power.setdefault(("equal_input", name), Power()).add(value, given)
+            self.power["equal_input", name].add(value, given)
             return given.double()
 
         _tap(self.reference.exact, self.ends, on_codes, on_end).run(x.double())
@@ -163,8 +156,7 @@ class Locator:
         half = self.probed.half
         quantizers = [self._quantizer(name) for name in self.equal]
         slices = [self._slice(name) for name, _ in self.reference.slices]
-        unknown = sorted(self.reference.wanted - self.probed.names)
-        found = self._faults(quantizers, slices)
+        found = list(self._faults(quantizers, slices))
         return Location(
             deployed=self.deployed,
             images=self.images,
@@ -172,7 +164,7 @@ class Locator:
             min_sqnr=MIN_SQNR[half],
             first_diverging=found[0][0] if found else None,
             faults=[text for _, text in found],
-            unknown=unknown,
+            unknown=sorted(self.reference.wanted - self.probed.names),
             quantizers=quantizers,
             slices=slices,
         )
@@ -206,25 +198,17 @@ class Locator:
 
     def _faults(
         self, quantizers: list[QuantizerComparison], slices: list[SliceComparison]
-    ) -> list[tuple[str, str]]:
+    ) -> Iterator[tuple[str, str]]:
         """(slice, description) of every difference that rounding does not explain, slice by slice."""
         half = self.probed.half
-        found = []
         for piece in slices:
+            where = f"slice {piece.name}"
             for q in quantizers:
                 if q.slice == piece.name and not q.excess <= MAX_EXCESS[half]:
-                    found.append(
-                        (
-                            piece.name,
-                            f"slice {piece.name}: {q.name} has {q.share:.3g} % other codes, up to {q.max_step} steps "
-                            f"({q.excess:.2g} beyond a rounding edge)",
-                        )
-                    )
+                    other = f"{q.share:.3g} % other codes, up to {q.max_step} steps"
+                    yield piece.name, f"{where}: {q.name} has {other} ({q.excess:.2g} beyond a rounding edge)"
             if piece.equal_input is not None and not piece.equal_input >= MIN_SQNR[half]:
-                found.append(
-                    (
-                        piece.name,
-                        f"slice {piece.name}: its output is only {piece.equal_input:.0f} dB above the difference",
-                    )
+                yield (
+                    piece.name,
+                    f"{where}: its output is only {piece.equal_input:.0f} dB above the difference",
                 )
-        return found

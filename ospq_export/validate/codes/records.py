@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
 from ospq_export.runs.tensors import read_tensors
+from ospq_export.tasks.statistics import Record
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 _NO_NOISE = 200.0
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class QuantizerComparison(_Record):
+class QuantizerComparison(Record):
     """One quantizer's deployed codes against the fake-quantized network's.
 
     Attributes:
@@ -49,7 +45,7 @@ class QuantizerComparison(_Record):
     histogram: list[int]
 
 
-class SliceComparison(_Record):
+class SliceComparison(Record):
     """Signal-to-quantization-noise ratios at the end of one slice, dB (200 where there is no noise).
 
     Attributes:
@@ -66,7 +62,7 @@ class SliceComparison(_Record):
     equal_input: float | None
 
 
-class Location(_Record):
+class Location(Record):
     """The code-level comparison of one deployed file.
 
     Attributes:
@@ -136,15 +132,13 @@ class CodeDifferences:
         return 100.0 * self.differing / max(self.total, 1)
 
 
-class WeightComparison(BaseModel):
+class WeightComparison(Record):
     """One weight's codes against the float weight.
 
     Attributes:
         sqnr: signal-to-quantization-noise ratio, dB.
         histogram: how often each code occurs, in ascending order: of integers -128 .. 127.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     slice: str

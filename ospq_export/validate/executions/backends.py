@@ -8,15 +8,14 @@ from typing import Protocol
 import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ospq_export.errors import InputError
 from ospq_export.runs.files import stored_bytes
+from ospq_export.tasks.statistics import FloatArray
 from ospq_export.world.processes import local_rank
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
 
-FloatArray = NDArray[np.float32]
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -59,28 +58,18 @@ class TorchBackend:
         """Logits (B, K) float32 of images (B, C, H, W) float32."""
         with torch.inference_mode():
             logits: torch.Tensor = self.module(torch.from_numpy(images).to(self.device))
-        result: FloatArray = logits.float().cpu().numpy()
-        return result
+        return logits.float().cpu().numpy()
 
 
 class OnnxRuntimeBackend:
-    """An ONNX Runtime session with a stated optimisation level, on a provider that it really got."""
+    """An ONNX Runtime session with a stated optimisation level, on a provider that it really got.
+
+    Of a file with one input (B, C, H, W) float32 and one output (B, K); see `open_session` for arguments and errors.
+    """
 
     def __init__(
         self, name: str, path: Path, *, optimize: bool, provider: str = "cpu", threads: int | None = None
     ) -> None:
-        """Open a file.
-
-        Args:
-            name: how the report calls it.
-            path: the ONNX file: one input (B, C, H, W) float32, one output (B, K).
-            optimize: all of ONNX Runtime's graph optimisations, or none.
-            provider: "cpu", "cuda" or "tensorrt".
-            threads: intra-op threads; None takes as many as torch has.
-
-        Raises:
-            InputError: the file cannot be loaded, or the provider is not there or fell back.
-        """
         self.name, self.path = name, path
         self.session = open_session(path, path, optimize=optimize, provider=provider, threads=threads)
         self.input = self.session.get_inputs()[0]
@@ -102,12 +91,8 @@ class OnnxRuntimeBackend:
         if self.fixed_batch is None:
             return self._run(images)
         size = self.fixed_batch
-        padding = -len(images) % size
-        padded = (
-            np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.float32)])
-            if padding
-            else images
-        )
+        padding = np.zeros((-len(images) % size, *images.shape[1:]), np.float32)
+        padded = np.concatenate([images, padding]) if len(padding) else images
         parts = [self._run(padded[start : start + size]) for start in range(0, len(padded), size)]
         return np.concatenate(parts)[: len(images)]
 
@@ -122,8 +107,7 @@ class OnnxRuntimeBackend:
             )
 
     def _run(self, images: FloatArray) -> FloatArray:
-        result: FloatArray = self.session.run(None, {self.input.name: images})[0]
-        return result
+        return self.session.run(None, {self.input.name: images})[0]
 
 
 def check_provider(provider: str) -> str:

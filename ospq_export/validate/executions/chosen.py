@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.errors import InputError
@@ -46,16 +45,14 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
     Raises:
         InputError: it was exported from another run, or the run's preprocessing was changed since.
     """
-    path: Path = run.file(file)
+    path, other = run.file(file), None
     metadata = {p.key: p.value for p in read_proto(path).metadata_props}
     if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
-        raise InputError("the file was exported from another run", where=path, fix="export this run again")
-    if json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
-        raise InputError(
-            "the file was exported for another preprocessing than the manifest's",
-            where=path,
-            fix="export this run again",
-        )
+        other = "from another run"
+    elif json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
+        other = "for another preprocessing than the manifest's"
+    if other is not None:
+        raise InputError(f"the file was exported {other}", where=path, fix="export this run again")
 
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
@@ -70,9 +67,8 @@ def check_preprocessing(run: Run, config: DataConfig) -> None:
     Raises:
         InputError: they are prepared differently.
     """
-    changed = changed_preprocessing(
-        run.manifest.data, config.model_copy(update={"exif": run.manifest.data.exif})
-    )
+    mine = run.manifest.data
+    changed = changed_preprocessing(mine, config.model_copy(update={"exif": mine.exif}))
     if changed is not None:
         key, ours, theirs = changed
         raise InputError(
@@ -111,15 +107,12 @@ class Executions:
             float_type: "fp32", or "fp16" where engines were built with FP16 float parts.
         """
         result = {}
-        for execution in map(TABLE.__getitem__, self.names):
-            deployed = execution.role is Role.DEPLOYED
-            if not deployed and not (execution.role is Role.FLOAT_FILE and execution.name in self.asked):
-                continue
-            for reference in (execution.reference(float_type), *([UNOPTIMIZED] if deployed else [])):
-                if reference in self.names and reference != execution.name:
-                    result[execution.name] = reference
-                    break
-        return result
+        for name in self.names:
+            deployed = TABLE[name].role is Role.DEPLOYED
+            if deployed or (TABLE[name].role is Role.FLOAT_FILE and name in self.asked):
+                held_to = [TABLE[name].reference(float_type), *([UNOPTIMIZED] if deployed else [])]
+                result[name] = next((n for n in held_to if n in self.names and n != name), None)
+        return {name: reference for name, reference in result.items() if reference is not None}
 
     @property
     def float_reference(self) -> str | None:
@@ -146,7 +139,8 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
     """
     named = named_executions(names, float_type)
-    wanted = list(dict.fromkeys([*_references_of(named, float_type), *named]))
+    held_to = (TABLE[name].reference(float_type) for name in named)
+    wanted = list(dict.fromkeys([FLOAT, *filter(None, held_to), *named]))
     _check_files(run, wanted)
     result = Executions(asked=named)
     for name in wanted:
@@ -172,20 +166,13 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
         raise InputError(f"there is no execution {unknown[0]!r}", fix=f"use some of {', '.join(TABLE)}")
     if float_type == "fp16":
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
-    judged = with_role(Role.DEPLOYED, Role.FLOAT_FILE)
-    if not set(named) & set(judged):
+    if not set(named) & set(with_role(Role.DEPLOYED, Role.FLOAT_FILE)):
         raise InputError(
             f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
             where="`backends`",
             fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
         )
     return named
-
-
-def _references_of(named: Sequence[str], float_type: str) -> list[str]:
-    """What the named deployed executions are judged by."""
-    held_to = (TABLE[name].reference(float_type) for name in named)
-    return [FLOAT, *(name for name in held_to if name is not None)]
 
 
 def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
@@ -214,8 +201,7 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     """Networks and engines in the run directory that none of the executions ran, by file name."""
     ran = {e.detail.get("file") for e in executions}
-    found = sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS)
-    return [name for name in found if name not in ran]
+    return sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS and p.name not in ran)
 
 
 def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> list[Backend]:
@@ -242,7 +228,6 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
             where="`baseline`",
             fix=f"add `backends` {OPTIMIZED}",
         )
-    other.file(QUANTIZED_ONNX)
     check_origin(other)
     backends = [TABLE[name].open(other, device) for name in chosen]
     for backend in backends:
@@ -251,18 +236,18 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
 
 
 def _check_comparable(run: Run, other: Run) -> None:
-    ours, theirs = run.manifest, other.manifest
+    ours, theirs, where = run.manifest, other.manifest, f"`baseline` {other.path}"
     changed = changed_preprocessing(ours.data, theirs.data)
     if changed is not None:
         key, mine, others = changed
         raise InputError(
             f"the other run prepares its images with another {key} ({others}, this one {mine})",
-            where=f"`baseline` {other.path}",
+            where=where,
             fix="compare runs with the same preprocessing",
         )
     if ours.class_to_idx != theirs.class_to_idx:
         raise InputError(
             f"the other run has other classes ({len(theirs.class_to_idx)} known, this one {len(ours.class_to_idx)})",
-            where=f"`baseline` {other.path}",
+            where=where,
             fix="compare runs that were calibrated on folders with the same classes",
         )

@@ -11,22 +11,21 @@ import torch
 from ospq_export.engines.products import Product, load
 from ospq_export.errors import InputError
 from ospq_export.runs.files import ENGINE, QUANTIZED_ONNX, sha256
-from ospq_export.validate.executions.backends import FloatArray
+from ospq_export.tasks.statistics import FloatArray
 
 
 class EngineBackend:
-    """A serialized engine on the current CUDA device, in fixed batches."""
+    """A serialized engine on the current CUDA device, in fixed batches.
+
+    Args:
+        name: a product, also how the report calls it.
+        path: the engine; its sidecar lies beside it as <file>.json.
+
+    Raises:
+        InputError: no file, package or GPU; a sidecar that belongs to another engine; an engine that does not load.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
-        """Deserialize an engine.
-
-        Args:
-            name: a product, also how the report calls it.
-            path: the engine; its sidecar lies beside it as <file>.json.
-
-        Raises:
-            InputError: no file, package or GPU; a sidecar that belongs to another engine; an engine that does not load.
-        """
         self.name, self.path = name, path
         product = Product(name)
         trt = load(product)
@@ -53,17 +52,13 @@ class EngineBackend:
             "device": torch.cuda.get_device_name(),
             "file": path.name,
             "bytes": str(path.stat().st_size),
-            **{
-                f"sidecar.{key}": str(value) for key, value in sidecar.items() if isinstance(value, str | int)
-            },
+            **{f"sidecar.{k}": str(value) for k, value in sidecar.items() if isinstance(value, str | int)},
         }
 
     def __call__(self, images: FloatArray) -> FloatArray:
         """Logits (B, K) float32 of images (B, C, H, W) float32."""
         x = torch.from_numpy(images).cuda()
-        parts = [self._run(part) for part in x.split(self.batch_size)]
-        result: FloatArray = torch.cat(parts).float().cpu().numpy()
-        return result
+        return torch.cat([self._run(part) for part in x.split(self.batch_size)]).float().cpu().numpy()
 
     def _run(self, part: torch.Tensor) -> torch.Tensor:
         count = len(part)

@@ -8,24 +8,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
-from ospq_export.onnx.half import fits_fp16
+from ospq_export.onnx.half import KEEPS_FLOAT32, MOVES, fits_fp16
 
 aten = torch.ops.aten
-# What deployed files keep in FP32 as well: sums over many values, exponentials.
-KEEPS_FLOAT32 = frozenset(
-    {
-        *(aten.layer_norm.default, aten.softmax.int, aten._softmax.default, aten.group_norm.default),
-        *(aten.mean.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.pow.Tensor_Scalar),
-        *(aten.sqrt.default, aten.rsqrt.default, aten.exp.default, aten.log.default, aten.reciprocal.default),
-        aten._native_batch_norm_legit_no_training.default,
-    }
-)
-_MOVES = frozenset(
-    {
-        *(aten.expand.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
-        *(aten.transpose.int, aten.permute.default, aten.clone.default),
-    }
-)
+# What an operator becomes in a file, where that decides on its precision: what stays FP32 is up to onnx/half.py alone.
+_IN_FILE: dict[Any, str] = {
+    **{aten.layer_norm.default: "LayerNormalization", aten.group_norm.default: "GroupNormalization"},
+    **{aten._native_batch_norm_legit_no_training.default: "BatchNormalization", aten.log.default: "Log"},
+    **{aten.softmax.int: "Softmax", aten._softmax.default: "Softmax", aten.exp.default: "Exp"},
+    **{aten.mean.dim: "ReduceMean", aten.sum.dim_IntList: "ReduceSum", aten.sqrt.default: "Sqrt"},
+    **{aten.linalg_vector_norm.default: "ReduceL2", aten.pow.Tensor_Scalar: "Pow"},
+    **{aten.rsqrt.default: "Reciprocal", aten.reciprocal.default: "Reciprocal"},
+    **{aten.expand.default: "Expand", aten.reshape.default: "Reshape"},
+    **{aten.unsqueeze.default: "Unsqueeze", aten.squeeze.dim: "Squeeze", aten.clone.default: "Identity"},
+    **{aten.transpose.int: "Transpose", aten.permute.default: "Transpose"},
+}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -50,7 +47,8 @@ class _Half(fx.Interpreter):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
-            if isinstance(value, Tensor) and value.is_floating_point() and not _fits(value):
+            real = isinstance(value, Tensor) and value.is_floating_point()
+            if real and not fits_fp16(value.detach().cpu().numpy()):
                 self.wide.add(n)
                 return value
             return _cast(value, torch.float16)
@@ -65,7 +63,7 @@ class _Half(fx.Interpreter):
         constants = [a for a in n.all_input_nodes if a.op == "get_attr"]
         loses = not all(map(fits_fp16, numbers)) or any(a in self.wide for a in constants)
         widened = any(a in self.wide for a in n.all_input_nodes)
-        if loses or (widened and n.target in _MOVES):
+        if loses or (widened and _IN_FILE.get(n.target) in MOVES):
             self.wide.add(n)
         return loses or widened
 
@@ -74,12 +72,8 @@ class _Half(fx.Interpreter):
         return super().call_module(target, _cast(args, torch.float32) if quantizer else args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        wide = target in KEEPS_FLOAT32
+        wide = _IN_FILE.get(target) in KEEPS_FLOAT32
         return super().call_function(target, _cast(args, torch.float32) if wide else args, kwargs)
-
-
-def _fits(value: Tensor) -> bool:
-    return fits_fp16(value.detach().cpu().numpy())
 
 
 class HalfNetwork(nn.Module):

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
 from ospq_export.onnx.shapes import hollow, infer_shapes
+from ospq_export.tasks.statistics import FloatArray
 
-FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
 CODES, OUTPUT = ".codes", ".output"
 
@@ -100,5 +99,4 @@ def _element_types(proto: Any, path: Path) -> dict[str, int]:
     """Element types of inner tensors, inferred anew: those written down may be of before a change to FP16."""
     bare = hollow(proto)
     del bare.graph.value_info[:]
-    inferred = infer_shapes(bare, path).graph.value_info
-    return {v.name: v.type.tensor_type.elem_type for v in inferred}
+    return {v.name: v.type.tensor_type.elem_type for v in infer_shapes(bare, path).graph.value_info}

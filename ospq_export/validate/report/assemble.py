@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import torch
 
 from ospq_export.data import ImagesRecord
 from ospq_export.tasks.base import Task
-from ospq_export.tasks.classify import CLASSIFY
 from ospq_export.tasks.comparison import (
     Collector,
     Comparison,
@@ -32,12 +31,12 @@ from ospq_export.validate.criteria import (
     faithful_criteria,
 )
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.chosen import PREFIX, not_executed
+from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
-from ospq_export.validate.verdict import Thresholds, Verdict, conclude
+from ospq_export.validate.verdict import Thresholds, conclude
 from ospq_export.world.processor import examine_processor, machine_name
 
 if TYPE_CHECKING:
@@ -54,10 +53,9 @@ class Evidence:
         collector: logits of every execution, labels and ids.
         seconds: spent in each execution.
         backends: all executions, this run's and the baseline's.
-        skipped: executions that this machine lacks, with the reasons.
+        executions: of this run.
         unreadable: images that could not be read.
         references: deployed execution -> what it is compared with.
-        float_reference: the execution of the float network, or None.
         uncompared: deployed executions that nothing here can be compared with.
         floor: the noise floor; None where it was not measured.
         images: where the images came from, and what was noted on them.
@@ -71,18 +69,17 @@ class Evidence:
     collector: Collector
     seconds: dict[str, float]
     backends: list[Backend]
-    skipped: dict[str, str]
+    executions: Executions
     unreadable: list[str]
     references: dict[str, str]
-    float_reference: str | None
     uncompared: list[str]
     floor: NoiseFloor | None
-    images: ImagesRecord = field(default_factory=ImagesRecord)
-    class_to_idx: Mapping[str, int] = field(default_factory=dict)
-    locations: list[Location] = field(default_factory=list)
-    seen: int = 0
-    decision_threshold: float | None = None
-    task: Task = CLASSIFY
+    images: ImagesRecord
+    class_to_idx: Mapping[str, int]
+    locations: list[Location]
+    seen: int
+    decision_threshold: float | None
+    task: Task
 
     def names(self, *, baseline: bool) -> list[str]:
         """Executions of the baseline, or of the run itself."""
@@ -110,15 +107,20 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
     """
     names, logits = evidence.names(baseline=False), evidence.collector.logits
     labels = evidence.collector.labels()
-    class_names = _class_names(run, evidence)
+    known = evidence.class_to_idx or run.manifest.class_to_idx
+    class_names = sorted(known, key=known.__getitem__)
     if has_labels(labels):
         _warn_about_classes(class_names, logits(names[0]).shape[1])
     comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
     left, findings = not_executed(run, evidence.backends), processor_findings(run, names)
+    not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
+    faithful = faithful_criteria(
+        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
+    )
     notes = [*_notes(evidence, left), *findings]
     return Report(
-        verdict=_verdict(comparisons, changes, thresholds, evidence, floor, notes),
+        verdict=conclude(faithful, accuracy_criteria(changes, thresholds), notes),
         thresholds=thresholds,
         images=len(labels),
         labelled=has_labels(labels),
@@ -131,7 +133,7 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         skipped=evidence.unreadable,
         passed_over=evidence.images.passed_over,
         image_notes=evidence.images.notes,
-        executions_skipped=evidence.skipped,
+        executions_skipped=evidence.executions.skipped,
         findings=findings,
         backends=[_result(b, evidence) for b in evidence.backends],
         floor=floor,
@@ -146,26 +148,11 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
 
 def _changes(evidence: Evidence, limits: Thresholds) -> list[AccuracyChange]:
     """Every deployed execution against the float network."""
-    if evidence.float_reference is None:
+    reference = evidence.executions.float_reference
+    if reference is None:
         return []
     deployed = [*evidence.references, *evidence.uncompared]
-    return [accuracy_change(evidence.pair(evidence.float_reference, n), limits.confidence) for n in deployed]
-
-
-def _verdict(
-    comparisons: list[Comparison],
-    changes: list[AccuracyChange],
-    thresholds: Thresholds,
-    evidence: Evidence,
-    floor: NoiseFloor | None,
-    notes: list[str],
-) -> Verdict:
-    logits = evidence.collector.logits
-    not_finite = [n for n in evidence.names(baseline=False) if not np.isfinite(logits(n)).all()]
-    faithful = faithful_criteria(
-        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
-    )
-    return conclude(faithful, accuracy_criteria(changes, thresholds), notes)
+    return [accuracy_change(evidence.pair(reference, name), limits.confidence) for name in deployed]
 
 
 def _notes(evidence: Evidence, left: list[str]) -> list[str]:
@@ -211,11 +198,6 @@ def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
     return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
 
-def _class_names(run: Run, evidence: Evidence) -> list[str]:
-    known = evidence.class_to_idx or run.manifest.class_to_idx
-    return sorted(known, key=known.__getitem__)
-
-
 def _warn_about_classes(names: list[str], classes: int) -> None:
     # One output tells two classes apart.
     if len(names) != max(classes, 2):
@@ -227,11 +209,8 @@ def _warn_about_classes(names: list[str], classes: int) -> None:
 
 
 def _baseline(other: Run, evidence: Evidence) -> BaselineResult:
-    pairs = [(name, name.removeprefix(PREFIX)) for name in evidence.names(baseline=True)]
-    return BaselineResult(
-        **_identity(other),
-        comparisons=[evidence.pair(theirs, ours) for theirs, ours in pairs],
-    )
+    pairs = [evidence.pair(name, name.removeprefix(PREFIX)) for name in evidence.names(baseline=True)]
+    return BaselineResult(**_identity(other), comparisons=pairs)
 
 
 def _result(execution: Backend, evidence: Evidence) -> BackendResult:

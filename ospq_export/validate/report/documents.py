@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospq_export.runs.files import REPORT_HTML, REPORT_MD, replacing
-from ospq_export.validate.report.model import image_lines
+from ospq_export.validate.report.model import image_lines, number
 from ospq_export.validate.verdict import worst_of
 
 if TYPE_CHECKING:
@@ -50,10 +51,8 @@ def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
     context = _context(run.manifest, report)
     _write(run.path / REPORT_MD, "report.md.jinja", context)
     shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
-    context |= {
-        "plots": _plots(run.manifest, report, context["classes"]),
-        "pictures": thumbnails(images, shown),
-    }
+    context["plots"] = _plots(run.manifest, report, context["classes"])
+    context["pictures"] = thumbnails(images, shown)
     _write(run.path / REPORT_HTML, "report.html.jinja", context)
     return run.path / REPORT_HTML
 
@@ -77,7 +76,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
         "kib": lambda count: f"{count / 1024:,.0f}",
-        "number": _number,
+        "number": number,
         "headline": lambda text: text.partition(": ")[0],
         "finding": lambda text: text.partition(": ")[2],
     }
@@ -105,21 +104,13 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None, form: str = "%.2f") -> str:
-    return "" if value is None else form % value
-
-
 class _Flips:
     """The flips of one execution, with the names of their classes."""
 
     def __init__(self, comparison: Comparison, names: Sequence[str]) -> None:
         self.deployed, self.total = comparison.deployed, len(comparison.flips)
         self.listed = comparison.flips[:_LISTED_FLIPS]
-        self.names = names
-
-    def name(self, label: int) -> str:
-        """A class's name, or its index; nothing for an image without a label."""
-        return _class_name(self.names, label)
+        self.name = partial(_class_name, names)
 
     def kind(self, flip: Flip) -> str:
         """What the flip did to the prediction."""
@@ -131,6 +122,7 @@ class _Flips:
 
 
 def _class_name(names: Sequence[str], label: int) -> str:
+    """A class's name, or its index; nothing for an image without a label."""
     if label < 0:
         return ""
     return names[label] if label < len(names) else str(label)
@@ -161,24 +153,21 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
     """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
     from ospq_export.validate.report import plots
 
-    location = report.locations[0] if report.locations else None
-    found: dict[str, Any] = {
+    def histograms(quantizers: Sequence[Any], name: str) -> str | None:
+        worst = sorted(quantizers, key=lambda q: q.sqnr)[:_WORST]
+        return plots.histogram_plot(worst, name) if worst else None
+
+    compared = report.locations[0].quantizers if report.locations else []
+    return {
         "margins": [(c, svg) for c in report.comparisons if (svg := plots.margin_plot(c)) is not None],
         "sqnr": [(x, plots.sqnr_plot(x)) for x in report.locations],
         "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
-        "activations": None,
-        "weights": None,
+        "activations": histograms(compared, "activation codes"),
+        "weights": histograms(report.weights, "weight codes"),
         "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
         "losses": plots.loss_plot(manifest.slices),
         "classes": plots.class_plot(classes) if classes else None,
     }
-    if location and location.quantizers:
-        worst = sorted(location.quantizers, key=lambda q: q.sqnr)[:_WORST]
-        found["activations"] = plots.histogram_plot(worst, "activation codes")
-    if report.weights:
-        weights = sorted(report.weights, key=lambda w: w.sqnr)[:_WORST]
-        found["weights"] = plots.histogram_plot(weights, "weight codes")
-    return found
 
 
 def thumbnails(images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
@@ -190,12 +179,8 @@ def thumbnails(images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
     """
     wanted = set(ids)
     indices = [i for i, name in enumerate(images.ids) if name in wanted]
-    found: dict[str, str] = {}
-    if not indices:
-        return found
-    for batch in images.batches(1, indices):
-        found[batch.ids[0]] = data_url(batch.images[0], images.config)
-    return found
+    batches = images.batches(1, indices) if indices else ()
+    return {batch.ids[0]: data_url(batch.images[0], images.config) for batch in batches}
 
 
 def data_url(image: Tensor, config: DataConfig) -> str:

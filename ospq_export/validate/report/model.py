@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from ospq_export.tasks.comparison import Comparison
-from ospq_export.tasks.statistics import Rate
+from ospq_export.tasks.statistics import Rate, Record
 from ospq_export.validate.codes.records import Location, WeightComparison
 from ospq_export.validate.criteria import AccuracyChange
 from ospq_export.validate.floor import NoiseFloor
@@ -17,11 +17,7 @@ from ospq_export.world.processor import Processor
 from ospq_export.world.processor import machine_name as machine_name
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BackendResult(_Record):
+class BackendResult(Record):
     """One execution over all images; accuracies in percent, none without labels."""
 
     name: str
@@ -35,7 +31,7 @@ class BackendResult(_Record):
     images_per_second: float
 
 
-class _RunIdentity(_Record):
+class _RunIdentity(Record):
     run: str
     model: str
     recipe: str
@@ -60,7 +56,7 @@ class BaselineResult(_RunIdentity):
     comparisons: list[Comparison]
 
 
-class Report(_Record):
+class Report(BaseModel):
     """The outcome of a validation; `report.json` is its JSON form, docs/report.schema.json its schema.
 
     Attributes:
@@ -71,6 +67,8 @@ class Report(_Record):
         comparisons: every deployed execution against the fake-quantized network.
         quantization: the fake-quantized network against the float network.
     """
+
+    model_config = Record.model_config
 
     verdict: Verdict
     schema_version: Literal[5] = 5
@@ -97,6 +95,11 @@ class Report(_Record):
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None
     provenance: Provenance
+
+
+def number(value: float | None, form: str = "%.2f") -> str:
+    """A figure as tables show it: nothing where there is none."""
+    return "" if value is None else form % value
 
 
 def image_lines(report: Report) -> list[str]:

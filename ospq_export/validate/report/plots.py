@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ospq_export.tasks.comparison import Comparison, MarginHistogram
+from ospq_export.tasks.comparison import Comparison
 from ospq_export.validate.codes.records import Location, QuantizerComparison, WeightComparison
 
 if TYPE_CHECKING:
@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 # Colours that no drawing would use by itself: each stands for a variable of the page until the SVG is written.
 _INK, _FAINT, _FILL = "#000001", "#000002", "#000003"
 _SERIES = ("#000011", "#000012", "#000013", "#000014")
-_VARIABLES = {
-    _INK: "ink",
-    _FAINT: "line",
-    _FILL: "fill",
-    **{c: f"s{i + 1}" for i, c in enumerate(_SERIES)},
-}
+_VARIABLES = {_INK: "ink", _FAINT: "line", _FILL: "fill", **{c: f"s{i}" for i, c in enumerate(_SERIES, 1)}}
 _STYLE: Any = {
-    "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.edgecolor": _FAINT,
@@ -50,13 +44,16 @@ _STYLE: Any = {
     "lines.linewidth": 1.3,
     "lines.markersize": 3.5,
 }
+_styled = mpl.rc_context(_STYLE)
 _NARROW, _HEIGHT, _PER_SLICE = 4.6, 2.7, 0.27
 _MOST_TICKS, _LONGEST_NAME = 40, 26
 _FEW_DECADES = 100
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
     """The figure as an <svg> element without a background; `name` makes its ids differ from other plots' on the page."""
+    if legend:
+        figure.legend(loc="outside upper left", ncols=2)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -99,26 +96,27 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 
+@_styled
 def margin_plot(comparison: Comparison) -> str | None:
     """Images and flipped images by the reference's margin; None where no margin is finite."""
-    found: MarginHistogram = comparison.margins
+    found = comparison.margins
     if not found.images:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes()
-        edges = np.asarray(found.edges)
-        axes.stairs(found.images, edges, fill=True, color=_FILL, label="all images")
-        if any(found.flips):
-            axes.stairs(found.flips, edges, fill=True, color=_SERIES[1], label="flipped")
-        axes.set(xscale="log", yscale="log", ylabel="images")
-        axes.set_xlabel(f"margin of {comparison.reference} (first minus second logit)")
-        axes.set_ylim(0.6, max(found.images) * 2)
-        axes.legend(loc="upper left")
-        _plain_log(axes.xaxis)
-        _plain_log(axes.yaxis)
-        return _svg(figure, f"margins of {comparison.deployed}")
+    figure, axes = _axes()
+    edges = np.asarray(found.edges)
+    axes.stairs(found.images, edges, fill=True, color=_FILL, label="all images")
+    if any(found.flips):
+        axes.stairs(found.flips, edges, fill=True, color=_SERIES[1], label="flipped")
+    axes.set(xscale="log", yscale="log", ylabel="images")
+    axes.set_xlabel(f"margin of {comparison.reference} (first minus second logit)")
+    axes.set_ylim(0.6, max(found.images) * 2)
+    axes.legend(loc="upper left")
+    _plain_log(axes.xaxis)
+    _plain_log(axes.yaxis)
+    return _svg(figure, f"margins of {comparison.deployed}")
 
 
+@_styled
 def sqnr_plot(location: Location) -> str:
     """Signal-to-quantization-noise ratio at the end of every slice, dB."""
     series = (
@@ -127,122 +125,115 @@ def sqnr_plot(location: Location) -> str:
         ("fake-quant in float32 / in float64 (noise floor)", "floor", "x--", _SERIES[2]),
         ("fake-quant / deployed, equal inputs", "equal_input", "^-", _SERIES[3]),
     )
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(_wide(len(location.slices)), 3.6)
-        for label, key, marker, colour in series:
-            values = [getattr(s, key) for s in location.slices]
-            axes.plot([np.nan if v is None else v for v in values], marker, color=colour, label=label)
-        axes.axhline(location.min_sqnr, color=_INK, lw=0.8, ls=":")
-        axes.annotate("limit, equal inputs", (1, location.min_sqnr), (0, 2), textcoords="offset points",
-                      xycoords=("axes fraction", "data"), ha="right", fontsize=7.5)  # fmt: skip
-        _name_ticks(axes, [s.name for s in location.slices])
-        axes.set(ylabel="dB")
-        figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, f"slices of {location.deployed}")
+    figure, axes = _axes(_wide(len(location.slices)), 3.6)
+    for label, key, marker, colour in series:
+        values = [getattr(s, key) for s in location.slices]
+        axes.plot([np.nan if v is None else v for v in values], marker, color=colour, label=label)
+    axes.axhline(location.min_sqnr, color=_INK, lw=0.8, ls=":")
+    axes.annotate("limit, equal inputs", (1, location.min_sqnr), (0, 2), textcoords="offset points",
+                  xycoords=("axes fraction", "data"), ha="right", fontsize=7.5)  # fmt: skip
+    _name_ticks(axes, [s.name for s in location.slices])
+    axes.set(ylabel="dB")
+    return _svg(figure, f"slices of {location.deployed}", legend=True)
 
 
+@_styled
 def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]) -> str:
     """The float network's outliers across depth; vertical lines where the chosen slices end."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_wide(0), 3.8), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        for kind, marker, colour, label in (
-            ("cut", "o", _SERIES[0], "cut point"),
-            ("quantizer", "x", _SERIES[1], "quantizer's input"),
-        ):
-            at = [i for i, r in enumerate(profile) if r.kind == kind]
-            chosen = [profile[i] for i in at]
-            upper.semilogy(at, [r.max_over_std for r in chosen], marker, color=colour, label=label)
-            lower.plot(at, [100 * r.largest_share for r in chosen], marker, color=colour)
-        ends = {s.end for s in slices}
-        for i, record in enumerate(profile):
-            if record.kind == "cut" and record.name in ends:
-                upper.axvline(i, color=_INK, lw=0.6, ls=":")
-                lower.axvline(i, color=_INK, lw=0.6, ls=":")
-        upper.set(ylabel="max / std")
-        _plain_log(upper.yaxis)
-        lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
-        for axes in (upper, lower):
-            axes.grid(visible=False, axis="x")
-        figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, "outliers")
+    figure = Figure(figsize=(_wide(0), 3.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for kind, marker, colour, label in (
+        ("cut", "o", _SERIES[0], "cut point"),
+        ("quantizer", "x", _SERIES[1], "quantizer's input"),
+    ):
+        at = [i for i, r in enumerate(profile) if r.kind == kind]
+        chosen = [profile[i] for i in at]
+        upper.semilogy(at, [r.max_over_std for r in chosen], marker, color=colour, label=label)
+        lower.plot(at, [100 * r.largest_share for r in chosen], marker, color=colour)
+    ends = {s.end for s in slices}
+    for i, record in enumerate(profile):
+        if record.kind == "cut" and record.name in ends:
+            upper.axvline(i, color=_INK, lw=0.6, ls=":")
+            lower.axvline(i, color=_INK, lw=0.6, ls=":")
+    upper.set(ylabel="max / std")
+    _plain_log(upper.yaxis)
+    lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
+    for axes in (upper, lower):
+        axes.grid(visible=False, axis="x")
+    return _svg(figure, "outliers", legend=True)
 
 
+@_styled
 def histogram_plot(worst: Sequence[QuantizerComparison | WeightComparison], name: str) -> str:
     """How often each code occurs, of a few quantizers."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_NARROW, 1.25 * len(worst) + 0.2), layout="constrained")
-        grid: Any = figure.subplots(len(worst), 1, squeeze=False)
-        for axes, quantizer in zip(grid[:, 0], worst, strict=True):
-            counts = np.asarray(quantizer.histogram)
-            used = np.flatnonzero(counts)
-            low, high = (int(used[0]), int(used[-1])) if len(used) else (0, 255)
-            edges = np.arange(low, high + 2) - 128.5
-            axes.stairs(
-                counts[low : high + 1] / max(counts.sum(), 1) * 100, edges, fill=True, color=_SERIES[0]
-            )
-            axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
-            axes.set(ylabel="%", yscale="log")
-            _plain_log(axes.yaxis)
-            axes.grid(visible=False, axis="x")
-        grid[-1, 0].set(xlabel="code")
-        return _svg(figure, name)
-
-
-def error_plot(slices: Sequence[SliceRecord]) -> str:
-    """Error of every slice before and after its reconstruction."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(_wide(len(slices)), 3.2)
-        at = np.arange(len(slices))
-        before = np.maximum([s.error_before for s in slices], 1e-12)
-        after = np.maximum([s.error_after for s in slices], 1e-12)
-        axes.vlines(at, after, before, color=_FAINT, lw=2)
-        axes.semilogy(at, before, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
-        axes.semilogy(at, after, "o", color=_SERIES[0], label="reconstructed", markersize=5)
-        _name_ticks(axes, [s.name for s in slices])
-        axes.set(ylabel="squared error / variance")
+    figure = Figure(figsize=(_NARROW, 1.25 * len(worst) + 0.2), layout="constrained")
+    grid: Any = figure.subplots(len(worst), 1, squeeze=False)
+    for axes, quantizer in zip(grid[:, 0], worst, strict=True):
+        counts = np.asarray(quantizer.histogram)
+        used = np.flatnonzero(counts)
+        low, high = (int(used[0]), int(used[-1])) if len(used) else (0, 255)
+        edges = np.arange(low, high + 2) - 128.5
+        axes.stairs(counts[low : high + 1] / max(counts.sum(), 1) * 100, edges, fill=True, color=_SERIES[0])
+        axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
+        axes.set(ylabel="%", yscale="log")
         _plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
-        figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, "reconstruction errors")
+    grid[-1, 0].set(xlabel="code")
+    return _svg(figure, name)
 
 
+@_styled
+def error_plot(slices: Sequence[SliceRecord]) -> str:
+    """Error of every slice before and after its reconstruction."""
+    figure, axes = _axes(_wide(len(slices)), 3.2)
+    at = np.arange(len(slices))
+    before = np.maximum([s.error_before for s in slices], 1e-12)
+    after = np.maximum([s.error_after for s in slices], 1e-12)
+    axes.vlines(at, after, before, color=_FAINT, lw=2)
+    axes.semilogy(at, before, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
+    axes.semilogy(at, after, "o", color=_SERIES[0], label="reconstructed", markersize=5)
+    _name_ticks(axes, [s.name for s in slices])
+    axes.set(ylabel="squared error / variance")
+    _plain_log(axes.yaxis)
+    axes.grid(visible=False, axis="x")
+    return _svg(figure, "reconstruction errors", legend=True)
+
+
+@_styled
 def loss_plot(slices: Sequence[SliceRecord]) -> str | None:
     """Reconstruction loss over the iterations, one line per slice; None where nothing was learned."""
     learned = [s for s in slices if len(s.losses) > 1]
     if not learned:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes()
-        for i, piece in enumerate(learned):
-            at = np.linspace(0, piece.iterations, len(piece.losses))
-            # Early slices faint, late ones strong: a legend of dozens of lines says nothing.
-            alpha = 0.25 + 0.75 * i / max(len(learned) - 1, 1)
-            axes.plot(at, piece.losses, color=_SERIES[0], alpha=alpha, lw=1)
-        medians = [float(np.median(s.losses)) for s in learned]
-        if min(medians) > 0 and max(medians) / min(medians) > _FEW_DECADES:
-            axes.set(yscale="log")
-            _plain_log(axes.yaxis)
-        axes.set(xlabel="iteration", ylabel="loss")
-        return _svg(figure, "reconstruction curves")
+    figure, axes = _axes()
+    for i, piece in enumerate(learned):
+        at = np.linspace(0, piece.iterations, len(piece.losses))
+        # Early slices faint, late ones strong: a legend of dozens of lines says nothing.
+        alpha = 0.25 + 0.75 * i / max(len(learned) - 1, 1)
+        axes.plot(at, piece.losses, color=_SERIES[0], alpha=alpha, lw=1)
+    medians = [float(np.median(s.losses)) for s in learned]
+    if min(medians) > 0 and max(medians) / min(medians) > _FEW_DECADES:
+        axes.set(yscale="log")
+        _plain_log(axes.yaxis)
+    axes.set(xlabel="iteration", ylabel="loss")
+    return _svg(figure, "reconstruction curves")
 
 
+@_styled
 def class_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
     """Change of Top-1 per class, points: (class, by quantization, by deployment)."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(height=0.9 + 0.24 * len(rows))
-        at = np.arange(len(rows))
-        for column, offset, colour, label in (
-            (1, -0.18, _SERIES[0], "quantization"),
-            (2, 0.18, _SERIES[1], "deployment"),
-        ):
-            values: list[Any] = [row[column] for row in rows]
-            if any(v is not None for v in values):
-                axes.barh(at + offset, [v or 0 for v in values], 0.34, color=colour, label=label)
-        axes.axvline(0, color=_INK, lw=0.8)
-        axes.set_yticks(at, [row[0][:_LONGEST_NAME] for row in rows])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set(xlabel="change of Top-1, points")
-        figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, "classes")
+    figure, axes = _axes(height=0.9 + 0.24 * len(rows))
+    at = np.arange(len(rows))
+    for column, offset, colour, label in (
+        (1, -0.18, _SERIES[0], "quantization"),
+        (2, 0.18, _SERIES[1], "deployment"),
+    ):
+        values: list[Any] = [row[column] for row in rows]
+        if any(v is not None for v in values):
+            axes.barh(at + offset, [v or 0 for v in values], 0.34, color=colour, label=label)
+    axes.axvline(0, color=_INK, lw=0.8)
+    axes.set_yticks(at, [row[0][:_LONGEST_NAME] for row in rows])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="change of Top-1, points")
+    return _svg(figure, "classes", legend=True)

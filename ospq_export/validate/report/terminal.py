@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ospq_export.validate.report.model import BackendResult, Report, image_lines
+from ospq_export.validate.report.model import BackendResult, Report, image_lines, number
 from ospq_export.validate.verdict import Outcome
 
 _SHOWN_FLIPS = 5
@@ -15,21 +17,16 @@ _STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open"
 
 def render(report: Report) -> Group:
     """The verdicts and notes, the table of executions, flipped images, criteria."""
-    lines = [
-        *_baseline_lines(report),
-        *_flip_lines(report),
-        *_left_out_lines(report),
-        *_criterion_lines(report),
-    ]
-    return Group(*verdict_lines(report), _table(report), *lines)
+    said = [f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}" for c in report.verdict.criteria]
+    parity = map(Text, [*_baseline_lines(report), *_flip_lines(report)])
+    return Group(*verdict_lines(report), _table(report), *parity, *_left_out_lines(report), *map(Text, said))
 
 
 def verdict_lines(report: Report) -> list[Text]:
     """The first lines of every form of the report."""
     verdict = report.verdict
-    outcomes = [verdict.faithful.outcome, verdict.accuracy.outcome]
-    styles = [*(_STYLES[outcome] for outcome in outcomes), *["yellow"] * (len(verdict.text) - len(outcomes))]
-    return [Text(line, style=style) for line, style in zip(verdict.text, styles, strict=True)]
+    styles = [_STYLES[judgement.outcome] for judgement in (verdict.faithful, verdict.accuracy)]
+    return [Text(line, style=style) for line, style in zip_longest(verdict.text, styles, fillvalue="yellow")]
 
 
 def _table(report: Report) -> Table:
@@ -47,18 +44,13 @@ def _table(report: Report) -> Table:
 
 def _row(result: BackendResult, report: Report) -> list[str]:
     c = next((c for c in report.comparisons if c.deployed == result.name), None)
-    numbers = ["", "", ""]
+    parity = ["", "", ""]
     if c is not None:
-        numbers = [_number(c.top1_difference, "+.2f"), f"{c.agreement:.2f}", str(len(c.flips))]
-    accuracies = [_number(result.top1, ".2f"), _number(result.top5, ".2f")]
-    return [result.name, *accuracies, *numbers, f"{result.images_per_second:.0f}"]
+        parity = [number(c.top1_difference, "%+.2f"), f"{c.agreement:.2f}", str(len(c.flips))]
+    return [result.name, number(result.top1), number(result.top5), *parity, f"{result.images_per_second:.0f}"]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _baseline_lines(report: Report) -> list[Text]:
+def _baseline_lines(report: Report) -> list[str]:
     if report.baseline is None:
         return []
     other, lines = report.baseline, []
@@ -69,38 +61,29 @@ def _baseline_lines(report: Report) -> list[Text]:
                 f", {c.top1_difference:+.2f} points of Top-1 against it; right here only: {c.mcnemar.only_deployed}, "
                 f"right there only: {c.mcnemar.only_reference}, McNemar p = {c.mcnemar.p_value:.3g}"
             )
-        lines.append(Text(text))
+        lines.append(text)
     return lines
 
 
-def _flip_lines(report: Report) -> list[Text]:
+def _flip_lines(report: Report) -> list[str]:
     lines = []
     for comparison in report.comparisons:
         for flip in comparison.flips[:_SHOWN_FLIPS]:
             label = f", label {flip.label}" if report.labelled else ""
             lines.append(
-                Text(
-                    f"  {comparison.deployed} flips {flip.id}: {flip.reference} (margin {flip.reference_margin:.3f}) -> "
-                    f"{flip.deployed} (margin {flip.deployed_margin:.3f}){label}"
-                )
+                f"  {comparison.deployed} flips {flip.id}: {flip.reference} (margin {flip.reference_margin:.3f}) -> "
+                f"{flip.deployed} (margin {flip.deployed_margin:.3f}){label}"
             )
         if len(comparison.flips) > _SHOWN_FLIPS:
-            lines.append(Text(f"  ... and {len(comparison.flips) - _SHOWN_FLIPS} more, all in report.json"))
+            lines.append(f"  ... and {len(comparison.flips) - _SHOWN_FLIPS} more, all in report.json")
     return lines
 
 
 def _left_out_lines(report: Report) -> list[Text]:
-    lines = [Text(f"  {line}", style="yellow") for line in image_lines(report)]
-    lines += [
-        Text(f"  {name} left out: {why}", style="dim") for name, why in report.executions_skipped.items()
-    ]
+    noted = image_lines(report)
     if report.skipped:
         shown = ", ".join(report.skipped[:_SHOWN_FLIPS])
-        lines.insert(0, Text(f"  {len(report.skipped)} images could not be read: {shown}", style="yellow"))
-    return lines
-
-
-def _criterion_lines(report: Report) -> list[Text]:
-    return [
-        Text(f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}") for c in report.verdict.criteria
-    ]
+        noted.insert(0, f"{len(report.skipped)} images could not be read: {shown}")
+    lines = [Text(f"  {line}", style="yellow") for line in noted]
+    left_out = report.executions_skipped.items()
+    return [*lines, *(Text(f"  {name} left out: {why}", style="dim") for name, why in left_out)]
