@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ospq_export.errors import REMAKE, InputError
+from ospq_export.errors import InputError, damaged
 
 _ATEN = """
 _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default _unsafe_view.default
@@ -134,7 +134,7 @@ def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
         _propagate(module, images["shape"])
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the graph cannot be rebuilt: {reason}", where=where, fix=REMAKE) from error
+        raise damaged(f"the graph cannot be rebuilt: {reason}", where) from error
     return module.eval()
 
 
