@@ -7,30 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import (
-    CheckpointKeyOption,
-    CheckpointOption,
-    ClassFromOption,
-    CropPctOption,
-    DataOption,
-    DeviceOption,
-    ExifOption,
-    InputSizeOption,
-    InterpolationOption,
-    MeanOption,
-    ModelArgument,
-    ModelKwargsOption,
-    QuietOption,
-    RandomWeightsOption,
-    SeedOption,
-    StdOption,
-    ThreadsOption,
-    WorkersOption,
-    compute_with,
-    console,
-    data_settings,
-    model_spec,
-)
+from ospq_export.cli import options
+from ospq_export.cli.options import compute_with, console, data_settings, model_spec
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,29 +16,29 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: ModelArgument,
-    data: DataOption,
+    model: options.ModelArgument,
+    data: options.DataOption,
     out: Annotated[
         Path | None,
         typer.Option(help="Where to write the profile: a .json file, or a .png plot across depth."),
     ] = None,
-    model_kwargs: ModelKwargsOption = "",
-    checkpoint: CheckpointOption = None,
-    checkpoint_key: CheckpointKeyOption = None,
-    random_weights: RandomWeightsOption = False,
-    input_size: InputSizeOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    crop_pct: CropPctOption = None,
-    interpolation: InterpolationOption = None,
-    exif: ExifOption = False,
-    class_from: ClassFromOption = None,
+    model_kwargs: options.ModelKwargsOption = "",
+    checkpoint: options.CheckpointOption = None,
+    checkpoint_key: options.CheckpointKeyOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    input_size: options.InputSizeOption = None,
+    mean: options.MeanOption = None,
+    std: options.StdOption = None,
+    crop_pct: options.CropPctOption = None,
+    interpolation: options.InterpolationOption = None,
+    exif: options.ExifOption = False,
+    class_from: options.ClassFromOption = None,
     images: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 64,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    workers: WorkersOption = 2,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = "cpu",
+    seed: options.SeedOption = 0,
+    workers: options.WorkersOption = 2,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
     if out is not None and out.suffix not in (".json", ".png"):
