@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import class_choice, compute_with, data_settings, model_spec, read_recipe, say
+from ospq_export.cli.options import class_choice, data_settings, model_spec, say
 from ospq_export.world.room import check_apart
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +56,10 @@ def calibrate(
     ] = None,
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
-    compute_with(threads)
-    chosen = read_recipe(recipe, overrides)
+    use_threads(threads)
+    from ospq_export.recipes import load_recipe
+
+    chosen = load_recipe(recipe, overrides or [])
     check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)

@@ -10,9 +10,10 @@ import typer
 from ospq_export.cli import options
 from ospq_export.cli.calibrate import run_calibrate
 from ospq_export.cli.export import run_export
-from ospq_export.cli.options import compute_with, read_recipe, say
+from ospq_export.cli.options import say
 from ospq_export.cli.validate import run_validate
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.recipes import Recipe
@@ -35,11 +36,12 @@ def demo(
     quiet: options.QuietOption = False,
 ) -> None:
     """Take a packaged network (Fashion-MNIST) through all three stages, on the CPU."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+    from ospq_export.recipes import load_recipe
     from ospq_export.runs.run import Run
 
-    chosen = read_recipe(recipe, overrides)
+    chosen = load_recipe(recipe, overrides or [])
     spec = demo_spec(model)
     folder = out or Path("runs") / f"demo-{model}-{chosen.name}"
     if not _is_finished(folder, chosen, seed):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import compute_with, say
+from ospq_export.cli.options import say
 from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, SIDECAR
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.engines.build import BuildSettings
@@ -80,7 +80,7 @@ def export(
     quiet: options.QuietOption = False,
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.export.stage import Extras
 
     uint8 = activation_layout == "uint8"
@@ -97,16 +97,17 @@ def export(
     )
     batches = None if profile is None else _batches(profile)
     if engine is None:
-        _refuse_engine_options(
-            {
-                "--profile": profile,
-                "--compute-capability": compute_capability,
-                "--workspace": workspace,
-                "--timing-cache": timing_cache,
-                "--version-compatible": version_compatible,
-                "--hardware-compatibility": hardware_compatibility,
-            }
-        )
+        of_engine = {
+            "--profile": profile,
+            "--compute-capability": compute_capability,
+            "--workspace": workspace,
+            "--timing-cache": timing_cache,
+            "--version-compatible": version_compatible,
+            "--hardware-compatibility": hardware_compatibility,
+        }
+        given = ", ".join(name for name, value in of_engine.items() if value)
+        if given:
+            raise InputError("only an engine has these", where=given, fix="give --engine")
         run_export(run, batch_size, quiet, extras, overwrite=overwrite)
         return
     from ospq_export.engines.build import BuildSettings
@@ -127,12 +128,6 @@ def export(
     check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
     run_export(run, batch_size, quiet, extras, deploy, overwrite=overwrite, engine=settings)
-
-
-def _refuse_engine_options(options: Mapping[str, object]) -> None:
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise InputError("only an engine has these", where=", ".join(given), fix="give --engine")
 
 
 def _batches(text: str) -> tuple[int, int, int]:

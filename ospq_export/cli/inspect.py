@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import compute_with, console, data_settings, model_spec
+from ospq_export.cli.options import console, data_settings, model_spec
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.runs.manifest import OutlierRecord
@@ -43,7 +44,7 @@ def inspect(
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
     if out is not None and out.suffix not in (".json", ".png"):
         raise InputError("the profile is written as JSON or PNG", where=out, fix="end --out in .json or .png")
-    compute_with(threads)
+    use_threads(threads)
     import torch
 
     from ospq_export.calibrate.observe import outlier_profile

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import class_choice, compute_with, console, say, with_options
+from ospq_export.cli.options import class_choice, console, say, with_options
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.data import ClassChoice, ImageSet
@@ -87,7 +88,7 @@ def validate(
     quiet: options.QuietOption = False,
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.runs.run import Run
 
     thresholds = _thresholds(
