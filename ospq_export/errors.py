@@ -22,6 +22,11 @@ def damaged(what: str, where: object) -> InputError:
     return InputError(what, where=where, fix="calibrate again, or copy the run directory anew")
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def listed(names: list[str], limit: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -1,6 +1,7 @@
 """Shared fixtures: one torch thread, small networks, and small finished runs that tests copy before they damage them."""
 
 import contextlib
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +29,8 @@ from ospq_export.recipes import load_recipe
 from ospq_export.runs.run import Run
 
 torch.set_num_threads(1)
+# torch's modules alone are a million objects, which every full collection would walk through.
+gc.freeze()
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

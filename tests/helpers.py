@@ -60,7 +60,7 @@ SPEC = ModelSpec(
 SHORT = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8"]
 
 
-def tiny(out, *overrides, seed=0, weights=0, images=0):
+def tiny(out, *overrides, seed=0, weights=0, images=0, device="cpu"):
     """Calibrate a network that takes a second or two."""
     torch.manual_seed(weights)
     model = create_model(SPEC)
@@ -68,7 +68,7 @@ def tiny(out, *overrides, seed=0, weights=0, images=0):
     data = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(images))
     batch = Batch(data, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(16)])
     recipe = load_recipe("w4a4", [*SHORT, "reconstruction.iterations=6", *overrides])
-    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed)
+    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed, device=device)
 
 
 def finished(out):

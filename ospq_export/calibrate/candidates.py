@@ -38,15 +38,10 @@ class Region:
         # Quantizers of whatever the core reads belong to it: of the channels, of other operands, of the weights.
         added = {n for c in core for n in c.all_input_nodes if n.op == "call_module"}
         inside = core | added
-        self.nodes = [n for n in network.module.graph.nodes if n in inside and self._matters(n, core)]
+        self.nodes = [n for n in network.module.graph.nodes if n in inside]
         read = {n for node in self.nodes for n in node.all_input_nodes}
         self.inputs = {n for n in read if n not in inside} | {self.producer}
         self.values: dict[fx.Node, Any] = {}
-        self.fixed: dict[fx.Node, Any] = {}
-        self.targets: dict[fx.Node, Tensor] = {}
-
-    def _matters(self, node: fx.Node, core: set[fx.Node]) -> bool:
-        return node in core or any(user in core for user in node.users)
 
     def prepare(self, wanted: int, generator: torch.Generator) -> None:
         """Run the stretch in float for its targets; quantize once what no candidate changes."""
@@ -58,24 +53,19 @@ class Region:
         env = dict(self.values)
         for node in self.nodes:
             env[node] = env[node.all_input_nodes[0]] if node.op == "call_module" else self._call(node, env)
-        self.targets = {node: env[node] for node in self.consumers}
+        self.targets: dict[fx.Node, Tensor] = {node: env[node] for node in self.consumers}
         self.fixed = dict(self.values)
         for node in self.nodes:
-            if node in carried or node.op != "call_module":
-                continue
-            quantizer = self.network.module.get_submodule(str(node.target))
-            if isinstance(quantizer, ActivationQuantizer):
-                self.fixed[node] = self._quantized(quantizer, self.fixed[node.all_input_nodes[0]])
+            if node not in carried and node.op == "call_module":
+                self._quantize(node, self.fixed)
 
     def error(self, change: Change) -> float:
         """Squared error of the consumers' outputs over their variance, summed over the consumers, quantizers on."""
         env = dict(self.fixed)
-        axis = self.site.axis
-        shape = [1] * self.values[self.producer].dim()
-        shape[axis] = -1
-        env[self.producer] = (self.values[self.producer] - change.shift.view(shape)) / change.scale.view(
-            shape
-        )
+        x = self.values[self.producer]
+        shape = [1] * x.dim()
+        shape[self.site.axis] = -1
+        env[self.producer] = (x - change.shift.view(shape)) / change.scale.view(shape)
         total = 0.0
         for node in self.nodes:
             if node in env:
@@ -85,9 +75,7 @@ class Region:
                 target = self.targets[node]
                 total += float((output - target).square().mean() / target.var().clamp_min(1e-12))
             elif node.op == "call_module":
-                quantizer = self.network.module.get_submodule(str(node.target))
-                if isinstance(quantizer, ActivationQuantizer):
-                    env[node] = self._quantized(quantizer, env[node.all_input_nodes[0]])
+                self._quantize(node, env)
             else:
                 env[node] = self._call(node, env)
         return total
@@ -114,7 +102,12 @@ class Region:
         rest = node.args[3:]
         return node.target(env[node.args[0]], rounded, corrected, *rest)  # type: ignore[operator]
 
-    def _quantized(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    def _quantize(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Run an activation quantizer on a range searched anew; a weight's is left to its consumer."""
+        quantizer = self.network.module.get_submodule(str(node.target))
+        if not isinstance(quantizer, ActivationQuantizer):
+            return
+        x: Tensor = env[node.all_input_nodes[0]]
         flat = x.flatten()
         if flat.numel() > self.wanted:
             picks = torch.randint(flat.numel(), (self.wanted,), generator=self.generator).to(flat.device)
@@ -123,9 +116,8 @@ class Region:
         sample = compress(flat, groups=1024, tail=64)
         quantizer.set_range(quantizer.format.search_range(sample, may_shift=quantizer.may_shift))
         quantizer.mode = Mode.QUANTIZE
-        result: Tensor = quantizer(x)
+        env[node] = quantizer(x)
         quantizer.mode = Mode.FLOAT
-        return result
 
 
 @dataclass(frozen=True)
@@ -150,18 +142,15 @@ class Channels:
             columns = consumer.columns.to(weight.device)
             used = columns >= 0
             largest.scatter_reduce_(0, columns[used], per_column[used], "amax")
-        return cls(
-            region.site, rows.amin(0), rows.amax(0), rows.mean(0), rows.std(0, unbiased=False), largest
-        )
+        deviation = rows.std(0, unbiased=False)
+        return cls(region.site, rows.amin(0), rows.amax(0), rows.mean(0), deviation, largest)
 
     def _change(self, name: str, raw: Tensor, shift: Tensor) -> Change:
         """Factors brought to a geometric mean of one over the free channels, and kept within limits."""
         free, shiftable = self.site.free.to(raw.device), self.site.shiftable.to(raw.device)
         logarithm = raw.clamp_min(1e-12).log()
-        logarithm = logarithm - logarithm[free].mean()
-        scale = logarithm.exp().clamp(1.0 / _LIMIT, _LIMIT)
-        ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
-        return Change(name, torch.where(free, scale, ones), torch.where(shiftable, shift, zeros))
+        scale = (logarithm - logarithm[free].mean()).exp().clamp(1.0 / _LIMIT, _LIMIT)
+        return Change(name, torch.where(free, scale, 1.0), torch.where(shiftable, shift, 0.0))
 
     def none(self) -> Change:
         """No change."""
@@ -181,16 +170,12 @@ class Channels:
         largest = torch.maximum(self.high - shift, shift - self.low).clamp_min(1e-6)
         rms = (self.deviation.square() + (self.mean - shift).square()).sqrt().clamp_min(1e-6)
         weight = self.weight.clamp_min(1e-6)
-        smooth = [
-            self._change(f"{prefix}smooth {a}", largest.pow(a) / weight.pow(1.0 - a), shift)
-            for a in _STRENGTHS
-        ]
-        return [*smooth, *(self._change(f"{prefix}rms {p}", rms.pow(p), shift) for p in _POWERS)]
+        factors = {f"smooth {a}": largest.pow(a) / weight.pow(1.0 - a) for a in _STRENGTHS}
+        factors |= {f"rms {p}": rms.pow(p) for p in _POWERS}
+        return [self._change(prefix + name, raw, shift) for name, raw in factors.items()]
 
     def repq(self) -> Change:
         """RepQ-ViT's: every channel gets one range, around zero where a shift is possible."""
-        middle = torch.where(
-            self.site.shiftable.to(self.low.device), (self.low + self.high) / 2, torch.zeros_like(self.low)
-        )
+        middle = torch.where(self.site.shiftable.to(self.low.device), (self.low + self.high) / 2, 0.0)
         largest = torch.maximum(self.high - middle, middle - self.low).clamp_min(1e-6)
         return self._change("repq", largest, middle)

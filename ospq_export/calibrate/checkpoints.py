@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from torch import fx
 
-from ospq_export.calibrate.reconstruct.bias import corrected_biases
+from ospq_export.calibrate.reconstruct.bias import corrected_biases, learned_tensors
 from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import own_quantizers
 from ospq_export.runs.files import CHECKPOINTS, json_line
 from ospq_export.runs.manifest import QuantizerRecord, SliceRecord
-from ospq_export.runs.run import load_bias, load_quantizer, quantizer_tensors
+from ospq_export.runs.run import load_bias, load_quantizer
 from ospq_export.runs.tensors import read_tensors, write_tensors
 from ospq_export.world.processes import World
 
@@ -30,9 +30,7 @@ def checkpoint(out: Path, index: int) -> Path:
 
 def save(path: Path, piece: fx.GraphModule, record: SliceRecord) -> None:
     """Write the checkpoint of a slice that was learned."""
-    tensors = quantizer_tensors(own_quantizers(piece))
-    tensors |= {bias.name: bias.value for bias in corrected_biases(piece).values()}
-    write_tensors(path, tensors, {"record": record.model_dump_json()})
+    write_tensors(path, learned_tensors(piece), {"record": record.model_dump_json()})
 
 
 def restore(path: Path, piece: fx.GraphModule, records: Sequence[QuantizerRecord]) -> SliceRecord:
@@ -58,8 +56,7 @@ def restore(path: Path, piece: fx.GraphModule, records: Sequence[QuantizerRecord
 
 def share(world: World, piece: fx.GraphModule) -> None:
     """Make what a slice has learned the first process's, to the last bit."""
-    tensors = list(quantizer_tensors(own_quantizers(piece)).values())
-    world.share([*tensors, *(bias.value for bias in corrected_biases(piece).values())])
+    world.share(list(learned_tensors(piece).values()))
 
 
 def parsed(kind: type[_R], text: str | bytes, path: Path) -> _R:
@@ -103,9 +100,7 @@ def json_lines(target: str) -> Events:
                 file.write(line)
         except OSError as error:
             raise InputError(
-                f"cannot be written: {error.strerror or error}",
-                where=target,
-                fix="choose another `log_json`",
+                f"cannot be written: {error.strerror or error}", where=target, fix="choose another `log_json`"
             ) from error
 
     return write

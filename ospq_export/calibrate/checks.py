@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,21 +29,9 @@ from ospq_export.runs.tensors import image_digests, write_tensors
 log = logging.getLogger(__name__)
 
 # Operators that multiply and add like the quantizable ones, and are left in float.
-_PRODUCTS = (
-    "conv",
-    "_convolution",
-    "bilinear",
-    "lstm",
-    "gru",
-    "rnn_",
-    "baddbmm",
-    "addbmm",
-    "addmv",
-    "mv",
-    "dot",
-    "_trilinear",
+_PRODUCTS = re.compile(
+    r"conv(?!2d$)|_convolution|bilinear|lstm|gru|rnn_|baddbmm|addbmm|addmv|mv|dot|_trilinear"
 )
-_QUANTIZED = ("conv2d",)
 # Of the largest logit; rounding in float32 stays a hundred times below it, a wrong graph does not.
 _TOLERANCE = 1e-2
 _IMAGES = 3
@@ -96,21 +85,15 @@ def check_graph(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> N
         again, alone, graph = model(sample), model(sample[:1]), captured(sample)
     name = type(model).__name__
     if _differ(again, logits):
-        raise InputError(
-            "the network gives other logits for the same images a second time",
-            where=name,
-            fix="take random numbers and dropout out of its forward pass",
-        )
+        what = "the network gives other logits for the same images a second time"
+        raise InputError(what, where=name, fix="take random numbers and dropout out of its forward pass")
     if _differ(alone, logits[:1]):
-        raise InputError(
-            "the logits of an image depend on the other images of its batch",
-            where=name,
-            fix="a normalisation by batch statistics needs running ones: track_running_stats=True",
-        )
+        what = "the logits of an image depend on the other images of its batch"
+        fix = "a normalisation by batch statistics needs running ones: track_running_stats=True"
+        raise InputError(what, where=name, fix=fix)
     if _differ(graph, logits):
-        raise InputError(
-            "the captured graph computes other logits than the network", where=name, fix="report this model"
-        )
+        what = "the captured graph computes other logits than the network"
+        raise InputError(what, where=name, fix="report this model")
 
 
 def _check_shape(logits: object, model: nn.Module) -> None:
@@ -134,10 +117,8 @@ def float_products(captured: fx.GraphModule) -> list[str]:
     """Products that have no quantized form here and stay float: "conv1d in layers.0"; a warning where there are some."""
     found = []
     for node in captured.graph.nodes:
-        kind = (
-            str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
-        )
-        if kind.startswith(_PRODUCTS) and kind not in _QUANTIZED:
+        kind = str(node.target).partition(".")[2].partition(".")[0]
+        if node.op == "call_function" and _PRODUCTS.match(kind):
             found.append(f"{kind} in {node.meta.get('module_path') or '(root)'}")
     if found:
         log.warning(

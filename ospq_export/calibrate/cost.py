@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -39,10 +38,6 @@ class Cost:
     activation_bytes: int
     batch_bytes: int
 
-    def record(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
     def summary(self, budget: int) -> str:
         """One line for people."""
         time = "" if self.seconds is None else f", about {_duration(self.seconds)}"
@@ -57,12 +52,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def bytes_per_image(graph: fx.Graph, name: str) -> int:
-    """float32 bytes that a cut's tensor takes for one image."""
-    nodes = {n.name: n for n in graph.nodes}
-    return _image_bytes(graph, [nodes[name]])
-
-
 def kept_bytes_per_image(graph: fx.Graph, piece: Slice | None = None) -> int:
     """float32 bytes that a forward pass keeps for the backward pass, for one image.
 
@@ -74,10 +63,8 @@ def kept_bytes_per_image(graph: fx.Graph, piece: Slice | None = None) -> int:
         Every operator's result counts once, but those that share the memory of what they were made from.
     """
     nodes = list(graph.nodes) if piece is None else nodes_between(graph, piece.start, piece.end)
-    results = [n for n in nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
-    return _image_bytes(
-        graph, [n for n in results if isinstance(n.target, OpOverload) and not n.target.is_view]
-    )
+    results = (n for n in nodes if isinstance(n.target, OpOverload) and not n.target.is_view)
+    return _image_bytes(graph, [n for n in results if isinstance(n.meta.get("val"), Tensor)])
 
 
 def step_bytes(graph: fx.Graph, slices: Sequence[Slice], batch_size: int) -> int:
@@ -108,8 +95,9 @@ def cost_of(
         settings: from the recipe.
         seconds_per_image: measured time of the whole float network per image.
     """
-    starts = [sum(bytes_per_image(graph, n) for n in (s.start, *s.received)) for s in slices]
-    ends = [sum(bytes_per_image(graph, n) for n in (s.end, *s.carried)) for s in slices]
+    nodes = {n.name: n for n in graph.nodes}
+    starts = [_image_bytes(graph, [nodes[n] for n in (s.start, *s.received)]) for s in slices]
+    ends = [_image_bytes(graph, [nodes[n] for n in (s.end, *s.carried)]) for s in slices]
     pairs = list(zip(starts, ends, strict=True))
     seconds = None
     if seconds_per_image is not None:

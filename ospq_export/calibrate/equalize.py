@@ -8,6 +8,7 @@ sum to one, so v may lose a constant that the projection's bias gets back, and w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.runs.manifest import EqualizedSite
 
-aten = torch.ops.aten
 Method = Literal["smooth", "shift", "repq"]
 # A change must lower the error by this share, or the site stays as it is: what the sample cannot tell is left alone.
 _MUST_GAIN = 0.02
@@ -85,14 +85,12 @@ class _Search(fx.Interpreter):
         self.method, self.wanted, self.advance = method, wanted, advance
         self.generator = torch.Generator().manual_seed(seed)
         self.records: list[EqualizedSite] = []
-        regions = [Region(network, site) for site in sites]
-        self.ending: dict[fx.Node, list[Region]] = {}
-        for region in regions:
-            self.ending.setdefault(region.nodes[-1], []).append(region)
-        self.waiting: dict[fx.Node, list[Region]] = {}
-        for region in regions:
+        self.ending: defaultdict[fx.Node, list[Region]] = defaultdict(list)
+        self.waiting: defaultdict[fx.Node, list[Region]] = defaultdict(list)
+        for region in (Region(network, site) for site in sites):
+            self.ending[region.nodes[-1]].append(region)
             for node in region.inputs:
-                self.waiting.setdefault(node, []).append(region)
+                self.waiting[node].append(region)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operator; keep what a site needs, and settle a site whose last reader has run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from ospq_export.calibrate.objectives.base import Context
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, Step, walk
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.calibrate.slicing.auto import choose_slicing
-from ospq_export.calibrate.slicing.plan import OUTLIER_AWARE, cut_dominance, outlier_aware_slicing
+from ospq_export.calibrate.slicing.plan import candidate_of, cut_dominance
 from ospq_export.errors import InputError
 from ospq_export.graph.granularity import check_partition, slicing_of
-from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer, own_quantizers
+from ospq_export.graph.quantizers import QuantizedGraph, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
 from ospq_export.progress import stepper
@@ -47,7 +47,6 @@ from ospq_export.runs.manifest import (
 )
 from ospq_export.runs.run import Run, quantizer_records, quantizer_tensors
 from ospq_export.runs.tensors import image_digests, write_tensors
-from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import TASKS
 from ospq_export.world.memory import peak_memory
 from ospq_export.world.processes import SOLO, World
@@ -74,39 +73,24 @@ class Options:
     world: World = SOLO
 
 
+@dataclass
 class Job:
     """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
 
-    def __init__(
-        self,
-        out: Path,
-        manifest: Manifest,
-        network: QuantizedGraph,
-        device: torch.device,
-        progress: Progress | None,
-        options: Options | None = None,
-    ) -> None:
-        self.out, self.manifest, self.network, self.device, self.progress = (
-            out,
-            manifest,
-            network,
-            device,
-            progress,
-        )
-        self.options = options or Options()
-        self.records: dict[int, SliceRecord] = {}
-        self.slices: list[Slice] = []
-        self.slice_of: dict[str, int] = {}
+    out: Path
+    manifest: Manifest
+    network: QuantizedGraph
+    device: torch.device
+    progress: Progress | None
+    options: Options
+    records: dict[int, SliceRecord] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)
+    slice_of: dict[str, int] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
         """Of every random choice."""
         return self.manifest.calibration.seed
-
-    @property
-    def task(self) -> Task:
-        """What the network's output is."""
-        return TASKS[self.manifest.task]
 
     @property
     def writes(self) -> bool:
@@ -166,17 +150,12 @@ class Job:
                 self.seed,
                 lambda steps: stepper(self.progress, "choose slicing", steps),
                 self._say,
-                self.task,
+                TASKS[self.manifest.task],
             )
             write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
         record = parsed(SlicingRecord, pilot.read_bytes(), pilot)
-        slices = (
-            outlier_aware_slicing(captured.graph, record.dominance)
-            if record.choice == OUTLIER_AWARE
-            else slicing_of(captured.graph, record.choice)
-        )
-        self._take(slices, captured, record)
+        self._take(candidate_of(captured.graph, record.choice, record.dominance).slices, captured, record)
         if record.share:
             self._say(f"slicing: {record.choice} did best")
 
@@ -210,7 +189,8 @@ class Job:
         )
         if self.writes and len(todo) < len(self.slices):
             log.info("resuming: %d of %d slices are done", len(self.slices) - len(todo), len(self.slices))
-        context = Context(self.network, self.slices, images, settings, self.device, self.seed, self.task)
+        task = TASKS[self.manifest.task]
+        context = Context(self.network, self.slices, images, settings, self.device, self.seed, task)
         make = objectives(context)
         steps = walk(self.network, self.slices, images, reconstructor, self.seed, self._restore, make, store)
         for step in steps:
@@ -226,7 +206,7 @@ class Job:
         cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
         check_budget(cost, store.budget)
         self._say(cost.summary(store.budget))
-        self.options.events("cost", {**cost.record(), "budget": store.budget})
+        self.options.events("cost", {**asdict(cost), "budget": store.budget})
         store.hold(images)
         return store
 
@@ -234,18 +214,9 @@ class Job:
         bounds, metrics = self.slices[step.index], step.metrics
         record = SliceRecord(
             index=step.index,
-            name=bounds.name,
-            start=bounds.start,
-            end=bounds.end,
-            received=list(bounds.received),
-            carried=list(bounds.carried),
-            error_before=metrics.error_before,
-            error_after=metrics.error_after,
-            iterations=metrics.iterations,
-            kept=metrics.kept,
+            **asdict(bounds),
+            **asdict(metrics),
             seconds=round(step.seconds, 3),
-            losses=metrics.losses,
-            warning=metrics.warning,
             peak_bytes=peak_memory(self.device),
         )
         self.records[step.index] = record
@@ -275,17 +246,14 @@ class Job:
 
     def _write_result(self) -> None:
         replaced = {w.constant for w in self.network.weights.values()}
-        quantizers: list[ActivationQuantizer | WeightQuantizer] = [
-            *self.network.activations.values(),
-            *self.network.weights.values(),
-        ]
+        quantizers = quantizer_tensors([*self.network.activations.values(), *self.network.weights.values()])
         biases = {b.constant: b.value for b in self.network.biases.values()}
         rest = {
             n: biases.get(n, b)
             for n, b in self.network.module.named_buffers()
             if not n.startswith("quantizers.") and n not in replaced
         }
-        write_tensors(self.out / QUANTIZED_TENSORS, {**rest, **quantizer_tensors(quantizers)})
+        write_tensors(self.out / QUANTIZED_TENSORS, {**rest, **quantizers})
         complete = self.manifest.model_copy(
             update={
                 "status": "calibrated",

@@ -56,8 +56,7 @@ def observe(
                 f"the float network's activation {quantizer.name} is not finite on the calibration images",
                 fix="check the checkpoint and the preprocessing",
             )
-        found = quantizer.format.search_range(compress(values), may_shift=quantizer.may_shift)
-        quantizer.set_range(found)
+        quantizer.set_range(quantizer.format.search_range(compress(values), may_shift=quantizer.may_shift))
         if bool(values.min() == values.max()):
             constant.append(quantizer.name)
         quantizer.observer = None
@@ -83,38 +82,27 @@ def _collect(
     advance: Callable[[], None],
     world: World,
 ) -> None:
+    """Run the float network; every process ends with what all of them kept, in the order of the batches."""
     batches = images.split(batch_size)
     device = next(network.module.buffers()).device
-    for index, quantizer in enumerate(network.activations.values()):
-        quantizer.observer = _Observer(max(1, wanted // len(batches)), seed + index)
+    observers = [_Observer(max(1, wanted // len(batches)), seed) for _ in network.activations]
+    for quantizer, observer in zip(network.activations.values(), observers, strict=True):
+        quantizer.observer = observer
+    places = range(world.rank, len(batches), world.size)
     network.set_mode(Mode.OBSERVE)
     try:
         with torch.no_grad():
-            for place in range(world.rank, len(batches), world.size):
-                _reseed(network, seed, place)
+            for place in places:
+                # What is kept of a batch depends on its place alone, not on who observes it.
+                for index, observer in enumerate(observers):
+                    observer.generator.manual_seed(seed + index + 1_000_003 * place)
                 network.module(batches[place].to(device))
                 advance()
     finally:
         network.set_mode(Mode.FLOAT)
-    _exchange(network, len(batches), world)
-
-
-def _observers(network: QuantizedGraph) -> list[_Observer]:
-    return [q.observer for q in network.activations.values() if q.observer is not None]
-
-
-def _reseed(network: QuantizedGraph, seed: int, place: int) -> None:
-    """What is kept of a batch depends on its place alone, not on who observes it."""
-    for index, observer in enumerate(_observers(network)):
-        observer.generator.manual_seed(seed + index + 1_000_003 * place)
-
-
-def _exchange(network: QuantizedGraph, batches: int, world: World) -> None:
-    """Give every process what all of them kept, in the order of the batches."""
-    observers = _observers(network)
-    places = range(world.rank, batches, world.size)
     mine = {place: [o.kept[k] for o in observers] for k, place in enumerate(places)}
-    for observer, kept in zip(observers, zip(*world.gather(mine, batches), strict=True), strict=True):
+    gathered = zip(*world.gather(mine, len(batches)), strict=True)
+    for observer, kept in zip(observers, gathered, strict=True):
         observer.kept = list(kept)
 
 
@@ -130,9 +118,8 @@ class _Moments:
     """Sums over batches, float64."""
 
     def __init__(self) -> None:
-        self.count, self.largest = 0, 0.0
+        self.count, self.largest, self.top = 0, 0.0, 0.0
         self.sums = torch.zeros(4, dtype=torch.float64)
-        self.top = 0.0
         self.channels: Tensor | None = None
 
     def add(self, x: Tensor, axis: int) -> None:
@@ -161,16 +148,6 @@ class _Moments:
             largest_share=self.top / total,
             channel_share=float(self.channels.topk(worst).values.sum()) / total,
         )
-
-
-def _profiler(module: fx.GraphModule, watched: dict[fx.Node, _Moments]) -> Tap:
-    """A float forward pass that looks at chosen tensors."""
-
-    def add(_tap: Tap, n: fx.Node, value: Tensor) -> None:
-        # Channels lie second in what a convolution works on, last elsewhere.
-        watched[n].add(value, 1 if value.dim() == 4 and _is_image(n) else -1)
-
-    return Tap(module, dict.fromkeys(watched, add))
 
 
 def _is_image(node: fx.Node) -> bool:
@@ -203,9 +180,15 @@ def outlier_profile(
         elif node.op == "call_module" and str(node.target) in names:
             labels[node] = (names[str(node.target)], "quantizer")
     watched = {node: _Moments() for node in labels}
+
+    def add(_tap: Tap, n: fx.Node, value: Tensor) -> None:
+        # Channels lie second in what a convolution works on, last elsewhere.
+        watched[n].add(value, 1 if value.dim() == 4 and _is_image(n) else -1)
+
+    tap = Tap(network.module, dict.fromkeys(watched, add))
     device = next(network.module.buffers()).device
     with torch.no_grad():
         for batch in images.split(batch_size):
-            _profiler(network.module, watched).run(batch.to(device))
+            tap.run(batch.to(device))
             advance()
     return [watched[node].record(name, kind) for node, (name, kind) in labels.items()]

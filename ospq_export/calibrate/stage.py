@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.observe import observation_steps, observe, outlier_profile
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
-from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
@@ -40,12 +38,7 @@ from ospq_export.models.timm import torch_device
 from ospq_export.models.weights import checkpoint_record
 from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
-from ospq_export.runs.manifest import (
-    CalibrationRecord,
-    EqualizedSite,
-    Manifest,
-    installed_versions,
-)
+from ospq_export.runs.manifest import CalibrationRecord, EqualizedSite, Manifest, installed_versions
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import tensor_sha256
 from ospq_export.world.processes import World, joined
@@ -92,7 +85,7 @@ def calibrate(
         progress: where to show progress bars.
         memory_budget: bytes of host memory for activations, the images among them; the rest goes to disk. None takes half of
             what is available.
-        events: told what happens; see `events.json_lines`.
+        events: told what happens; see `checkpoints.json_lines`.
 
     Raises:
         InputError: the output folder is in use, the model is in training mode, is not a function of one image at a time or
@@ -104,92 +97,68 @@ def calibrate(
     target = torch_device(device)
     check_batch(recipe, len(images.images))
     check_processes(recipe)
+    origin, pixels = origin or ImagesRecord(), images.images
     with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
-        return _calibrate(
-            model,
-            spec,
-            images,
-            data,
-            recipe,
-            out,
-            class_to_idx or {},
-            skipped or [],
-            origin or ImagesRecord(),
-            target,
-            seed,
-            progress,
-            Options(memory_budget, events if world.rank == 0 else no_events, world=world),
+        formats, distinct = recipe.formats(), check_images(pixels)
+        captured = capture(model, data.input_size)
+        # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
+        described = describe(captured)
+        check_graph(model, captured, pixels)
+        if recipe.slicing != "auto":
+            # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
+            slices = slicing_of(captured.graph, recipe.slicing)
+            check_cost(captured.graph, slices, len(pixels), recipe, out, target, memory_budget)
+        captured.to(target)
+        equalized: list[EqualizedSite] = []
+        if recipe.equalization != "none":
+            advance = stepper(progress, "equalize", count_sites(captured))
+            sample = pixels[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
+            equalized = equalize(captured, sample, formats, recipe.equalization, seed=seed, advance=advance)
+        network = insert_quantizers(captured, formats)
+        output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
+        outputs = int(output.meta["val"].shape[-1])
+        # Only a class map that covers the whole classifier, whose one output would tell two classes apart.
+        known = class_to_idx if class_to_idx and len(class_to_idx) == max(outputs, 2) else {}
+        manifest = Manifest(
+            status="calibrating",
+            model=spec,
+            data=data,
+            class_to_idx=known,
+            classes_source=origin.classes_source if known else None,
+            class_from=origin.class_from,
+            outputs=outputs,
+            recipe=recipe,
+            graph_fingerprint=fingerprint(captured),
+            calibration=CalibrationRecord(
+                images=len(pixels),
+                images_sha256=tensor_sha256(pixels),
+                skipped=skipped or [],
+                seed=seed,
+                device=target.type,
+                processes=world.size,
+                threads=torch.get_num_threads(),
+                passed_over=origin.passed_over,
+                notes=origin.notes,
+                distinct=distinct,
+                float_products=float_products(captured),
+            ),
+            checkpoint=checkpoint_record(model),
+            equalized=equalized,
+            profile=outlier_profile(captured, pixels[:_EQUALIZATION_IMAGES]),
+            versions=installed_versions(),
+            files={},
         )
-
-
-def _calibrate(
-    model: nn.Module,
-    spec: ModelSpec,
-    images: Batch,
-    data: DataConfig,
-    recipe: Recipe,
-    out: Path,
-    class_to_idx: dict[str, int],
-    skipped: list[str],
-    origin: ImagesRecord,
-    target: torch.device,
-    seed: int,
-    progress: Progress | None,
-    options: Options,
-) -> Run:
-    formats, distinct = recipe.formats(), check_images(images.images)
-    captured = capture(model, data.input_size)
-    # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
-    described = describe(captured)
-    check_graph(model, captured, images.images)
-    if recipe.slicing != "auto":
-        # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
-        slices = slicing_of(captured.graph, recipe.slicing)
-        check_cost(captured.graph, slices, len(images.images), recipe, out, target, options.memory_budget)
-    captured.to(target)
-    equalized = _equalize(captured, images.images, formats, recipe, seed, progress)
-    network = insert_quantizers(captured, formats)
-    record = CalibrationRecord(
-        images=len(images.images),
-        images_sha256=tensor_sha256(images.images),
-        skipped=skipped,
-        seed=seed,
-        device=target.type,
-        processes=options.world.size,
-        threads=torch.get_num_threads(),
-        passed_over=origin.passed_over,
-        notes=origin.notes,
-        distinct=distinct,
-        float_products=float_products(captured),
-    )
-    known = _complete(class_to_idx, captured)
-    manifest = Manifest(
-        status="calibrating",
-        model=spec,
-        data=data,
-        class_to_idx=known,
-        classes_source=origin.classes_source if known else None,
-        class_from=origin.class_from,
-        outputs=_outputs(captured),
-        recipe=recipe,
-        graph_fingerprint=fingerprint(captured),
-        calibration=record,
-        checkpoint=checkpoint_record(model),
-        equalized=equalized,
-        profile=outlier_profile(captured, images.images[:_EQUALIZATION_IMAGES]),
-        versions=installed_versions(),
-        files={},
-    )
-    # The network shares the captured constants, but its quantizers are its own.
-    network.module.to(target)
-    seconds = _observe(network, images.images[: recipe.observation_images], seed, progress, options.world)
-    job = Job(out, manifest, network, target, progress, replace(options, seconds_per_image=seconds))
-    job.begin(captured, described, images.images)
-    job.slice(captured, images.images)
-    job.reconstruct(images.images)
-    return job.finish()
+        # The network shares the captured constants, but its quantizers are its own.
+        network.module.to(target)
+        seconds = _observe(network, pixels[: recipe.observation_images], seed, progress, world)
+        options = Options(memory_budget, events if world.rank == 0 else no_events, seconds, world)
+        job = Job(out, manifest, network, target, progress, options)
+        job.begin(captured, described, pixels)
+        job.slice(captured, pixels)
+        job.reconstruct(pixels)
+        return job.finish()
 
 
 def check_cost(
@@ -218,32 +187,6 @@ def check_cost(
             certain=max(0, least - store.budget),
             likely=max(0, cost.activation_bytes - store.budget),
         )
-
-
-def _outputs(captured: fx.GraphModule) -> int:
-    """How many logits an image has."""
-    output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    return int(output.meta["val"].shape[-1])
-
-
-def _complete(class_to_idx: dict[str, int], captured: fx.GraphModule) -> dict[str, int]:
-    """The class map where it covers the whole classifier, whose one output would tell two classes apart."""
-    return class_to_idx if len(class_to_idx) == max(_outputs(captured), 2) else {}
-
-
-def _equalize(
-    captured: fx.GraphModule,
-    images: Tensor,
-    formats: Choice,
-    recipe: Recipe,
-    seed: int,
-    progress: Progress | None,
-) -> list[EqualizedSite]:
-    if recipe.equalization == "none":
-        return []
-    advance = stepper(progress, "equalize", count_sites(captured))
-    sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
-    return equalize(captured, sample, formats, recipe.equalization, seed=seed, advance=advance)
 
 
 def _observe(

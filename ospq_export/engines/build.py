@@ -18,6 +18,13 @@ from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
 
 _MIB = 1 << 20
+# Settings that TensorRT-RTX has no use for, with the reason.
+_NOT_IN_RTX = {
+    "timing_cache": "TensorRT-RTX measures nothing while it builds: it has no timing cache",
+    "version_compatible": "TensorRT-RTX comes without the lean runtime that a version-compatible engine needs",
+    "hardware_compatibility": "TensorRT-RTX builds for the targets that `compute_capability` names, whatever the level",
+}
+_LINT = "`ospq-export lint` names what it cannot take"
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     """
     check_settings(settings)
     trt, log = load(settings.product), recorder(settings.product)
-    log.clear()
+    log.messages.clear()
     builder = trt.Builder(log)
     network = _parsed(trt, builder, log, onnx_file)
     config = _config(trt, builder, network, settings)
@@ -68,11 +75,8 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     cache = _timing_cache(config, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise InputError(
-            f"{settings.product} refuses to build: {_reason(log.messages)}",
-            where=onnx_file,
-            fix="`ospq-export lint` names what it cannot take",
-        )
+        what = f"{settings.product} refuses to build: {_reason(log.messages)}"
+        raise InputError(what, where=onnx_file, fix=_LINT)
     if cache is not None and settings.timing_cache is not None:
         with replacing(settings.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
@@ -91,11 +95,8 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
     # By its path: weights beside the file are found only so.
     if not parser.parse_from_file(str(onnx_file)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise InputError(
-            f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}",
-            where=onnx_file,
-            fix="`ospq-export lint` names what it cannot take",
-        )
+        what = f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}"
+        raise InputError(what, where=onnx_file, fix=_LINT)
     return network
 
 
@@ -112,11 +113,12 @@ def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> An
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.hardware_compatibility is not None:
-        levels = trt.HardwareCompatibilityLevel
-        config.hardware_compatibility_level = _member(
-            levels, settings.hardware_compatibility, "`hardware_compatibility`"
-        )
-    _set_targets(config, settings)
+        config.hardware_compatibility_level = _level(trt, settings.hardware_compatibility)
+    members = target_members(settings)
+    if members:
+        config.num_compute_capabilities = len(members)
+    for index, member in enumerate(members):
+        config.set_compute_capability(member, index)
     _set_profile(builder, network, config, settings)
     return config
 
@@ -128,6 +130,10 @@ def _member(kind: Any, name: str, option: str) -> Any:
     return getattr(kind, name.upper())
 
 
+def _level(trt: Any, name: str) -> Any:
+    return _member(trt.HardwareCompatibilityLevel, name, "`hardware_compatibility`")
+
+
 def check_settings(settings: BuildSettings) -> None:
     """Refuse what the product cannot do, before anything is exported.
 
@@ -137,36 +143,17 @@ def check_settings(settings: BuildSettings) -> None:
     """
     trt = load(settings.product)
     target_members(settings)
-    if settings.product is Product.TENSORRT_RTX:
-        _check_rtx(settings)
+    for name, why in _NOT_IN_RTX.items() if settings.product is Product.TENSORRT_RTX else ():
+        if getattr(settings, name) not in (None, False):
+            raise InputError(why, where=f"`{name}`", fix="leave it out")
     if settings.hardware_compatibility is not None:
-        _member(trt.HardwareCompatibilityLevel, settings.hardware_compatibility, "`hardware_compatibility`")
+        _level(trt, settings.hardware_compatibility)
     if settings.workspace_mib is not None and settings.workspace_mib < 1:
         raise InputError(f"{settings.workspace_mib} MiB", where="`workspace`", fix="give 1 or more")
     if settings.profile is not None:
         _check_profile(settings.profile)
     if settings.timing_cache is not None:
         check_file(settings.timing_cache, "`timing_cache`")
-
-
-def _check_rtx(settings: BuildSettings) -> None:
-    refused = {
-        "`timing_cache`": (
-            settings.timing_cache is not None,
-            "TensorRT-RTX measures nothing while it builds: it has no timing cache",
-        ),
-        "`version_compatible`": (
-            settings.version_compatible,
-            "TensorRT-RTX comes without the lean runtime that a version-compatible engine needs",
-        ),
-        "`hardware_compatibility`": (
-            settings.hardware_compatibility is not None,
-            "TensorRT-RTX builds for the targets that `compute_capability` names, whatever the level",
-        ),
-    }
-    for option, (given, why) in refused.items():
-        if given:
-            raise InputError(why, where=option, fix="leave it out")
 
 
 def _check_profile(profile: tuple[int, int, int]) -> None:
@@ -185,6 +172,8 @@ def target_members(settings: BuildSettings) -> list[Any]:
     Raises:
         InputError: the product is missing, a target is unknown to it, or there is neither a target nor a GPU.
     """
+    import torch
+
     trt, wanted = load(settings.product), settings.compute_capabilities
     has_targets = hasattr(trt, "ComputeCapability")
     if wanted and not has_targets:
@@ -193,33 +182,16 @@ def target_members(settings: BuildSettings) -> list[Any]:
             where="`compute_capability`",
             fix="leave it out, or use `engine` tensorrt-rtx",
         )
-    if not wanted and not _has_gpu():
+    if not wanted and not torch.cuda.is_available():
         known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")] if has_targets else []
         raise InputError(
             "there is no GPU here to build for",
             where="`compute_capability`",
             fix=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
         )
-    if not has_targets:
-        return []
-    if not wanted:
+    if has_targets and not wanted:
         return [trt.ComputeCapability.CURRENT]
     return [_member(trt.ComputeCapability, name, "`compute_capability`") for name in dict.fromkeys(wanted)]
-
-
-def _set_targets(config: Any, settings: BuildSettings) -> None:
-    members = target_members(settings)
-    if not members:
-        return
-    config.num_compute_capabilities = len(members)
-    for index, member in enumerate(members):
-        config.set_compute_capability(member, index)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
@@ -245,11 +217,8 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=path) from error
     if cache is None or not config.set_timing_cache(cache, False):
-        raise InputError(
-            "the timing cache is of another version or GPU",
-            where=path,
-            fix="delete it, or choose another file",
-        )
+        what = "the timing cache is of another version or GPU"
+        raise InputError(what, where=path, fix="delete it, or choose another file")
     return cache
 
 
@@ -265,9 +234,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
-            task = self.tasks.pop(phase_name, None)
-            if task is not None:
-                progress.update(task, visible=False)
+            if phase_name in self.tasks:
+                progress.update(self.tasks.pop(phase_name), visible=False)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.tasks:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ospq_export.engines.build import BuildSettings, build
 from ospq_export.engines.products import Product, load, recorder
+from ospq_export.errors import reason_of
 
 
 class Diagnosis(BaseModel):
@@ -45,9 +46,8 @@ def examine() -> list[Diagnosis]:
     for product in Product:
         fix = f"pip install 'ospq-export[{product}]'"
         results.append(_tried(f"{product} builds", partial(_builds, product), fix))
-        results.append(
-            _tried(f"{product} runs", partial(_runs, product), f"{fix}, and a GPU with its driver")
-        )
+        fix += ", and a GPU with its driver"
+        results.append(_tried(f"{product} runs", partial(_runs, product), fix))
     return results
 
 
@@ -79,8 +79,7 @@ def _tried(name: str, attempt: Callable[[], str], fix: str) -> Diagnosis:
         return Diagnosis(name=name, works=True, detail=attempt())
     except Exception as error:
         # Whatever a missing driver or library raises is the answer here, not a fault of this program.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Diagnosis(name=name, works=False, detail=reason, fix=fix)
+        return Diagnosis(name=name, works=False, detail=reason_of(error), fix=fix)
 
 
 def _torch_cuda() -> str:

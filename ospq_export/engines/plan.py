@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.formats.choice import engine_types
-from ospq_export.onnx.view import PRODUCTS, OnnxGraph
+from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
 _DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
@@ -177,13 +177,8 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
 
 
 def _why_float(graph: OnnxGraph, node: Any, layer: PlanLayer | None) -> str:
-    bare = [
-        f"operand {index} is not quantized"
-        for index, name in enumerate(node.input[:2])
-        if (source := graph.source(name)) is None or source.op_type != "DequantizeLinear"
-    ]
-    if bare:
-        return ", ".join(bare)
+    if bare := graph.unquantized(node):
+        return bare
     shape = graph.shapes.get(node.input[0], [])
     if node.op_type == "Conv" and len(shape) > 1 and shape[1] % 4:
         return f"a convolution over {shape[1]} channels: the builder takes multiples of 4"
@@ -197,11 +192,9 @@ def _why_not_fused(graph: OnnxGraph, node: Any) -> str:
         return f"head size {value[-1]}: the kernel takes {', '.join(map(str, HEAD_SIZES))}"
     if len(value) >= 2 and value[-2] > MAX_SEQUENCE:
         return f"{value[-2]} keys: the kernel takes up to {MAX_SEQUENCE}"
-    probabilities = graph.source(node.input[0])
-    if probabilities is None or probabilities.op_type != "DequantizeLinear":
+    if graph.source(node.input[0]).op_type != DEQUANTIZE:
         return "the softmax's output is not quantized"
-    quantizer = graph.source(probabilities.input[0])
-    before = None if quantizer is None else graph.source(quantizer.input[0])
+    before = graph.source(node.input[0], 3)
     if before is not None and before.op_type in ("Clip", "Sub"):
         return f"{before.op_type} between the softmax and its quantizer (fewer than 8 bits)"
     return "the builder chose separate kernels"

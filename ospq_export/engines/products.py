@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 
 
 class Product(StrEnum):
@@ -41,16 +41,14 @@ def load(product: Product) -> Any:
     try:
         return importlib.import_module(product.module)
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{product} cannot be used: {reason}",
-            fix=f"pip install 'ospq-export[{product}]'",
+            f"{product} cannot be used: {reason_of(error)}", fix=f"pip install 'ospq-export[{product}]'"
         ) from error
 
 
 @functools.cache
 def recorder(product: Product) -> Any:
-    """The one logger that the product wants per process; its `messages` are the log since its last `clear()`."""
+    """The one logger that the product wants per process; its `messages` are the log since they were last cleared."""
     module = load(product)
 
     class Recorder(module.ILogger):  # type: ignore[name-defined]
@@ -60,8 +58,5 @@ def recorder(product: Product) -> Any:
 
         def log(self, severity: Any, text: str) -> None:
             self.messages.append(Message(severity.name, text))
-
-        def clear(self) -> None:
-            self.messages.clear()
 
     return Recorder()

@@ -95,7 +95,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """quantize + dequantize of a tensor with one scale; see `graph.quantize.fake_quantize` for the gradients.
+    """quantize + dequantize of a tensor with one scale; see `Integer.fake_quantize` for the gradients.
 
     Arguments: x, scale (one element), offset (one element or None), kept (0 and 1, the shape of x, or None), lo, hi.
     """

@@ -106,14 +106,17 @@ def compress(values: Tensor, *, groups: int = _GROUPS, tail: int = _TAIL) -> Sam
     return Sample(torch.cat([ordered[:tail], means, ordered[-tail:]]), weights.float())
 
 
-def _errors(sample: Sample, scales: Tensor, lo: Tensor, hi: Tensor, offsets: Tensor | float = 0.0) -> Tensor:
-    """Weighted squared error of each candidate: scales, lo, hi, offsets broadcast to (candidates,); returns (candidates,)."""
-    shape = torch.broadcast_shapes(scales.shape, lo.shape, hi.shape)
-    scale, low, high = (t.expand(shape).unsqueeze(-1) for t in (scales, lo, hi))
-    offset = offsets.expand(shape).unsqueeze(-1) if isinstance(offsets, Tensor) else offsets
-    x = sample.values - offset
-    error = torch.clamp(torch.round(x / scale), low, high) * scale - x
-    return (error.square() * sample.weights).sum(-1)
+def _least(
+    sample: Sample, grid: Grid, levels: Levels, scales: Tensor, offsets: Tensor | None = None
+) -> ActivationRange:
+    """Of candidate scales, and offsets, (candidates,) each, those with the least weighted squared error."""
+    scale = scales.unsqueeze(-1)
+    x = sample.values if offsets is None else sample.values - offsets.unsqueeze(-1)
+    error = torch.clamp(torch.round(x / scale), levels.lo, levels.hi) * scale - x
+    errors = (error.square() * sample.weights).sum(-1)
+    best = int(errors.argmin())
+    offset = 0.0 if offsets is None else float(offsets[best])
+    return ActivationRange(grid, levels, float(scales[best]), offset, float(errors[best]))
 
 
 def _positive(scales: Tensor) -> Tensor:
@@ -130,11 +133,7 @@ def _search_symmetric(sample: Sample, bits: int) -> ActivationRange:
     levels = symmetric_levels(bits)
     low, high = sample.values.min(), sample.values.max()
     full = _positive(torch.maximum(high / levels.hi, low / levels.lo))
-    scales = full * _shrinkage(full.device)
-    bounds = scales.new_tensor([levels.lo, levels.hi])
-    errors = _errors(sample, scales, bounds[0], bounds[1])
-    best = int(errors.argmin())
-    return ActivationRange(Grid.SYMMETRIC, levels, float(scales[best]), 0.0, float(errors[best]))
+    return _least(sample, Grid.SYMMETRIC, levels, full * _shrinkage(full.device))
 
 
 def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
@@ -148,16 +147,8 @@ def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
     starts = torch.arange(max(-steps, EMBEDDED_MIN), min(0, EMBEDDED_MAX - steps) + 1, device=scales.device)
     if starts.numel() > 32:
         starts = starts[:: starts.numel() // 32]
-    best: ActivationRange | None = None
-    for start in starts.tolist():
-        limits = scales.new_tensor([start, start + steps])
-        errors = _errors(sample, scales, limits[0], limits[1])
-        index = int(errors.argmin())
-        if best is None or float(errors[index]) < best.mse:
-            levels = embedded_levels(bits, start)
-            best = ActivationRange(Grid.EMBEDDED, levels, float(scales[index]), 0.0, float(errors[index]))
-    assert best is not None
-    return best
+    found = (_least(sample, Grid.EMBEDDED, embedded_levels(bits, lo), scales) for lo in starts.tolist())
+    return min(found, key=lambda best: best.mse)
 
 
 def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
@@ -169,13 +160,7 @@ def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
     lows = (middle - (middle - low) * shares).unsqueeze(1).expand(-1, 24).flatten()
     highs = (middle + (high - middle) * shares).unsqueeze(0).expand(24, -1).flatten()
     scales = _positive((highs - lows) / (levels.hi - levels.lo))
-    offsets = lows - levels.lo * scales
-    limits = scales.new_tensor([levels.lo, levels.hi])
-    errors = _errors(sample, scales, limits[0], limits[1], offsets)
-    best = int(errors.argmin())
-    return ActivationRange(
-        Grid.SHIFTED, levels, float(scales[best]), float(offsets[best]), float(errors[best])
-    )
+    return _least(sample, Grid.SHIFTED, levels, scales, lows - levels.lo * scales)
 
 
 def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> ActivationRange:
@@ -226,8 +211,6 @@ def _search_rows(rows: Tensor, levels: Levels) -> Tensor:
         codes = torch.clamp(torch.round(rows / scale.unsqueeze(1)), levels.lo, levels.hi)
         error = (codes * scale.unsqueeze(1) - rows).square().sum(1)
         better = error < best_error
-        best_scale, best_error = (
-            torch.where(better, scale, best_scale),
-            torch.where(better, error, best_error),
-        )
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
     return best_scale

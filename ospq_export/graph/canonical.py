@@ -22,6 +22,7 @@ from ospq_export.graph.rewrite import (
     fold_batch_norm,
     insert_call,
     replace_node,
+    unsupported,
 )
 
 aten = torch.ops.aten
@@ -61,16 +62,17 @@ def fold_constants(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
             values[node] = constant_of(module, node)
-        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
-            if isinstance(node.meta.get("val"), torch.SymInt):
-                continue
+        elif (
+            node.op == "call_function"
+            and all(n in values for n in node.all_input_nodes)
+            and not isinstance(node.meta.get("val"), torch.SymInt)
+        ):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             with torch.no_grad():
                 values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
-        if node.op == "get_attr" or not isinstance(value, Tensor):
-            continue
-        if any(user not in values for user in node.users):
+        is_computed = node.op != "get_attr" and isinstance(value, Tensor)
+        if is_computed and any(user not in values for user in node.users):
             constant = add_constant(module, node.name, value, node)
             node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
 
@@ -121,9 +123,9 @@ def to_linear_and_matmul(module: fx.GraphModule) -> None:
             node.target = aten.matmul.default
         elif node.target in (aten.addmm.default, aten.baddbmm.default):
             if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-                raise _unsupported(node, "alpha or beta other than 1")
-            product = insert_call(node, aten.matmul.default, (args[1], args[2]), node)
-            replace_node(node, insert_call(node, aten.add.Tensor, (product, args[0]), node))
+                raise unsupported(node, "brought into canonical form: alpha or beta other than 1")
+            product = insert_call(node, aten.matmul.default, args[1], args[2])
+            replace_node(node, insert_call(node, aten.add.Tensor, product, args[0]))
             node = product
         if node.target is aten.matmul.default:
             _matmul_with_constant(module, node)
@@ -138,14 +140,14 @@ def _matmul_with_constant(module: fx.GraphModule, node: fx.Node) -> None:
     if _is_matrix(right, left):
         matrix = constant_of(module, right).flatten(0, -2)
         weight = add_constant(module, f"{node.name}_weight", matrix.t(), node)
-        replace_node(node, insert_call(node, aten.linear.default, (left, weight), node))
+        replace_node(node, insert_call(node, aten.linear.default, left, weight))
     elif _is_matrix(left, right):
         # W x = (x^T W^T)^T
         matrix = constant_of(module, left).flatten(0, -2)
         weight = add_constant(module, f"{node.name}_weight", matrix, node)
-        columns = insert_call(node, aten.transpose.int, (right, -2, -1), node)
-        product = insert_call(node, aten.linear.default, (columns, weight), node)
-        replace_node(node, insert_call(node, aten.transpose.int, (product, -2, -1), node))
+        columns = insert_call(node, aten.transpose.int, right, -2, -1)
+        product = insert_call(node, aten.linear.default, columns, weight)
+        replace_node(node, insert_call(node, aten.transpose.int, product, -2, -1))
 
 
 def _is_matrix(constant: fx.Node, other: fx.Node) -> bool:
@@ -154,14 +156,6 @@ def _is_matrix(constant: fx.Node, other: fx.Node) -> bool:
         return False
     shape, dims = constant.meta["val"].shape, other.meta["val"].dim()
     return 2 <= len(shape) <= dims and all(size == 1 for size in shape[:-2])
-
-
-def _unsupported(node: fx.Node, detail: str) -> InputError:
-    return InputError(
-        f"operator {node.target} cannot be brought into canonical form: {detail}",
-        where=f"module {node.meta.get('module_path') or '(root)'}",
-        fix="this model is not supported",
-    )
 
 
 def normalize_conv_padding(module: fx.GraphModule) -> None:
@@ -179,9 +173,9 @@ def normalize_conv_padding(module: fx.GraphModule) -> None:
         even = [t // 2 for t in total]
         extra = [t % 2 for t in total]
         if any(extra):
-            x = insert_call(node, aten.constant_pad_nd.default, (x, [0, extra[1], 0, extra[0]]), node)
+            x = insert_call(node, aten.constant_pad_nd.default, x, [0, extra[1], 0, extra[0]])
         args = (x, weight, bias, stride, even, dilation, groups)
-        replace_node(node, insert_call(node, aten.conv2d.default, args, node))
+        replace_node(node, insert_call(node, aten.conv2d.default, *args))
 
 
 def canonicalize(module: fx.GraphModule, *, share: bool = False) -> fx.GraphModule:
@@ -217,7 +211,12 @@ def _with_plain_buffers(module: fx.GraphModule, share: bool) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "output":
-            graph.output(copies[_single_output(node)])
+            if len(node.all_input_nodes) != 1:
+                raise InputError(
+                    "the model returns more than one tensor",
+                    fix="choose a model with a single classifier output",
+                )
+            graph.output(copies[node.all_input_nodes[0]])
             continue
         if node.op == "get_attr":
             value = constant_of(module, node)
@@ -230,11 +229,3 @@ def _with_plain_buffers(module: fx.GraphModule, share: bool) -> fx.GraphModule:
     result = fx.GraphModule(constants, graph, class_name="CapturedNetwork")
     result.graph.lint()
     return result.eval()
-
-
-def _single_output(output: fx.Node) -> fx.Node:
-    if len(output.all_input_nodes) != 1:
-        raise InputError(
-            "the model returns more than one tensor", fix="choose a model with a single classifier output"
-        )
-    return output.all_input_nodes[0]

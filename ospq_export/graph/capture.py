@@ -10,18 +10,15 @@ After `capture`, a graph has one placeholder (images) and call_function nodes ov
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 from ospq_export.graph import canonical
-
-log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
@@ -52,59 +49,47 @@ def _explicit_attention(
 def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
             return program.run_decompositions(
                 {aten.scaled_dot_product_attention.default: _explicit_attention}
             )
     except Exception as error:
         raise InputError(
-            f"the model cannot be captured as one graph: {_first_line(error)}",
+            f"the model cannot be captured as one graph: {reason_of(error)}",
             where=_failing_module(model, example) or type(model).__name__,
             fix="data-dependent control flow cannot be exported; choose another model or rewrite that module",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _failing_module(model: nn.Module, example: Tensor) -> str:
     """Path and class of the deepest module that torch.export refuses when it is exported alone, "" when none is."""
-    inputs: dict[str, tuple[object, ...]] = {}
+    inputs: dict[nn.Module, tuple[object, ...]] = {}
 
-    def record(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[object, ...]) -> None:
-            inputs.setdefault(path, args)
+    def record(module: nn.Module, args: tuple[object, ...]) -> None:
+        inputs.setdefault(module, args)
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(record(path)) for path, module in model.named_modules()]
+    handles = [module.register_forward_pre_hook(record) for module in model.modules()]
     try:
         with torch.no_grad():
             model(example)
     except Exception as error:
-        return f"the float model itself fails on {tuple(example.shape)}: {_first_line(error)}"
+        return f"the float model itself fails on {tuple(example.shape)}: {reason_of(error)}"
     finally:
         for handle in handles:
             handle.remove()
-    modules = dict(model.named_modules())
-    path, searching = "", True
-    while searching:
-        searching = False
-        for name, _ in modules[path].named_children():
-            child = f"{path}.{name}" if path else name
-            if child in inputs and not _exports(modules[child], inputs[child]):
-                path, searching = child, True
-                break
-    return f"{path}, {type(modules[path]).__name__}" if path else ""
+    path, module = "", model
+    while True:
+        called = [(name, child) for name, child in module.named_children() if child in inputs]
+        failing = next(((name, child) for name, child in called if not _exports(child, inputs[child])), None)
+        if failing is None:
+            return f"{path}, {type(module).__name__}" if path else ""
+        path, module = f"{path}.{failing[0]}".lstrip("."), failing[1]
 
 
 def _exports(module: nn.Module, args: tuple[object, ...]) -> bool:
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             torch.export.export(module, args)
     except Exception:
         return False
@@ -152,7 +137,7 @@ def capture(model: nn.Module, input_size: Sequence[int], *, share: bool = False)
 
 def quantizable_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The linear, conv2d and matmul nodes in topological order."""
-    return [n for n in graph.nodes if n.op == "call_function" and n.target in QUANTIZABLE]
+    return [n for n in graph.nodes if n.target in QUANTIZABLE]
 
 
 def operator_names(graph: fx.Graph) -> dict[fx.Node, str]:
@@ -165,8 +150,8 @@ def operator_names(graph: fx.Graph) -> dict[fx.Node, str]:
         path, kind = node.meta["module_path"], str(node.target).split(".")[1]
         count = seen[path, kind]
         seen[path, kind] += 1
-        own = path if per_path[path] == 1 and kind != "matmul" else f"{path}.{kind}_{count}".lstrip(".")
-        names[node] = own
+        alone = per_path[path] == 1 and kind != "matmul"
+        names[node] = path if alone else f"{path}.{kind}_{count}".lstrip(".")
     return names
 
 

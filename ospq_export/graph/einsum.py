@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ospq_export.errors import InputError
-from ospq_export.graph.rewrite import call_functions, insert_call, replace_node
+from ospq_export.graph.rewrite import argument, call_functions, insert_call, replace_node, unsupported
 
 aten = torch.ops.aten
 
@@ -89,19 +88,15 @@ def expand_einsums(module: fx.GraphModule) -> None:
 
 def _expand(node: fx.Node, dependent: set[fx.Node]) -> None:
     equation, operands = str(node.args[0]), node.args[1]
-    path = node.kwargs.get("path", node.args[2] if len(node.args) > 2 else None)
+    path = node.kwargs.get("path", argument(node, 2))
     assert isinstance(operands, list | tuple)
     tensors = [n for n in operands if isinstance(n, fx.Node)]
     try:
         indices, out = parse_equation(equation, [n.meta["val"].dim() for n in tensors])
         terms = [_Term(n, labels, n not in dependent) for n, labels in zip(tensors, indices, strict=True)]
-        result = _Expansion(node).contract(terms, out, [int(i) for i in path or ()])  # type: ignore[union-attr, arg-type]
+        result = _Expansion(node).contract(terms, out, [int(i) for i in path or ()])
     except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"operator {node.target} cannot be written as matrix products: equation {equation}: {error}",
-            where=f"module {node.meta.get('module_path') or '(root)'}",
-            fix="this model is not supported",
-        ) from error
+        raise unsupported(node, f"written as matrix products: equation {equation}: {error}") from error
     replace_node(node, result)
 
 
@@ -112,7 +107,7 @@ class _Expansion:
         self.einsum = einsum
 
     def call(self, target: Any, *args: object) -> fx.Node:
-        return insert_call(self.einsum, target, args, self.einsum)
+        return insert_call(self.einsum, target, *args)
 
     def contract(self, terms: list[_Term], out: tuple[str, ...], path: Sequence[int]) -> fx.Node:
         """All operands, pair by pair: in the order of `path` (opt_einsum's form, flat), or from the left."""
@@ -120,10 +115,9 @@ class _Expansion:
         pairs = list(zip(path[::2], path[1::2], strict=True)) if len(path) == 2 * (len(terms) - 1) else []
         while len(terms) > 1:
             first, second = pairs.pop(0) if pairs else (0, 1)
-            pair = [terms[first], terms[second]]
             rest = [term for i, term in enumerate(terms) if i not in (first, second)]
             later = [label for term in rest for label in term.labels]
-            product = self.product(pair[0], pair[1], tuple(dict.fromkeys([*out, *later])))
+            product = self.product(terms[first], terms[second], tuple(dict.fromkeys([*out, *later])))
             # Of two, the product comes first; opt_einsum's paths have it at the end.
             terms = [*rest, product] if path else [product, *rest]
         return self.permute(self.sum(terms[0], out), out).node
@@ -132,8 +126,7 @@ class _Expansion:
         """One dimension per index: of an index that comes twice, the diagonal."""
         for label in dict.fromkeys(term.labels):
             while term.labels.count(label) > 1:
-                first = term.at(label)
-                second = term.labels.index(label, first + 1)
+                first, second = [i for i, other in enumerate(term.labels) if other == label][:2]
                 node = self.call(aten.diagonal.default, term.node, 0, first, second)
                 rest = [other for i, other in enumerate(term.labels) if i not in (first, second)]
                 term = _Term(node, (*rest, label), term.constant)
@@ -150,7 +143,7 @@ class _Expansion:
     def squeeze(self, term: _Term, other: _Term) -> _Term:
         """Without the dimensions of size 1 that `other` has as well: they broadcast."""
         for label in [c for c in term.labels if c in other.labels]:
-            if _is_one(term.size(label)):
+            if isinstance(size := term.size(label), int) and size == 1:
                 node = self.call(aten.squeeze.dim, term.node, term.at(label))
                 term = _Term(node, tuple(c for c in term.labels if c != label), term.constant)
         return term
@@ -164,13 +157,6 @@ class _Expansion:
     def size(self, term: _Term, label: str) -> int | fx.Node:
         found = term.size(label)
         return found if isinstance(found, int) else self.call(aten.sym_size.int, term.node, term.at(label))
-
-    def reshape(self, node: fx.Node, groups: Sequence[Sequence[int | fx.Node]]) -> fx.Node:
-        """`node` with one dimension per group of sizes."""
-        sizes = [self.multiply(group) for group in groups]
-        if len(sizes) == node.meta["val"].dim() and all(len(group) == 1 for group in groups):
-            return node
-        return self.call(aten.reshape.default, node, sizes)
 
     def multiply(self, sizes: Sequence[int | fx.Node]) -> int | fx.Node:
         result: int | fx.Node = 1
@@ -212,7 +198,10 @@ class _Expansion:
     def grouped(self, term: _Term, groups: Sequence[Sequence[str]]) -> fx.Node:
         """The operand's tensor with its dimensions in the order of `groups`, and one dimension per group."""
         ordered = self.permute(term, [c for group in groups for c in group])
-        return self.reshape(ordered.node, [[self.size(ordered, c) for c in group] for group in groups])
+        sizes = [[self.size(ordered, c) for c in group] for group in groups]
+        if all(len(group) == 1 for group in groups):
+            return ordered.node
+        return self.call(aten.reshape.default, ordered.node, [self.multiply(group) for group in sizes])
 
     def elementwise(self, left: _Term, right: _Term, kept: Sequence[str]) -> _Term:
         labels = [c for c in kept if c in left.labels or c in right.labels]
@@ -224,7 +213,3 @@ class _Expansion:
                     node = self.call(aten.unsqueeze.default, node, i)
             nodes.append(node)
         return _Term(self.call(aten.mul.Tensor, *nodes), tuple(labels), left.constant)
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1

@@ -13,7 +13,6 @@ permutes, pads, rolls, splits or joins, the numbers say which channel arrives in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.graph.labels import PADDING, Label, concrete, flat, passed_on
+from ospq_export.graph.rewrite import argument, is_padded, parameter
 
 aten = torch.ops.aten
 
@@ -45,18 +45,18 @@ class Site:
     Attributes:
         producer: a layer_norm, linear or conv2d node.
         axis: of the channels in the producer's output; 1 for a convolution, else -1.
-        consumers: every reader of a free channel.
-        path: the nodes that carry the channels from the producer to the consumers, both left out.
         free: bool (channels,): may be rescaled.
         shiftable: bool (channels,): may be shifted besides.
+        consumers: every reader of a free channel.
+        path: the nodes that carry the channels from the producer to the consumers, both left out.
     """
 
     producer: fx.Node
     axis: int
+    free: Tensor
+    shiftable: Tensor
     consumers: list[Consumer] = field(default_factory=list)
     path: list[fx.Node] = field(default_factory=list)
-    free: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    shiftable: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
 
     @property
     def is_norm(self) -> bool:
@@ -69,39 +69,26 @@ def find_sites(graph: fx.Graph) -> list[Site]:
 
     Constants that several operators read are never touched: their producers are no sites, their readers fix the channels.
     """
-    reads = _reads(graph)
+    # How many operator arguments read each constant.
+    reads = Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
     sites = (_Tracer(graph, node, reads).trace() for node in graph.nodes if _is_producer(node, reads))
     return [site for site in sites if bool(site.free.any())]
 
 
-def _reads(graph: fx.Graph) -> Counter[str]:
-    """How many operator arguments read each constant."""
-    reads: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            reads[str(node.target)] += len(node.users)
-    return reads
-
-
-def parameter(node: fx.Node, index: int) -> fx.Node | None:
-    """The constant that is argument `index` of an operator; None where it is absent or computed."""
-    value = node.args[index] if len(node.args) > index else None
-    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
+def _weight_index(node: fx.Node) -> int:
+    """Which argument of a linear, convolution or layer_norm is its weight; the bias comes after it."""
+    return 2 if node.target is aten.layer_norm.default else 1
 
 
 def _is_producer(node: fx.Node, reads: Counter[str]) -> bool:
     if node.target is aten.layer_norm.default:
-        shape = node.args[1]
-        indices = (2, 3)
-        if not isinstance(shape, list | tuple) or len(shape) != 1:
+        if len(node.args[1]) != 1:  # type: ignore[arg-type]
             return False
-    elif node.target in (aten.linear.default, aten.conv2d.default):
-        indices = (1, 2)
-    else:
+    elif node.target not in (aten.linear.default, aten.conv2d.default):
         return False
-    given = [node.args[i] for i in indices if len(node.args) > i and node.args[i] is not None]
-    owned = [p for i in indices if (p := parameter(node, i)) is not None and reads[str(p.target)] == 1]
-    return parameter(node, indices[0]) is not None and len(owned) == len(given)
+    weight = _weight_index(node)
+    given = [p for p in node.args[weight : weight + 2] if isinstance(p, fx.Node)]
+    return parameter(node, weight) is not None and all(reads[str(p.target)] == 1 for p in given)
 
 
 class _Tracer:
@@ -109,14 +96,13 @@ class _Tracer:
 
     def __init__(self, graph: fx.Graph, producer: fx.Node, reads: Counter[str]) -> None:
         self.graph, self.reads = graph, reads
-        weight = parameter(producer, 2 if producer.target is aten.layer_norm.default else 1)
+        index = _weight_index(producer)
+        weight, bias = parameter(producer, index), parameter(producer, index + 1)
         assert weight is not None
         channels = int(weight.meta["val"].shape[0])
         axis = 1 if producer.target is aten.conv2d.default else -1
-        self.site = Site(producer, axis)
-        self.site.free = torch.ones(channels, dtype=torch.bool)
-        bias = parameter(producer, 3 if self.site.is_norm else 2)
-        self.site.shiftable = torch.full((channels,), bias is not None)
+        free = torch.ones(channels, dtype=torch.bool)
+        self.site = Site(producer, axis, free, torch.full((channels,), bias is not None))
         shape = [concrete(size) for size in producer.meta["val"].shape]
         view = [1] * len(shape)
         view[axis] = channels
@@ -125,13 +111,15 @@ class _Tracer:
 
     def trace(self) -> Site:
         """Visit everything that the channels reach, until nothing is free or all are consumed."""
-        for node in _after(self.graph, self.site.producer):
+        nodes = list(self.graph.nodes)
+        for node in nodes[nodes.index(self.site.producer) + 1 :]:
             sources = [n for n in node.all_input_nodes if n in self.labels]
             if not sources:
                 continue
             if not bool(self.site.free.any()):
                 break
-            label = self._passed_on(node, sources)
+            alone = node.op == "call_function" and len(sources) == 1
+            label = passed_on(node, sources[0], self.labels[sources[0]]) if alone else None
             if label is not None:
                 self.labels[node] = label
                 self.site.path.append(node)
@@ -146,21 +134,14 @@ class _Tracer:
                 found = label.numbers.unique()
                 self.site.free[found[found >= 0].long()] = False
 
-    def _passed_on(self, node: fx.Node, sources: list[fx.Node]) -> Any:
-        """The labels of a node that keeps channels apart; None where it does not."""
-        if node.op != "call_function" or len(sources) != 1:
-            return None
-        label = self.labels[sources[0]]
-        return passed_on(node, sources[0], label)
-
     def _consume(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Take the node up as a consumer; False where it is none."""
         weight = parameter(node, 1)
         is_conv = node.target is aten.conv2d.default
         if not (is_conv or node.target is aten.linear.default) or weight is None or len(sources) != 1:
             return False
-        groups = node.args[6] if len(node.args) > 6 else 1
-        if node.args[0] is not sources[0] or self.reads[str(weight.target)] != 1 or (is_conv and groups != 1):
+        grouped = is_conv and argument(node, 6, 1) != 1
+        if node.args[0] is not sources[0] or self.reads[str(weight.target)] != 1 or grouped:
             return False
         label = self.labels[sources[0]]
         columns, mixed, padded = _columns(label.numbers, 1 if is_conv else -1)
@@ -168,24 +149,11 @@ class _Tracer:
         arriving = columns[columns >= 0]
         bias = parameter(node, 2)
         owns_bias = bias is not None and self.reads[str(bias.target)] == 1
-        if not label.shifts or not owns_bias or (is_conv and _has_padding(node)):
+        if not label.shifts or not owns_bias or (is_conv and is_padded(node)):
             padded = arriving
         self.site.shiftable[padded] = False
         self.site.consumers.append(Consumer(node, columns))
         return True
-
-
-def _after(graph: fx.Graph, start: fx.Node) -> Iterator[fx.Node]:
-    nodes = iter(graph.nodes)
-    for node in nodes:
-        if node is start:
-            break
-    return nodes
-
-
-def _has_padding(node: fx.Node) -> bool:
-    padding = node.args[4] if len(node.args) > 4 else 0
-    return any(p != 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
 
 
 def _columns(numbers: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,22 +169,22 @@ def _columns(numbers: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def weight_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The buffer that is the weight of a linear, convolution or layer_norm node; writing to it changes the network."""
-    node_of_weight = parameter(node, 2 if node.target is aten.layer_norm.default else 1)
-    assert node_of_weight is not None
-    return module.get_buffer(str(node_of_weight.target))
+    weight = parameter(node, _weight_index(node))
+    assert weight is not None
+    return module.get_buffer(str(weight.target))
 
 
 def bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """The buffer that is the bias, or None where there is none."""
-    node_of_bias = parameter(node, 3 if node.target is aten.layer_norm.default else 2)
-    return None if node_of_bias is None else module.get_buffer(str(node_of_bias.target))
+    bias = parameter(node, _weight_index(node) + 1)
+    return None if bias is None else module.get_buffer(str(bias.target))
 
 
 def column_values(values: Tensor, consumer: Consumer, neutral: float) -> Tensor:
     """Per-channel values of a producer as values per input channel of a consumer; `neutral` where no channel arrives."""
     columns = consumer.columns.to(values.device)
     picked = values[columns.clamp_min(0)]
-    return torch.where(columns >= 0, picked, torch.full_like(picked, neutral))
+    return picked.where(columns >= 0, torch.full_like(picked, neutral))
 
 
 def scaled_weight(weight: Tensor, factors: Tensor) -> Tensor:

@@ -13,15 +13,7 @@ from torch import Tensor, fx
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE, operator_names, quantizable_nodes
-from ospq_export.graph.slicing import (
-    Slice,
-    atoms,
-    cut_points,
-    live_tensors,
-    name_of,
-    nodes_between,
-    quantizable_between,
-)
+from ospq_export.graph.slicing import Slice, atoms, cut_points, live_tensors, name_of, quantizable_between
 
 UNIFORM = ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
 """The ladder of uniform granularities, from fine to coarse."""
@@ -37,20 +29,11 @@ def repeated_modules(graph: fx.Graph) -> set[str]:
     for node in graph.nodes:
         for path, kind in node.meta.get("module_stack", ()):
             classes[path] = kind
-            if node.op == "call_function" and node.target in QUANTIZABLE:
-                work[path] += 1
-    siblings: Counter[tuple[str, str]] = Counter()
-    for path, kind in classes.items():
-        parent, _, last = path.rpartition(".")
-        if last.isdigit():
-            siblings[parent, kind] += 1
-    return {
-        path
-        for path, kind in classes.items()
-        if path.rpartition(".")[2].isdigit()
-        and siblings[path.rpartition(".")[0], kind] > 1
-        and work[path] > 1
-    }
+            work[path] += node.target in QUANTIZABLE
+    parted = {path: path.rpartition(".") for path in classes}
+    numbered = {path: (parent, classes[path]) for path, (parent, _, last) in parted.items() if last.isdigit()}
+    siblings = Counter(numbered.values())
+    return {path for path, family in numbered.items() if siblings[family] > 1 and work[path] > 1}
 
 
 def slicing_of(graph: fx.Graph, granularity: str | Sequence[str]) -> list[Slice]:
@@ -99,38 +82,35 @@ def join(graph: fx.Graph, groups: Sequence[Sequence[Slice]]) -> list[Slice]:
 
 def _numbered(slices: list[Slice]) -> list[Slice]:
     """The same slices; where several have one name, a number tells them apart."""
-    total, seen = Counter(s.name for s in slices), Counter[str]()
-    result = []
-    for piece in slices:
-        seen[piece.name] += 1
-        several = total[piece.name] > 1
-        result.append(replace(piece, name=f"{piece.name}#{seen[piece.name]}") if several else piece)
-    return result
+    total = Counter(s.name for s in slices)
+    numbers = {name: itertools.count(1) for name in total}
+    return [replace(s, name=f"{s.name}#{next(numbers[s.name])}") if total[s.name] > 1 else s for s in slices]
 
 
-def _innermost_block(graph: fx.Graph, piece: Slice, repeated: set[str]) -> str | None:
+def _around(graph: fx.Graph, piece: Slice, modules: set[str]) -> list[str]:
+    """Those of some modules that a slice's last quantizable operator lies in, from the outermost to the innermost."""
     last = quantizable_between(graph, piece.start, piece.end)[-1]
-    inside = [path for path, _ in last.meta["module_stack"] if path in repeated]
-    return inside[-1] if inside else None
+    return [path for path, _ in last.meta["module_stack"] if path in modules]
+
+
+def _joined_by(graph: fx.Graph, key: Callable[[Slice], str]) -> list[Slice]:
+    """One slice per run of neighbouring atoms with the same key."""
+    return join(graph, [list(group) for _, group in itertools.groupby(atoms(graph), key)])
 
 
 def block_slicing(graph: fx.Graph) -> list[Slice]:
     """One slice per transformer block: neighbouring atoms of the innermost repeated module together, other atoms alone."""
     repeated = repeated_modules(graph)
-
-    def block_of(atom: Slice) -> str:
-        return _innermost_block(graph, atom, repeated) or f"atom {atom.name}"
-
-    return join(graph, [list(group) for _, group in itertools.groupby(atoms(graph), block_of)])
+    return _joined_by(graph, lambda atom: [f"atom {atom.name}", *_around(graph, atom, repeated)][-1])
 
 
 def blocks_slicing(graph: fx.Graph, count: int) -> list[Slice]:
     """Runs of up to `count` neighbouring blocks of one class of siblings; what is no block stays alone and ends a run."""
-    leaves = _leaves(graph)
+    leaves = _leaves(repeated_modules(graph))
 
     def run_of(block: Slice) -> str:
-        path = _innermost_block(graph, block, leaves)
-        return f"slice {block.name}" if path is None else f"siblings {path.rpartition('.')[0]}"
+        inside = _around(graph, block, leaves)
+        return f"siblings {inside[-1].rpartition('.')[0]}" if inside else f"slice {block.name}"
 
     groups = []
     for _, group in itertools.groupby(block_slicing(graph), run_of):
@@ -139,24 +119,21 @@ def blocks_slicing(graph: fx.Graph, count: int) -> list[Slice]:
     return join(graph, groups)
 
 
-def _leaves(graph: fx.Graph) -> set[str]:
+def _leaves(repeated: set[str]) -> set[str]:
     """Repeated modules that hold no other repeated module: blocks, not stages."""
-    repeated = repeated_modules(graph)
     return {path for path in repeated if not any(other.startswith(f"{path}.") for other in repeated)}
 
 
 def stage_slicing(graph: fx.Graph) -> list[Slice]:
     """One slice per stage: the outermost repeated module that holds blocks, else the module that all sibling blocks are in."""
-    repeated, leaves = repeated_modules(graph), _leaves(graph)
+    repeated = repeated_modules(graph)
+    leaves = _leaves(repeated)
 
     def stage_of(atom: Slice) -> str:
-        last = quantizable_between(graph, atom.start, atom.end)[-1]
-        inside = [path for path, _ in last.meta["module_stack"] if path in repeated]
-        if not inside:
-            return f"atom {atom.name}"
-        return inside[0].rpartition(".")[0] if inside[0] in leaves else inside[0]
+        outermost = [*_around(graph, atom, repeated), f"atom {atom.name}"][0]
+        return outermost.rpartition(".")[0] if outermost in leaves else outermost
 
-    return join(graph, [list(group) for _, group in itertools.groupby(atoms(graph), stage_of)])
+    return _joined_by(graph, stage_of)
 
 
 def layer_slicing(graph: fx.Graph) -> list[Slice]:
@@ -221,8 +198,7 @@ def check_partition(graph: fx.Graph, slices: Sequence[Slice]) -> None:
         InputError: they are not.
     """
     gaps = [b.name for a, b in itertools.pairwise(slices) if a.end != b.start or a.carried != b.received]
-    inside = [n for s in slices for n in nodes_between(graph, s.start, s.end)]
-    work = [n for n in inside if n in set(quantizable_nodes(graph))]
+    work = [n for s in slices for n in quantizable_between(graph, s.start, s.end)]
     if gaps or work != quantizable_nodes(graph):
         where = gaps[0] if gaps else "the ends"
         raise InputError(f"the slices leave a gap or overlap at {where}", fix="cut the network anew")

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.formats.base import Format
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import operator_names
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.rewrite import is_padded, parameter
 from ospq_export.graph.slicing import cut_points
 
 aten = torch.ops.aten
@@ -48,12 +49,7 @@ def _comes_from_matmul(tensor: fx.Node) -> bool:
 
 
 def _is_unpadded(node: fx.Node) -> bool:
-    if node.target is aten.linear.default:
-        return True
-    if node.target is not aten.conv2d.default:
-        return False
-    padding = node.args[4] if len(node.args) > 4 else 0
-    return all(p == 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
+    return node.target is aten.linear.default or (node.target is aten.conv2d.default and not is_padded(node))
 
 
 @dataclass
@@ -66,19 +62,15 @@ class _Site:
     readers: list[fx.Node]
 
 
-def _activation_sites(graph: fx.Graph, formats: Choice) -> dict[fx.Node, _Site]:
-    cuts, names = set(cut_points(graph)), operator_names(graph)
-    ends = {next(iter(names)), next(reversed(names))}
+def _activation_sites(graph: fx.Graph, names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, _Site]:
+    cuts, ends = set(cut_points(graph)), _ends(names)
     sites: dict[fx.Node, _Site] = {}
     for node, name in names.items():
         is_matmul = node.target is aten.matmul.default
-        operands = (
-            zip(("lhs", "rhs"), node.args[:2], strict=True) if is_matmul else (("input", node.args[0]),)
-        )
-        for label, operand in operands:
+        wanted = formats.end_activation if node in ends else formats.activation
+        for label, operand in zip(("lhs", "rhs") if is_matmul else ("input",), node.args, strict=False):
             assert isinstance(operand, fx.Node)
             tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
-            wanted = formats.end_activation if node in ends else formats.activation
             site = sites.setdefault(
                 tensor, _Site(f"{name}.{label}", wanted, not _comes_from_matmul(tensor), [])
             )
@@ -86,6 +78,11 @@ def _activation_sites(graph: fx.Graph, formats: Choice) -> dict[fx.Node, _Site]:
             site.may_shift = site.may_shift and _is_unpadded(node)
             site.readers.append(reader or node)
     return sites
+
+
+def _ends(names: dict[fx.Node, str]) -> set[fx.Node]:
+    """The first and the last quantizable operator."""
+    return {next(iter(names)), next(reversed(names))}
 
 
 def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph:
@@ -109,80 +106,63 @@ def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph
     if any(old.name != new.name for old, new in copies.items()):
         raise AssertionError("node names changed in the copy")
     result = QuantizedGraph(fx.GraphModule(module, graph, class_name="QuantizedNetwork"))
-    result.module.add_module("quantizers", nn.Module())
-    # Sites are computed on the untouched graph: cut points and names must not see the quantizers.
-    sites = _activation_sites(module.graph, formats)
-    for tensor, site in sites.items():
-        _insert_activation(result, copies[tensor], site, [copies[r] for r in site.readers])
-    _insert_weights(result, module.graph, copies, formats)
-    _insert_biases(result, module.graph, copies)
+    # Names and sites are computed on the untouched graph: cut points and names must not see the quantizers.
+    names = operator_names(module.graph)
+    for tensor, site in _activation_sites(module.graph, names, formats).items():
+        quantizer = ActivationQuantizer(site.name, site.format, site.may_shift)
+        result.activations[site.name] = quantizer
+        _insert(result.module, quantizer, copies[tensor], [copies[r] for r in site.readers])
+    _insert_weights(result, names, copies, formats)
+    _insert_biases(result, names, copies)
     result.module.recompile()
     return result
 
 
-def _register(result: QuantizedGraph, name: str, quantizer: nn.Module) -> str:
-    key = name.replace(".", "__")
-    holder = result.module.quantizers
-    assert isinstance(holder, nn.Module)
-    holder.add_module(key, quantizer)
-    return f"quantizers.{key}"
-
-
-def _insert_activation(result: QuantizedGraph, tensor: fx.Node, site: _Site, readers: list[fx.Node]) -> None:
-    quantizer = ActivationQuantizer(site.name, site.format, site.may_shift)
-    result.activations[site.name] = quantizer
-    target = _register(result, site.name, quantizer)
+def _insert(
+    module: fx.GraphModule,
+    quantizer: ActivationQuantizer | WeightQuantizer | CorrectedBias,
+    tensor: fx.Node,
+    readers: list[fx.Node],
+) -> None:
+    """Put a quantizer between a tensor and some of its readers."""
+    key = f"quantizers.{quantizer.name.replace('.', '__')}"
+    module.add_submodule(key, quantizer)
     # Placed ahead of its first reader, it belongs to the slice that reads it, also where the tensor is a cut point.
-    graph = result.module.graph
-    first = next(n for n in graph.nodes if n in readers)
-    with graph.inserting_before(first):
-        node = graph.call_module(target, (tensor,))
+    first = next(n for n in module.graph.nodes if n in readers)
+    with module.graph.inserting_before(first):
+        node = module.graph.call_module(key, (tensor,))
     node.meta.update(tensor.meta)
     for reader in readers:
         reader.replace_input_with(tensor, node)
 
 
 def _insert_weights(
-    result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node], formats: Choice
+    result: QuantizedGraph, names: dict[fx.Node, str], copies: dict[fx.Node, fx.Node], formats: Choice
 ) -> None:
-    names = operator_names(graph)
-    ends = {next(iter(names)), next(reversed(names))}
-    placed: dict[fx.Node, fx.Node] = {}
-    for original, name in names.items():
-        weight = original.args[1]
-        if original.target is aten.matmul.default or not isinstance(weight, fx.Node):
-            continue
-        if weight.op != "get_attr":
-            raise InputError(
-                f"the weight of {name} is computed from the images", fix="this model is not supported"
-            )
-        node, weight = copies[original], copies[weight]
-        if weight not in placed:
-            constant = str(weight.target)
-            wanted = formats.end_weight if original in ends else formats.weight
-            quantizer = WeightQuantizer(
-                f"{name}.weight", wanted, constant, result.module.get_buffer(constant)
-            )
-            result.weights[quantizer.name] = quantizer
-            with result.module.graph.inserting_before(node):
-                target = _register(result, quantizer.name, quantizer)
-                placed[weight] = result.module.graph.call_module(target, (weight,))
-            placed[weight].meta.update(weight.meta)
-        node.replace_input_with(weight, placed[weight])
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node, name in names.items():
+        if node.target is not aten.matmul.default:
+            weight = parameter(node, 1)
+            if weight is None:
+                raise InputError(
+                    f"the weight of {name} is computed from the images", fix="this model is not supported"
+                )
+            readers.setdefault(weight, []).append(node)
+    for weight, nodes in readers.items():
+        constant = str(weight.target)
+        wanted = formats.end_weight if nodes[0] in _ends(names) else formats.weight
+        value = result.module.get_buffer(constant)
+        quantizer = WeightQuantizer(f"{names[nodes[0]]}.weight", wanted, constant, value)
+        result.weights[quantizer.name] = quantizer
+        _insert(result.module, quantizer, copies[weight], [copies[n] for n in nodes])
 
 
-def _insert_biases(result: QuantizedGraph, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
-    for original, name in operator_names(graph).items():
-        bias = original.args[2] if len(original.args) > 2 else None
+def _insert_biases(result: QuantizedGraph, names: dict[fx.Node, str], copies: dict[fx.Node, fx.Node]) -> None:
+    for node, name in names.items():
+        bias = parameter(node, 2)
         # A bias that several operators read is left alone: a correction for one would be wrong for the other.
-        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) > 1:
-            continue
-        constant = str(bias.target)
-        corrected = CorrectedBias(f"{name}.bias", constant, result.module.get_buffer(constant))
-        result.biases[corrected.name] = corrected
-        with result.module.graph.inserting_before(copies[original]):
-            placed = result.module.graph.call_module(
-                _register(result, corrected.name, corrected), (copies[bias],)
-            )
-        placed.meta.update(bias.meta)
-        copies[original].replace_input_with(copies[bias], placed)
+        if bias is not None and len(bias.users) == 1:
+            constant = str(bias.target)
+            corrected = CorrectedBias(f"{name}.bias", constant, result.module.get_buffer(constant))
+            result.biases[corrected.name] = corrected
+            _insert(result.module, corrected, copies[bias], [copies[node]])

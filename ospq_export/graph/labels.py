@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.graph.rewrite import VIEWS
+from ospq_export.graph.rewrite import VIEWS, argument
 
 aten = torch.ops.aten
 _BATCH = 2
@@ -38,12 +38,12 @@ _MOVES = (
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
-def concrete(value: Any, batch: int = _BATCH) -> int:
-    """A size as a number, symbolic ones for a given batch size."""
+def concrete(value: Any) -> int:
+    """A size as a number, symbolic ones for a batch of two."""
     if not isinstance(value, torch.SymInt):
         return int(value)
     expression = value.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, _BATCH)))
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def _pad(node: fx.Node, _source: fx.Node, label: Label) -> Label | None:
 
 def _mean(node: fx.Node, _source: fx.Node, label: Label) -> Label | None:
     """An average over values of one channel."""
-    axes: Any = node.args[1]
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    axes, keep = argument(node, 1), bool(argument(node, 2))
     if axes is None:
         return None
     low, high = label.numbers.amin(axes, keep), label.numbers.amax(axes, keep)
@@ -106,11 +105,6 @@ def _multiply(node: fx.Node, source: fx.Node, label: Label) -> Label | None:
         return None
     shape = [concrete(size) for size in node.meta["val"].shape]
     return Label(label.numbers.expand(shape), False) if len(shape) >= label.numbers.dim() else None
-
-
-def _rectify(_node: fx.Node, _source: fx.Node, label: Label) -> Label:
-    """relu(x / s) = relu(x) / s for positive s."""
-    return Label(label.numbers, False)
 
 
 def _mix(node: fx.Node, source: fx.Node, label: Label) -> Label | None:
@@ -135,9 +129,7 @@ def _sums_to_one(node: fx.Node) -> bool:
         if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
             return False
         node = source
-    if node.target not in _SOFTMAX:
-        return False
-    return node.args[1] in (-1, node.meta["val"].dim() - 1)
+    return node.target in _SOFTMAX and node.args[1] in (-1, node.meta["val"].dim() - 1)
 
 
 _RULES: dict[Any, Callable[[fx.Node, fx.Node, Label], Label | None]] = {
@@ -146,7 +138,8 @@ _RULES: dict[Any, Callable[[fx.Node, fx.Node, Label], Label | None]] = {
     aten.mean.dim: _mean,
     aten.mul.Tensor: _multiply,
     aten.mul.Scalar: _multiply,
-    aten.relu.default: _rectify,
+    # relu(x / s) = relu(x) / s for positive s
+    aten.relu.default: lambda _node, _source, label: Label(label.numbers, False),
     aten.matmul.default: _mix,
 }
 

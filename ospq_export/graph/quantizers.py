@@ -118,10 +118,9 @@ class _Observer:
         flat = x.detach().flatten()
         if flat.numel() > self.per_batch:
             picks = torch.randint(flat.numel(), (self.per_batch,), generator=self.generator).to(flat.device)
-            picked = flat[picks]
             tail = min(16, flat.numel())
-            extremes = torch.cat([flat.topk(tail).values, flat.topk(tail, largest=False).values])
-            flat = torch.cat([picked, extremes])
+            extremes = flat.topk(tail).values, flat.topk(tail, largest=False).values
+            flat = torch.cat([flat[picks], *extremes])
         self.kept.append(flat.cpu())
 
     def values(self) -> Tensor:
@@ -250,9 +249,8 @@ def quantizers_of(module: nn.Module) -> Iterator[ActivationQuantizer | WeightQua
 
 def own_quantizers(piece: fx.GraphModule) -> list[ActivationQuantizer | WeightQuantizer]:
     """The quantizers of a slice that no earlier slice has settled."""
-    foreign = piece.meta.get("foreign", set())
-    modules = ((name, m) for name, m in piece.named_modules() if name not in foreign)
-    return [m for _, m in modules if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+    foreign = {piece.get_submodule(name) for name in piece.meta.get("foreign", ())}
+    return [quantizer for quantizer in quantizers_of(piece) if quantizer not in foreign]
 
 
 def set_mode(module: nn.Module, mode: Mode) -> None:

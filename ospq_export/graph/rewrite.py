@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,8 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ospq_export.errors import InputError
+
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def unsupported(node: fx.Node, detail: str) -> InputError:
+    """What is raised of an operator that has no canonical form; `detail` goes on after "cannot be"."""
+    return InputError(
+        f"operator {node.target} cannot be {detail}",
+        where=f"module {node.meta.get('module_path') or '(root)'}",
+        fix="this model is not supported",
+    )
+
+
+def argument(node: fx.Node, index: int, default: Any = None) -> Any:
+    """An operator's positional argument, or its default where the call leaves it out."""
+    return node.args[index] if len(node.args) > index else default
+
+
+def parameter(node: fx.Node, index: int) -> fx.Node | None:
+    """The constant that is argument `index` of an operator; None where it is absent or computed."""
+    value = argument(node, index)
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def is_padded(conv: fx.Node) -> bool:
+    """Whether a convolution adds zeros at the edges."""
+    padding = argument(conv, 4, 0)
+    return any(p != 0 for p in (padding if isinstance(padding, list | tuple) else [padding]))
 
 
 def call_functions(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -27,21 +56,22 @@ def replace_node(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-def insert_call(before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """Insert a call with the module path of `like`; its fake value is computed from the arguments' fake values."""
+def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Insert a call with the module path of `before`; its fake value is computed from the arguments' fake values."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args)
-    node.meta["module_stack"], node.meta["module_path"] = like.meta["module_stack"], like.meta["module_path"]
     fake = fx.node.map_arg(args, lambda n: n.meta["val"])
-    node.meta["val"] = target(*fake)
+    node.meta.update(_provenance(before), val=target(*fake))
     return node
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in ("module_stack", "module_path")}
 
 
 def constant_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor that a get_attr node reads."""
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value = operator.attrgetter(str(node.target))(module)
     if not isinstance(value, Tensor):
         raise TypeError(f"{node.target} is not a tensor")
     return value.detach()
@@ -51,27 +81,15 @@ def add_constant(module: fx.GraphModule, name: str, value: Tensor, before: fx.No
     """Register a buffer "folded.<name>" and a get_attr node for it ahead of `before`; a name that is taken gets a number."""
     if not hasattr(module, "folded"):
         module.add_module("folded", torch.nn.Module())
-    name = _free_name(module.folded, name)
+    # One weight in two places may become two constants.
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    name = next(free for free in names if not hasattr(module.folded, free))
     module.folded.register_buffer(name, value.clone().contiguous())  # type: ignore[union-attr]
     with before.graph.inserting_before(before):
         node = before.graph.get_attr(f"folded.{name}")
-    fake = before.meta.get("val")
-    mode = getattr(fake, "fake_mode", None)
-    node.meta["val"] = mode.from_tensor(value) if mode is not None else value
-    node.meta["module_stack"], node.meta["module_path"] = (
-        before.meta["module_stack"],
-        before.meta["module_path"],
-    )
+    mode = getattr(before.meta.get("val"), "fake_mode", None)
+    node.meta.update(_provenance(before), val=mode.from_tensor(value) if mode is not None else value)
     return node
-
-
-def _free_name(holder: object, name: str) -> str:
-    """`name`, or the first of "name_1", "name_2", ... that is free: one weight in two places may become two constants."""
-    count, free = 0, name
-    while hasattr(holder, free):
-        count += 1
-        free = f"{name}_{count}"
-    return free
 
 
 OnValue = Callable[["Tap", fx.Node, Any], Any]
@@ -79,15 +97,9 @@ OnValue = Callable[["Tap", fx.Node, Any], Any]
 
 
 class Tap(fx.Interpreter):
-    """Runs a graph and hands over the values of chosen nodes as they are computed."""
+    """Runs a graph and hands over the values of chosen nodes, as they are computed, to what `watched` has for each."""
 
     def __init__(self, module: fx.GraphModule, watched: Mapping[fx.Node, OnValue]) -> None:
-        """Choose what to look at.
-
-        Args:
-            module: whose nodes are watched.
-            watched: what is called with the value of each node.
-        """
         super().__init__(module)
         self.watched = watched
 
@@ -105,10 +117,8 @@ def fold_batch_norm(module: fx.GraphModule) -> None:
     W' = W * g / sqrt(var + eps) per output channel, b' = (b - mean) * g / sqrt(var + eps) + beta, in float64.
     """
     for node in call_functions(module.graph):
-        if node.target is not aten._native_batch_norm_legit_no_training.default:
-            continue
-        producer = _producer(node)
-        if producer is not None:
+        is_norm = node.target is aten._native_batch_norm_legit_no_training.default
+        if is_norm and (producer := _producer(node)) is not None:
             _fold(module, producer, node)
 
 
@@ -122,10 +132,7 @@ def _producer(norm: fx.Node) -> fx.Node | None:
         if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
             return None
         node, through_view = source, True
-    if not isinstance(node, fx.Node) or len(node.users) != 1:
-        return None
-    weight = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    if not isinstance(node, fx.Node) or len(node.users) != 1 or parameter(node, 1) is None:
         return None
     if node.target is aten.conv2d.default and not through_view:
         return node
@@ -139,7 +146,7 @@ def _fold(module: fx.GraphModule, producer: fx.Node, norm: fx.Node) -> None:
     weight_node = producer.args[1]
     assert isinstance(weight_node, fx.Node) and mean is not None and variance is not None
     weight = constant_of(module, weight_node).double()
-    bias = _channel_values(module, producer.args[2] if len(producer.args) > 2 else None)
+    bias = _channel_values(module, argument(producer, 2))
     factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
     folded_bias = ((0.0 if bias is None else bias) - mean) * factor + (0.0 if beta is None else beta)
     folded_weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))

@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ospq_export.errors import InputError, damaged
+from ospq_export.errors import InputError, damaged, reason_of
 
 _ATEN = """
 _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default _unsafe_view.default
@@ -53,28 +53,12 @@ var_mean.correction view.default where.self zeros.default zeros_like.default
 """
 ATEN = frozenset(f"aten.{name}" for name in _ATEN.split())
 # Arithmetic on sizes, and the parts of what gives several tensors.
-SIZES: dict[str, Callable[..., Any]] = {
-    f"operator.{function.__name__}": function
-    for function in (
-        operator.add,
-        operator.sub,
-        operator.mul,
-        operator.floordiv,
-        operator.mod,
-        operator.neg,
-        operator.getitem,
-    )
-}
-
-
+_ON_SIZES = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem")
+SIZES: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _ON_SIZES}
 _VERSION = 1
 _BATCH = 2  # stands for the free batch size while shapes are computed
 # What torch calls by name and JSON has no form for.
-_NAMED = {
-    "dtype": torch.dtype,
-    "layout": torch.layout,
-    "memory_format": torch.memory_format,
-}
+_NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
 def describe(module: fx.GraphModule) -> dict[str, Any]:
@@ -101,10 +85,9 @@ def describe(module: fx.GraphModule) -> dict[str, Any]:
             "stack": stacks.setdefault(json.dumps(stack), len(stacks)),
         }
         nodes.append({key: value for key, value in entry.items() if value not in (None, [], {}, "")})
-    constants = [[name, list(b.shape), _name(b.dtype)] for name, b in module.named_buffers()]
     return {
         "version": _VERSION,
-        "constants": constants,
+        "constants": [[name, list(b.shape), _name(b.dtype)] for name, b in module.named_buffers()],
         "stacks": [json.loads(text) for text in stacks],
         "nodes": nodes,
     }
@@ -126,15 +109,14 @@ def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
     try:
         if described["version"] != _VERSION:
             raise ValueError(f"version {described['version']}, this program reads {_VERSION}")
-        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        for name, shape, dtype in described["constants"]:
-            _register(module, name, _nothing(shape, getattr(torch, dtype)))
-        module.graph = _graph(described)
+        constants = {
+            name: _nothing(shape, getattr(torch, dtype)) for name, shape, dtype in described["constants"]
+        }
+        module = fx.GraphModule(constants, _graph(described))
         images = next(entry for entry in described["nodes"] if entry["op"] == "placeholder")
         _propagate(module, images["shape"])
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise damaged(f"the graph cannot be rebuilt: {reason}", where) from error
+        raise damaged(f"the graph cannot be rebuilt: {reason_of(error)}", where) from error
     return module.eval()
 
 
@@ -182,15 +164,6 @@ def _propagate(module: fx.GraphModule, images: list[int | str]) -> None:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)
             node.meta["val"] = env[node]
-
-
-def _register(root: torch.nn.Module, name: str, value: Tensor) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, torch.nn.Module())
-        root = getattr(root, part)
-    root.register_buffer(last, value)
 
 
 def _nothing(shape: list[int], dtype: torch.dtype) -> Tensor:

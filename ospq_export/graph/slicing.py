@@ -83,13 +83,13 @@ def atoms(graph: fx.Graph) -> list[Slice]:
     """
     points = cut_points(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    work = [order[n] for n in graph.nodes if n.target in QUANTIZABLE and n.op == "call_function"]
-    spans = zip([order[p] for p in points], [order[p] for p in points[1:]], strict=False)
+    work = [order[n] for n in graph.nodes if n.target in QUANTIZABLE]
+    spans = itertools.pairwise(order[p] for p in points)
     busy = [any(start < position <= end for position in work) for start, end in spans]
     first = busy.index(True)
     bounds = [points[i] for i in range(first + 1, len(busy)) if busy[i]]
-    starts, ends = [points[0], *bounds], [*bounds, points[-1]]
-    return [Slice(name_of(graph, a, b), a.name, b.name) for a, b in zip(starts, ends, strict=True)]
+    spans_of_atoms = itertools.pairwise([points[0], *bounds, points[-1]])
+    return [Slice(name_of(graph, a, b), a.name, b.name) for a, b in spans_of_atoms]
 
 
 def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
@@ -100,26 +100,22 @@ def nodes_between(graph: fx.Graph, start: str, end: str) -> list[fx.Node]:
         raise InputError(
             f"the graph has no cut point {missing!r}", fix="the run belongs to another model or version"
         )
-    inner = itertools.islice(graph.nodes, names.index(start) + 1, names.index(end) + 1)
-    return list(inner)
+    return list(graph.nodes)[names.index(start) + 1 : names.index(end) + 1]
 
 
 def quantizable_between(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> list[fx.Node]:
     """The linear, conv2d and matmul nodes after `start` up to and including `end`."""
-    nodes = nodes_between(graph, str(start), str(end))
-    return [n for n in nodes if n.op == "call_function" and n.target in QUANTIZABLE]
+    return [n for n in nodes_between(graph, str(start), str(end)) if n.target in QUANTIZABLE]
 
 
 def name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
     """The deepest module path that holds all quantizable work of a stretch, or first..last."""
     paths = [n.meta["module_path"] for n in quantizable_between(graph, start, end)]
-    common = paths[0].split(".")
-    for path in paths[1:]:
-        pairs = itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(common, path.split("."), strict=False)
-        )
-        common = [part for part, _ in pairs]
-    return ".".join(common) or (paths[0] if len(paths) == 1 else f"{paths[0]}..{paths[-1]}")
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, levels)
+    return ".".join(parts[0] for parts in common) or (
+        paths[0] if len(paths) == 1 else f"{paths[0]}..{paths[-1]}"
+    )
 
 
 def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
@@ -136,50 +132,36 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
         InputError: a cut point does not exist.
         ValueError: the stretch needs another tensor than those at its start.
     """
-    return _Extraction(module, piece).run()
+    inner = nodes_between(module.graph, piece.start, piece.end)
+    by_name = {n.name: n for n in module.graph.nodes}
+    graph, foreign = fx.Graph(), set[str]()
+    copies = {by_name[piece.start]: graph.placeholder("x")}
+    batch_size = graph.placeholder("batch_size")
+    copies |= {by_name[name]: graph.placeholder(name) for name in piece.received}
 
-
-class _Extraction:
-    """State of one `extract`."""
-
-    def __init__(self, module: fx.GraphModule, piece: Slice) -> None:
-        self.module, self.piece = module, piece
-        self.inner = nodes_between(module.graph, piece.start, piece.end)
-        self.inside = set(self.inner)
-        self.graph = fx.Graph()
-        by_name = {n.name: n for n in module.graph.nodes}
-        self.copies = {by_name[piece.start]: self.graph.placeholder("x")}
-        self.batch_size = self.graph.placeholder("batch_size")
-        for name in piece.received:
-            self.copies[by_name[name]] = self.graph.placeholder(name)
-        self.results = [self.inner[-1], *(by_name[name] for name in piece.carried)]
-        self.foreign: set[str] = set()
-
-    def run(self) -> fx.GraphModule:
-        for node in self.inner:
-            if node.target is not aten.sym_size.int and node not in self.copies:
-                self.copies[node] = self.graph.node_copy(node, self._copy_of)
-        outputs = tuple(self._copy_of(node) for node in self.results)
-        self.graph.output(outputs if self.piece.carried else outputs[0])
-        result = fx.GraphModule(self.module, self.graph, class_name="Slice")
-        result.graph.eliminate_dead_code()
-        result.recompile()
-        result.meta["foreign"] = self.foreign
-        return result
-
-    def _copy_of(self, node: fx.Node) -> fx.Node:
-        if node in self.copies:
-            return self.copies[node]
-        if node.target is aten.sym_size.int and node.args[1] == 0 and _is_input(node.args[0]):
-            return self.batch_size
-        if node.op == "call_module" and node not in self.inside:
-            self.foreign.add(str(node.target))
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node in copies:
+            return copies[node]
+        if node.target is aten.sym_size.int and node.args[1] == 0 and node.args[0].op == "placeholder":  # type: ignore[union-attr]
+            return batch_size
+        if node.op == "call_module":
+            foreign.add(str(node.target))
         elif node.op != "get_attr" and not isinstance(node.meta.get("val"), torch.SymInt):
             raise ValueError(
-                f"slice {self.piece.name} needs {node.name}, which lies before its start {self.piece.start}"
+                f"slice {piece.name} needs {node.name}, which lies before its start {piece.start}"
             )
-        self.copies[node] = self.graph.node_copy(node, self._copy_of)
-        return self.copies[node]
+        return copies.setdefault(node, graph.node_copy(node, copy_of))
+
+    for node in inner:
+        if node.target is not aten.sym_size.int and node not in copies:
+            copies[node] = graph.node_copy(node, copy_of)
+    outputs = tuple(copy_of(node) for node in (inner[-1], *(by_name[name] for name in piece.carried)))
+    graph.output(outputs if piece.carried else outputs[0])
+    result = fx.GraphModule(module, graph, class_name="Slice")
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    result.meta["foreign"] = foreign
+    return result
 
 
 def run_slice(piece: fx.GraphModule, tensors: Sequence[Tensor], batch_size: int) -> tuple[Tensor, ...]:
@@ -195,7 +177,3 @@ def run_slice(piece: fx.GraphModule, tensors: Sequence[Tensor], batch_size: int)
     """
     out = piece(tensors[0], batch_size, *tensors[1:])
     return out if isinstance(out, tuple) else (out,)
-
-
-def _is_input(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "placeholder"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, listed
 from ospq_export.models.foreign import foreign_file, is_safetensors
 
 StateDict = dict[str, Tensor]
@@ -26,12 +26,7 @@ _DEEPEST = 5
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Tensors that lie together in a file.
-
-    Attributes:
-        entry: where, as a dotted path; "" is the file itself.
-        tensors: by name.
-    """
+    """Tensors by name that lie together in a file: at `entry`, a dotted path; "" is the file itself."""
 
     entry: str
     tensors: StateDict
@@ -81,14 +76,7 @@ def _read_torch(path: Path) -> Any:
     # What trainers commonly store beside tensors; making any of these runs no code of the file's.
     scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
-    harmless: list[Any] = [
-        argparse.Namespace,
-        np.dtype,
-        scalar,
-        *kinds,
-        pathlib.PosixPath,
-        pathlib.PurePosixPath,
-    ]
+    harmless = [argparse.Namespace, np.dtype, scalar, *kinds, pathlib.PosixPath, pathlib.PurePosixPath]
     with torch.serialization.safe_globals(harmless):
         try:
             # Given the name, torch goes by its ending.
@@ -136,7 +124,5 @@ def _sets(content: Any, entry: str) -> Iterator[WeightSet]:
 
 def _described(content: Any) -> str:
     if isinstance(content, Mapping):
-        names = [str(key) for key in content]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"the entries {', '.join(names[:5])}{more}" if names else "nothing"
+        return f"the entries {listed(list(content), 5)}" if content else "nothing"
     return f"a {type(content).__name__}"

@@ -24,20 +24,23 @@ class Foreign:
     fix: str
 
 
-_MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "a gzip archive", _UNPACK),
-    (b"BZh", "a bzip2 archive", _UNPACK),
-    (b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "a zstandard archive", _UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK),
-    (b"Rar!", "a RAR archive", _UNPACK),
-    (b"GGUF", "a GGUF file, whose weights are quantized for llama.cpp", "give the original weights"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", "give weights of timm's PyTorch model"),
-    (b"\x93NUMPY", "a NumPy array", _SAVE),
-    (b"%PDF", "a PDF document", _AGAIN),
-    (b"\x89PNG", "an image", "give the file of weights"),
-    (b"\xff\xd8\xff", "an image", "give the file of weights"),
-    (b"\x7fELF", "a program", "give the file of weights"),
+# At which byte what stands.
+_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a zstandard archive", _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK),
+    (0, b"Rar!", "a RAR archive", _UNPACK),
+    (0, b"GGUF", "a GGUF file, whose weights are quantized for llama.cpp", "give the original weights"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", "give weights of timm's PyTorch model"),
+    (0, b"\x93NUMPY", "a NumPy array", _SAVE),
+    (0, b"%PDF", "a PDF document", _AGAIN),
+    (0, b"\x89PNG", "an image", "give the file of weights"),
+    (0, b"\xff\xd8\xff", "an image", "give the file of weights"),
+    (0, b"\x7fELF", "a program", "give the file of weights"),
+    (257, b"ustar", "a tar archive", _UNPACK),
+    (4, b"TFL3", "a TensorFlow Lite model", "give weights of timm's PyTorch model"),
 )
 
 
@@ -53,13 +56,9 @@ def foreign_file(path: Path) -> Foreign | None:
         head = file.read(_HEAD)
     if not head:
         return Foreign("an empty file", _AGAIN)
-    for magic, what, fix in _MAGIC:
-        if head.startswith(magic):
+    for at, magic, what, fix in _MAGIC:
+        if head.startswith(magic, at):
             return Foreign(what, fix)
-    if head[257:262] == b"ustar":
-        return Foreign("a tar archive", _UNPACK)
-    if head[4:8] == b"TFL3":
-        return Foreign("a TensorFlow Lite model", "give weights of timm's PyTorch model")
     if head.startswith(b"PK"):
         return _archive(path)
     if is_safetensors(path):
@@ -126,7 +125,7 @@ def _archive(path: Path) -> Foreign | None:
 
 def _text(path: Path, head: bytes) -> Foreign | None:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith(b"version https://git-lfs") or start.startswith(b"version https://hawser"):
+    if start.startswith((b"version https://git-lfs", b"version https://hawser")):
         return Foreign("a Git LFS pointer, not the weights themselves", "run 'git lfs pull' where it lies")
     if b"/annex/objects/" in start:
         return Foreign("a git-annex pointer, not the weights themselves", "run 'git annex get' on it")

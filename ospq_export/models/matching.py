@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ospq_export.models.checkpoint import StateDict, WeightSet
+from ospq_export.models.record import CheckpointRecord, label_of
 
 # Components that wrappers put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -18,12 +19,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _COUNTERS = frozenset({"num_batches_tracked", "total_ops", "total_params", "n_averaged"})
 # What networks compute from their arguments, and older versions of them stored.
 _COMPUTED = frozenset(
-    {
-        "attention_bias_idxs",
-        "attn_mask",
-        "relative_coords_table",
-        "relative_position_index",
-    }
+    {"attention_bias_idxs", "attn_mask", "relative_coords_table", "relative_position_index"}
 )
 # Stored in a half precision, computed values differ by this much.
 _TOLERANCE = 1e-2
@@ -66,35 +62,19 @@ class Fit:
     """A set of tensors under a prefix, beside a network.
 
     Attributes:
-        entry: where in the file the set lies; "" is the file itself.
-        prefix: what is stripped from the names.
+        record: where the set lies, and what of it the network does not take.
         state: what the network is given, by the network's names.
         problems: kind of difference to the tensors concerned; empty where the set fits.
-        aside: tensors of the set outside the prefix.
-        ignored: surplus tensors without effect.
-        absent: missing tensors without effect.
-        differing: ignored tensors whose values are not those that the network computes.
-        adapted: whether timm's filter of the network changed names or shapes.
-        resized: tensors that it resampled to another shape.
-        dropped: tensors that it merged into others or left out.
     """
 
-    entry: str
-    prefix: str
+    record: CheckpointRecord
     state: StateDict
     problems: dict[str, list[str]]
-    aside: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
-    adapted: bool = False
-    resized: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        """What `checkpoint_key` calls it: entry and prefix, "." for the plain file."""
-        return ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part) or "."
+        """What `checkpoint_key` calls it."""
+        return label_of(self.record.entry, self.record.prefix)
 
 
 def unwrapped(found: WeightSet) -> WeightSet:
@@ -135,30 +115,27 @@ def _shared(tensors: StateDict) -> list[str]:
 
 def fit(found: WeightSet, prefix: str, network: Network, others: tuple[str, ...] = ()) -> Fit:
     """Hold a set under a prefix against a network; names that begin with one of `others` belong to other sets."""
-    own = {
-        key.removeprefix(prefix): value
-        for key, value in found.tensors.items()
-        if key.startswith(prefix) and not (others and key.startswith(others))
+    names = {
+        key: key.removeprefix(prefix)
+        for key in found.tensors
+        if key.startswith(prefix) and not key.startswith(others)
     }
-    outside = [
-        key for key in found.tensors if key.removeprefix(prefix) not in own or not key.startswith(prefix)
-    ]
+    own = {name: found.tensors[key] for key, name in names.items()}
+    outside = [key for key in found.tensors if key not in names]
     ignored = [key for key in own if key not in network.expected and network.surplus_is_harmless(key)]
     ignored += [key for key in own if key in network.expected and _is_stale_counter(own[key], key, network)]
     state = {key: value for key, value in own.items() if key not in set(ignored)}
     absent = [key for key in network.expected if key not in state and network.absence_is_harmless(key)]
-    return Fit(
-        found.entry,
-        prefix,
-        state,
-        _problems(state, network.expected, set(absent)),
+    computed = [key for key in ignored if key in network.computed]
+    record = CheckpointRecord(
+        entry=found.entry,
+        prefix=prefix,
         aside=[key for key in outside if not network.surplus_is_harmless(key)],
         ignored=ignored + [key for key in outside if network.surplus_is_harmless(key)],
         absent=[key for key in absent if key not in own],
-        differing=[
-            key for key in ignored if key in network.computed and _differs(own[key], network.computed[key])
-        ],
+        differing=[key for key in computed if _differs(own[key], network.computed[key])],
     )
+    return Fit(record, state, _problems(state, network.expected, set(absent)))
 
 
 def _is_stale_counter(tensor: Tensor, name: str, network: Network) -> bool:
@@ -210,15 +187,12 @@ def adapted(found: WeightSet, prefix: str, network: Network) -> Fit | None:
     if result.problems:
         return None
     carried = {value.data_ptr() for value in changed.values()}
-    return replace(
-        result,
-        prefix=prefix,
-        adapted=True,
-        aside=[key for key in found.tensors if not key.startswith(prefix)],
-        resized=[k for k, v in changed.items() if k in own and own[k].shape != v.shape],
-        dropped=[
-            k
-            for k, v in own.items()
-            if k not in changed and v.data_ptr() not in carried and not network.surplus_is_harmless(k)
-        ],
-    )
+    gone = [k for k, v in own.items() if k not in changed and v.data_ptr() not in carried]
+    differences = {
+        "prefix": prefix,
+        "adapted": True,
+        "aside": [key for key in found.tensors if not key.startswith(prefix)],
+        "resized": [k for k, v in changed.items() if k in own and own[k].shape != v.shape],
+        "dropped": [k for k in gone if not network.surplus_is_harmless(k)],
+    }
+    return replace(result, record=result.record.model_copy(update=differences))

@@ -44,6 +44,11 @@ def plain(value: Any) -> Any:
     raise ValueError(f"{value!r} is neither a number, a string, None nor a list or dictionary of these")
 
 
+def label_of(entry: str, prefix: str) -> str:
+    """What `checkpoint_key` calls a set of weights: entry and prefix, "." for the plain file."""
+    return ".".join(part for part in (entry, prefix.rstrip(".")) if part) or "."
+
+
 class CheckpointRecord(BaseModel):
     """What was taken of a checkpoint file, and what was done to it.
 
@@ -86,8 +91,7 @@ class CheckpointRecord(BaseModel):
         if self.prefix:
             parts.append(f"prefix {self.prefix!r} stripped")
         if self.others:
-            also = ", ".join(map(repr, self.others))
-            taken = ".".join(p for p in (self.entry, self.prefix.rstrip(".")) if p) or "."
+            also, taken = ", ".join(map(repr, self.others)), label_of(self.entry, self.prefix)
             parts.append(f"{also} would fit as well as {taken!r}: choose with `checkpoint_key`")
         lists = {
             "left aside": self.aside,

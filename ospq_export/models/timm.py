@@ -1,7 +1,4 @@
-"""Building a timm network from a description that fits into a manifest.
-
-Knows timm; knows nothing of images, graphs or run directories.
-"""
+"""Building a timm network from a description that fits into a manifest."""
 
 import ast
 import difflib
@@ -14,9 +11,9 @@ import timm
 import torch
 from torch import nn
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 from ospq_export.models.record import ModelSpec, plain
-from ospq_export.models.weights import check_finite, first_line, load_checkpoint
+from ospq_export.models.weights import check_finite, load_checkpoint
 from ospq_export.world.processes import local_rank
 
 logger = logging.getLogger(__name__)
@@ -55,11 +52,8 @@ def parse_model_kwargs(text: str) -> dict[str, Any]:
     for part in re.split(r"\s+(?=[^\W\d]\w*=)", text.strip()) if text.strip() else []:
         match = re.fullmatch(r"([^\W\d]\w*)=(.*)", part, re.DOTALL)
         if match is None:
-            raise InputError(
-                "a model argument is not name=value",
-                where=part,
-                fix="write them like 'img_size=112 num_classes=10'",
-            )
+            fix = "write them like 'img_size=112 num_classes=10'"
+            raise InputError("a model argument is not name=value", where=part, fix=fix)
         if match[1] in kwargs:
             raise InputError("a model argument is given twice", where=match[1], fix="give it once")
         kwargs[match[1]] = _literal(match[2], part)
@@ -69,9 +63,8 @@ def parse_model_kwargs(text: str) -> dict[str, Any]:
 def _literal(text: str, part: str) -> Any:
     """The Python literal, or the bare word, that `text` is."""
     if text in _NOT_PYTHON:
-        raise InputError(
-            "a model argument's value is not Python", where=part, fix=f"write {_NOT_PYTHON[text]}"
-        )
+        fix = f"write {_NOT_PYTHON[text]}"
+        raise InputError("a model argument's value is not Python", where=part, fix=fix)
     try:
         # '112,' is a tuple to Python, but a slip of the one who separates arguments with commas.
         if not text.endswith(","):
@@ -135,9 +128,8 @@ def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
 
 def _check_name(name: str) -> None:
     if re.search(r"[:/\\]", name):
-        raise InputError(
-            "a model is called by its name in timm", where=name, fix="give local weights with `checkpoint`"
-        )
+        fix = "give local weights with `checkpoint`"
+        raise InputError("a model is called by its name in timm", where=name, fix=fix)
     if timm.is_model(name):
         return
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
@@ -149,15 +141,15 @@ def _build(spec: ModelSpec) -> nn.Module:
     """The module with random weights; whatever its constructor raises is blamed on the arguments."""
     reserved = sorted(_RESERVED & spec.kwargs.keys())
     if reserved:
-        raise InputError(
-            "not a keyword argument of the network", where=", ".join(reserved), fix="leave it out"
-        )
+        where = ", ".join(reserved)
+        raise InputError("not a keyword argument of the network", where=where, fix="leave it out")
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
     except Exception as error:
+        given = " ".join(f"{key}={value!r}" for key, value in spec.kwargs.items())
         raise InputError(
-            f"{spec.name} cannot be built with these arguments: {first_line(error)}",
-            where=_written(spec.kwargs),
+            f"{spec.name} cannot be built with these arguments: {_said(error)}",
+            where=given or "no `model_kwargs`",
             fix="check `model_kwargs` and the name's weight tag",
         ) from error
     # timm counts the outputs of a headless network as 0, and takes negative numbers for it too.
@@ -174,7 +166,7 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
         model: Any = timm.create_model(spec.name, pretrained=True, **spec.kwargs)
     except Exception as error:
         raise InputError(
-            f"timm's pretrained weights cannot be loaded: {first_line(error)}",
+            f"timm's pretrained weights cannot be loaded: {_said(error)}",
             where=spec.name,
             fix="check the connection, or give weights with `checkpoint`",
         ) from error
@@ -183,8 +175,8 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _written(kwargs: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no `model_kwargs`"
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or reason_of(error)
 
 
 def torch_device(name: str) -> torch.device:
@@ -199,8 +191,6 @@ def torch_device(name: str) -> torch.device:
             device = torch.device("cuda", local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {name!r} cannot be used: {reason}", where="`device`", fix="use `device` cpu"
-        ) from error
+        what = f"device {name!r} cannot be used: {reason_of(error)}"
+        raise InputError(what, where="`device`", fix="use `device` cpu") from error
     return device

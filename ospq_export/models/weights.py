@@ -12,7 +12,7 @@ from torch import nn
 from ospq_export.errors import InputError, listed
 from ospq_export.models.checkpoint import WeightSet, read_checkpoint
 from ospq_export.models.matching import Fit, Network, adapted, fit, prefixes, unwrapped
-from ospq_export.models.record import CheckpointRecord
+from ospq_export.models.record import CheckpointRecord, label_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,28 +39,16 @@ def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> Che
     everything = [(found, prefix) for found in sets for prefix in prefixes(found.tensors, network)]
     pairs = everything if key is None else _named(key, sets, everything, network, path)
     meant = {(found.entry, prefix) for found, prefix in pairs}
-    fits = [f for f in _exact([*everything, *pairs], network) if (f.entry, f.prefix) in meant]
+    fits = [f for f in _exact([*everything, *pairs], network) if (f.record.entry, f.record.prefix) in meant]
     fits = fits or [f for pair in pairs if (f := adapted(*pair, network)) is not None]
     if not fits:
         raise _refusal(min((fit(*pair, network) for pair in pairs), key=_distance), network, path)
     chosen, *rest = sorted(fits, key=lambda f: _rank(f.label))
     others = [f.label for f in rest if not _same(f, chosen)]
-    record = CheckpointRecord(
-        entry=chosen.entry,
-        prefix=chosen.prefix,
-        chosen="rule" if others else "option" if key is not None else "only",
-        others=others,
-        aside=chosen.aside,
-        ignored=chosen.ignored,
-        absent=chosen.absent,
-        differing=chosen.differing,
-        adapted=chosen.adapted,
-        resized=chosen.resized,
-        dropped=chosen.dropped,
-        dtypes=sorted(
-            {str(t.dtype).removeprefix("torch.") for t in chosen.state.values() if t.is_floating_point()}
-        ),
-    )
+    kinds = {str(t.dtype).removeprefix("torch.") for t in chosen.state.values() if t.is_floating_point()}
+    how = "rule" if others else "option" if key is not None else "only"
+    update = {"chosen": how, "others": others, "dtypes": sorted(kinds)}
+    record = chosen.record.model_copy(update=update)
     if record.summary():
         logger.warning("%s: %s", path, record.summary())
     model.load_state_dict({**network.expected, **chosen.state})
@@ -85,18 +73,16 @@ def _named(
         InputError: there is none of that name.
     """
     key = key.rstrip(".")
-    if not key:
-        named = [(found, prefix) for found, prefix in everything if found.entry == prefix == ""]
-    else:
-        named = [pair for pair in everything if f"{_path(*pair)}.".startswith(f"{key}.")]
-    for found in sets if key else []:
+    labels = [label_of(found.entry, prefix) for found, prefix in everything]
+    named = [p for p, label in zip(everything, labels, strict=True) if f"{label}.".startswith(f"{key}.")]
+    for found in sets:
         # A prefix that too few names have to be thought of unasked.
         start = f"{found.entry}." if found.entry else ""
         rest = f"{key}.".removeprefix(start)
         if f"{key}.".startswith(start) and rest and any(name.startswith(rest) for name in found.tensors):
             named.append((found, rest))
     if not named:
-        there = [f.label for f in _exact(everything, network)] or [_path(*pair) or "." for pair in everything]
+        there = [f.label for f in _exact(everything, network)] or labels
         raise InputError(
             f"the checkpoint has no entry {key or '.'!r}; it has {listed(list(dict.fromkeys(there)), 8)}",
             where=path,
@@ -105,11 +91,7 @@ def _named(
     return named
 
 
-def _path(found: WeightSet, prefix: str) -> str:
-    return ".".join(part for part in (found.entry, prefix.rstrip(".")) if part)
-
-
-def _exact(pairs: list[tuple[WeightSet, str]], network: Network) -> list[Fit]:
+def _exact(pairs: list[_Pair], network: Network) -> list[Fit]:
     """Those that fit as they are. What lies under a fitting prefix is no surplus of the set around it."""
     fits: dict[tuple[str, str], Fit] = {}
     for found, prefix in sorted(pairs, key=lambda pair: -len(pair[1])):
@@ -137,15 +119,14 @@ def _same(left: Fit, right: Fit) -> bool:
 
 
 def _distance(found: Fit) -> tuple[int, int]:
-    return sum(len(names) for names in found.problems.values()), len(found.aside)
+    return sum(len(names) for names in found.problems.values()), len(found.record.aside)
 
 
 def _refusal(nearest: Fit, network: Network, path: Path) -> InputError:
     """Why the set that comes nearest is not the network's."""
-    problems = nearest.problems
-    where = [f"in {nearest.entry!r}"] * bool(nearest.entry) + [f"under {nearest.prefix!r}"] * bool(
-        nearest.prefix
-    )
+    problems, record = nearest.problems, nearest.record
+    where = [f"in {record.entry!r}"] if record.entry else []
+    where += [f"under {record.prefix!r}"] if record.prefix else []
     summary = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items())
     classes, fix = _classes(nearest, network), "check the model's name and `model_kwargs`"
     if classes is not None:
@@ -170,11 +151,9 @@ def _classes(found: Fit, network: Network) -> int | None:
     wrong = [text.split(" ", 1)[0] for text in found.problems.get("of another shape", [])]
     if found.problems.keys() != {"of another shape"} or not all(_is_classifier(k, network) for k in wrong):
         return None
-    tensors = [found.state[name] for name in wrong]
-    counts = {t.shape[0] for t in tensors if t.dim()} - {network.model.num_classes}
-    same_width = all(t.is_floating_point() for t in tensors) and all(
-        found.state[n].shape[1:] == network.expected[n].shape[1:] for n in wrong
-    )
+    pairs = [(found.state[name], network.expected[name]) for name in wrong]
+    counts = {t.shape[0] for t, _ in pairs if t.dim()} - {network.model.num_classes}
+    same_width = all(t.is_floating_point() and t.shape[1:] == own.shape[1:] for t, own in pairs)
     return counts.pop() if len(counts) == 1 and same_width else None
 
 
@@ -189,10 +168,3 @@ def check_finite(model: nn.Module, where: str) -> None:
         raise InputError(
             f"weights are NaN or infinite: {listed(broken)}", where=where, fix="give sound weights"
         )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what `error` says, or its kind where it says nothing."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

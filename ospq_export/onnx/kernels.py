@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ospq_export.errors import InputError
-from ospq_export.onnx.view import DEQUANTIZE, MOVES, PRODUCTS, OnnxGraph
+from ospq_export.errors import InputError, reason_of
+from ospq_export.onnx.view import MOVES, PRODUCTS, QUANTIZE, OnnxGraph
 from ospq_export.world.processor import PRECISE_KERNELS, Processor
 
+_SAME_TYPE = frozenset(MOVES) - {"Cast"}
 LOWEST, HIGHEST = -(1 << 15), (1 << 15) - 1
 # Where a kernel's operands are: activations, their zero point, weights.
 _OPERANDS = {
@@ -59,35 +60,26 @@ def saturable_pairs(weights: NDArray[np.int8], low: int = 0, high: int = 255) ->
     return int(((largest > HIGHEST) | (least < LOWEST)).sum())
 
 
-def saturable(model: Any, folder: Path) -> dict[str, int]:
-    """Integer products of a graph that can saturate, with how many pairs of codes do it.
+def _saturable(graph: OnnxGraph) -> dict[str, int]:
+    """Integer products of a graph that can saturate, by node name, with how many pairs of codes do it.
 
-    Args:
-        model: an `onnx.ModelProto`, as ONNX Runtime optimised it.
-        folder: where its external data lies.
-
-    Returns:
-        By node name. Left out are products of two activations, of int8 or uint8 by uint8, and depthwise convolutions: their
-        kernels add in 32 bits.
+    Left out are products of two activations, of int8 or uint8 by uint8, and depthwise convolutions: their kernels add in 32 bits.
     """
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
     found = {}
-    for node in model.graph.node:
-        if node.op_type not in _OPERANDS:
+    for node in graph.nodes:
+        if node.op_type not in _OPERANDS or graph.scope(node):
             continue
         activation, zero, weight = (
             node.input[i] if i < len(node.input) else "" for i in _OPERANDS[node.op_type]
         )
-        codes, offset = tensors.get(weight), tensors.get(zero)
+        codes, offset = graph.constants.get(weight), graph.constants.get(zero)
         unsigned = offset is None or offset.data_type == TensorProto.UINT8
         if codes is None or codes.data_type != TensorProto.INT8 or not unsigned:
             continue
-        limits = _limits(activation, producers, tensors)
-        columns = _columns(node, np.asarray(numpy_helper.to_array(codes, str(folder))))
-        pairs = max((saturable_pairs(c, *limits) for c in columns), default=0)
+        limits = _limits(graph, activation)
+        pairs = max((saturable_pairs(c, *limits) for c in _columns(node, graph.array(weight))), default=0)
         if pairs:
             found[node.name] = pairs
     return found
@@ -107,35 +99,25 @@ def _columns(node: Any, weights: NDArray[np.int8]) -> list[NDArray[np.int8]]:
     return [np.moveaxis(weights, -2, 0).reshape(weights.shape[-2], -1)] if weights.ndim > 1 else []
 
 
-def _limits(name: str, producers: dict[str, Any], tensors: dict[str, Any]) -> tuple[int, int]:
+def _limits(graph: OnnxGraph, name: str) -> tuple[int, int]:
     """Codes that an activation may have: what a Clip in front of its quantizer leaves, and what padding adds."""
-    source = _source(name, producers)
-    if source is None or source.op_type != "QuantizeLinear":
+    codes = graph.behind(name, _SAME_TYPE)
+    if graph.operator(codes) != QUANTIZE:
         return 0, 255
-    clip = _source(source.input[0], producers)
-    scale, zero = (_scalar(tensors.get(name)) for name in source.input[1:3])
-    if clip is None or clip.op_type != "Clip" or scale is None or zero is None:
+    quantized, *parameters = [*graph.producer[codes].input, ""][:3]
+    clipped = graph.behind(quantized, _SAME_TYPE)
+    scale, zero = (_scalar(graph, name) for name in parameters)
+    if graph.operator(clipped) != "Clip" or scale is None or zero is None:
         return 0, 255
-    low, high = (_scalar(tensors.get(name)) for name in [*clip.input[1:3], "", ""][:2])
-    codes = [None if bound is None else round(bound / scale + zero) for bound in (low, high)]
+    low, high = (_scalar(graph, name) for name in [*graph.producer[clipped].input, "", ""][1:3])
     # Padding has the code of zero.
-    least = 0 if codes[0] is None else min(max(codes[0], 0), int(zero))
-    return least, 255 if codes[1] is None else max(min(codes[1], 255), int(zero))
+    least = 0 if low is None else min(max(round(low / scale + zero), 0), int(zero))
+    return least, 255 if high is None else max(min(round(high / scale + zero), 255), int(zero))
 
 
-def _source(name: str, producers: dict[str, Any]) -> Any:
-    node = producers.get(name)
-    while node is not None and node.op_type in MOVES and node.op_type != "Cast":
-        node = producers.get(node.input[0])
-    return node
-
-
-def _scalar(tensor: Any) -> float | None:
-    from onnx import numpy_helper
-
-    if tensor is None or int(np.prod(tensor.dims)) != 1:
-        return None
-    return float(numpy_helper.to_array(tensor).reshape(()))
+def _scalar(graph: OnnxGraph, name: str) -> float | None:
+    array = graph.array(name)
+    return None if array is None or array.size != 1 else float(array.reshape(()))
 
 
 class Kernels(BaseModel):
@@ -148,7 +130,7 @@ class Kernels(BaseModel):
         operators: every operator of the optimised graph with its count.
         in_float: the other products by node name, with the reason.
         saturable: products of uint8 by int8 that can saturate on a processor which adds pairs in 16 bits, by node name, with the
-            number of pairs of codes that do it; see `export.saturation`.
+            number of pairs of codes that do it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -193,41 +175,31 @@ def integer_kernels(path: Path) -> Kernels:
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             model = onnx.load(str(optimised), load_external_data=False)
-            pairs = saturable(model, Path(folder))
         except Exception as error:
             # ONNX Runtime raises a dozen unrelated types, some of them bare Exception subclasses.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"ONNX Runtime cannot load the file: {reason}", where=path) from error
+            raise InputError(f"ONNX Runtime cannot load the file: {reason_of(error)}", where=path) from error
+        graph = OnnxGraph(model, optimised)
+        pairs = _saturable(graph)
     original = onnx.load(str(path), load_external_data=False)
-    return _compare(original, model, onnxruntime.__version__).model_copy(update={"saturable": pairs})
-
-
-def _compare(original: Any, model: Any, version: str) -> Kernels:
     names = [node.name for node in original.graph.node if node.op_type in PRODUCTS]
     integer = {node.name for node in model.graph.node if node.op_type in INTEGER_KERNELS}
-    graph = OnnxGraph(model)
     ran = {node.name: node for node in graph.nodes}
     in_float = {name: _why_float(graph, ran.get(name)) for name in names if name not in integer}
     return Kernels(
-        version=version,
+        version=onnxruntime.__version__,
         products=len(names),
         integer_products=len(names) - len(in_float),
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         in_float=in_float,
+        saturable=pairs,
     )
 
 
 def _why_float(graph: OnnxGraph, node: Any) -> str:
     if node is None:
         return "joined with its neighbours into a float kernel"
-    sources = [graph.source(name) for name in node.input[:2]]
-    bare = [
-        f"operand {i} is not quantized"
-        for i, source in enumerate(sources)
-        if source is None or source.op_type != DEQUANTIZE
-    ]
-    if bare:
-        return ", ".join(bare)
+    if bare := graph.unquantized(node):
+        return bare
     if node.op_type.endswith("Conv"):
         return "a convolution's integer kernel gives integers, and nothing quantizes this one's output"
     if node.op_type.endswith("Gemm"):

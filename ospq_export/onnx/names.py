@@ -9,6 +9,7 @@ blocks.0.mlp.fc1.weight.codes       a weight's integers; beside it .scale and .z
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -34,14 +35,14 @@ def name_everything(model: Any, keep: Collection[str]) -> None:
 
 
 def _name_nodes(graph: Any) -> None:
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
     for node in graph:
         scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         # torch labels nodes that belong to no module with a name of its own that starts with an underscore.
         parts = [part for part in _literal_list(scope)[:-1] if part and not part.startswith("_")]
         base = f"{parts[-1] if parts else 'network'}/{node.op_type}"
-        seen[base] = seen.get(base, 0) + 1
-        node.name = base if seen[base] == 1 else f"{base}_{seen[base] - 1}"
+        node.name = f"{base}_{seen[base]}" if base in seen else base
+        seen[base] += 1
 
 
 def _name_quantizer_constants(graph: Any) -> None:

@@ -6,7 +6,6 @@ beside it stay there: who asks for their values gets them from the file, one ten
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
+from ospq_export.runs.files import sha256
 
 # protobuf's own limit of a message.
 PROTOBUF_BYTES = (1 << 31) - 1
@@ -57,8 +57,7 @@ def read_model(path: Path) -> Any:
     except Exception as error:
         # protobuf, the checker and the file system each raise their own types.
         _check_external_data(path)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a valid ONNX file: {reason}", where=path, fix=_AGAIN) from error
+        raise InputError(f"not a valid ONNX file: {reason_of(error)}", where=path, fix=_AGAIN) from error
     check_external(model, path)
     return model
 
@@ -88,20 +87,17 @@ def _without_output_shapes(path: Path) -> Any:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    bare = [
-        v
-        for v in model.graph.output
-        if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")
-    ]
+    tensors = [v.type.tensor_type for v in model.graph.output if v.type.HasField("tensor_type")]
+    bare = [kind for kind in tensors if not kind.HasField("shape")]
     if not bare:
         return None
     # The checker finds external data by the file's path only, and by its path it would see the file as it is.
-    if not any(is_external(tensor) for tensor in tensors_of(model)):
-        for value in bare:
-            value.type.tensor_type.shape.SetInParent()
+    if not any(map(is_external, tensors_of(model))):
+        for kind in bare:
+            kind.shape.SetInParent()
         onnx.checker.check_model(model)
-        for value in bare:
-            value.type.tensor_type.ClearField("shape")
+        for kind in bare:
+            kind.ClearField("shape")
     return model
 
 
@@ -136,11 +132,10 @@ def check_external(model: Any, path: Path) -> None:
     from onnx import numpy_helper
 
     files: dict[str, int] = {}
-    for tensor in tensors_of(model):
-        if not is_external(tensor):
-            continue
+    for tensor in filter(is_external, tensors_of(model)):
         location, end = _place(tensor, path)
-        files[location] = files[location] if location in files else _data_size(path, location)
+        if location not in files:
+            files[location] = _data_size(path, location)
         if end > files[location]:
             raise InputError(
                 f"the external data {location} has {files[location]:,} bytes, {tensor.name} ends at {end:,}",
@@ -148,11 +143,14 @@ def check_external(model: Any, path: Path) -> None:
                 fix=_BOTH,
             )
         if _raw_bytes(tensor) <= SMALL_BYTES:
-            read = numpy_helper.from_array(numpy_helper.to_array(tensor, str(path.parent)), tensor.name)
-            tensor.CopyFrom(read)
+            tensor.CopyFrom(numpy_helper.from_array(values(tensor, path.parent), tensor.name))
     wanted = next((p.value for p in model.metadata_props if p.key == DATA_SHA256), None)
-    if wanted is not None and len(files) == 1:
-        _check_digest(path, next(iter(files)), wanted)
+    if wanted is not None and len(files) == 1 and sha256(path.parent / location) != wanted:
+        raise InputError(
+            f"the external data {location} is not the one that the file was written with: its hash differs",
+            where=path,
+            fix=_BOTH,
+        )
 
 
 def is_external(tensor: Any) -> bool:
@@ -167,11 +165,8 @@ def _place(tensor: Any, path: Path) -> tuple[str, int]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise InputError(
-            f"{tensor.name} names external data outside of the file's folder: {location!r}",
-            where=path,
-            fix=_AGAIN,
-        )
+        what = f"{tensor.name} names external data outside of the file's folder: {location!r}"
+        raise InputError(what, where=path, fix=_AGAIN)
     try:
         size = _raw_bytes(tensor)
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
@@ -205,17 +200,6 @@ def _data_size(path: Path, location: str) -> int:
         raise InputError(
             f"the external data {location} cannot be read: {error.strerror or error}", where=path, fix=_BOTH
         ) from error
-
-
-def _check_digest(path: Path, location: str, wanted: str) -> None:
-    with (path.parent / location).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted:
-        raise InputError(
-            f"the external data {location} is not the one that the file was written with: its hash differs",
-            where=path,
-            fix=_BOTH,
-        )
 
 
 def values(tensor: Any, folder: Path) -> NDArray[Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError
-from ospq_export.onnx import serialize
 from ospq_export.onnx.read import DATA_SHA256
 from ospq_export.runs.files import (
     FLOAT_ONNX,
@@ -86,9 +85,8 @@ def check(proto: Any, tensors: list[Any], where: Path) -> None:
 
     declared = len(proto.graph.input)
     for tensor in tensors:
-        proto.graph.input.append(
-            onnx.helper.make_tensor_value_info(tensor.name, int(tensor.dtype), tensor.shape.numpy())
-        )
+        value = onnx.helper.make_tensor_value_info(tensor.name, int(tensor.dtype), tensor.shape.numpy())
+        proto.graph.input.append(value)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -101,17 +99,12 @@ def check(proto: Any, tensors: list[Any], where: Path) -> None:
 
 def file_bytes(proto: Any, tensors: Sequence[Any]) -> int:
     """What `write` would make of a split model, in bytes: known before anything is written."""
-    streamed = sum(_streamed_bytes(tensor) for tensor in tensors)
+    streamed = sum(len(_header(tensor)) + int(tensor.nbytes) for tensor in tensors)
     # Tag and length of the graph, once more: with the streamed constants the length may need more bytes.
     return int(proto.ByteSize()) + streamed + len(_field(_GRAPH, streamed))
 
 
-def _streamed_bytes(tensor: Any) -> int:
-    size = len(_header(tensor)) + int(tensor.nbytes)
-    return len(_field(_INITIALIZER, size)) + size
-
-
-def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
+def write(proto: Any, tensors: Sequence[Any], path: Path, where: Path) -> None:
     """Write a split model as one ordinary ONNX file.
 
     Args:
@@ -125,8 +118,7 @@ def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
     """
     graph = proto.graph.SerializeToString(deterministic=True)
     headers = [_header(tensor) for tensor in tensors]
-    sizes = [len(header) + tensor.nbytes for header, tensor in zip(headers, tensors, strict=True)]
-    total = len(graph) + sum(len(_field(_INITIALIZER, size)) + size for size in sizes)
+    total = len(graph) + sum(map(len, headers)) + sum(tensor.nbytes for tensor in tensors)
     if total > MAX_BYTES:
         raise InputError(
             f"the file would have {total / 1e9:.2f} GB, one ONNX file holds {MAX_BYTES / 1e9:.2f}",
@@ -138,18 +130,18 @@ def write(proto: Any, tensors: list[Any], path: Path, where: Path) -> None:
         file.write(proto.SerializeToString(deterministic=True))
         file.write(_field(_GRAPH, total))
         file.write(graph)
-        for header, tensor, size in zip(headers, tensors, sizes, strict=True):
-            file.write(_field(_INITIALIZER, size))
+        for header, tensor in zip(headers, tensors, strict=True):
             file.write(header)
             file.write(tensor.tobytes())
 
 
 def _header(tensor: Any) -> bytes:
-    """A TensorProto up to its data."""
+    """A graph's initializer up to its data."""
     import onnx
 
     proto = onnx.TensorProto(dims=tensor.shape.numpy(), data_type=int(tensor.dtype), name=tensor.name)
-    return bytes(proto.SerializeToString(deterministic=True)) + _field(_RAW_DATA, tensor.nbytes)
+    described = bytes(proto.SerializeToString(deterministic=True)) + _field(_RAW_DATA, tensor.nbytes)
+    return _field(_INITIALIZER, len(described) + int(tensor.nbytes)) + described
 
 
 def _field(number: int, length: int) -> bytes:
@@ -169,7 +161,7 @@ def save(proto: Any, tensors: Sequence[Any], path: Path) -> None:
     """Write a split model as one file, or as two where one would be too large; whichever it was before.
 
     Args:
-        proto: what `serialize.split` gave; its graph is cleared.
+        proto: what `split` gave; its graph is cleared.
         tensors: the constants that it lacks.
         path: the ONNX file; its weights go to `runs.files.data_file(path)`.
 
@@ -177,9 +169,9 @@ def save(proto: Any, tensors: Sequence[Any], path: Path) -> None:
         InputError: a file cannot be written, or is too large even without its weights.
     """
     data = data_file(path)
-    if serialize.file_bytes(proto, tensors) <= serialize.MAX_BYTES:
+    if file_bytes(proto, tensors) <= MAX_BYTES:
         with replacing(path) as temporary:
-            serialize.write(proto, list(tensors), temporary, path)
+            write(proto, tensors, temporary, path)
         data.unlink(missing_ok=True)
         return
     outside = [*tensors, *_unloaded(proto)]
@@ -190,7 +182,7 @@ def save(proto: Any, tensors: Sequence[Any], path: Path) -> None:
             _reference(tensor, data.name, offset) for tensor, offset in zip(outside, offsets, strict=True)
         )
         proto.metadata_props.add(key=DATA_SHA256, value=sha256(weights))
-        serialize.write(proto, [], temporary, path)
+        write(proto, [], temporary, path)
     log.info("%s is too large for one file: its weights are in %s", path.name, data.name)
 
 

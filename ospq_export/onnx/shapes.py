@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 from ospq_export.onnx.read import SMALL_BYTES, is_external
 
 
@@ -31,12 +31,8 @@ def infer_shapes(
     try:
         return shape_inference.infer_shapes(hollow(model), strict_mode=strict, data_prop=data_prop)
     except shape_inference.InferenceError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the ONNX graph's shapes or types contradict each other: {reason}",
-            where=where,
-            fix="export it again",
-        ) from error
+        what = f"the ONNX graph's shapes or types contradict each other: {reason_of(error)}"
+        raise InputError(what, where=where, fix="export it again") from error
 
 
 def hollow(model: Any) -> Any:
@@ -87,15 +83,12 @@ def _small_integers(graph: Any) -> dict[str, Any]:
             tensors[node.output[0]] = node.attribute[0].t
     result = {}
     for name, tensor in tensors.items():
-        if tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and _is_small(tensor):
+        small = not is_external(tensor) and tensor.ByteSize() <= SMALL_BYTES
+        if small and tensor.data_type in (TensorProto.INT64, TensorProto.INT32):
             result[name] = TensorProto()
             result[name].CopyFrom(tensor)
             result[name].name = name
     return result
-
-
-def _is_small(tensor: Any) -> bool:
-    return not is_external(tensor) and tensor.ByteSize() <= SMALL_BYTES
 
 
 def _hollow_node(source: Any, target: Any, known: dict[str, Any]) -> None:
@@ -121,7 +114,7 @@ def _take(target: Any, name: str, value: Any) -> None:
 def _stand_in(tensor: Any) -> Any:
     from onnx import StringStringEntryProto, TensorProto
 
-    if is_external(tensor) or _is_small(tensor):
+    if is_external(tensor) or tensor.ByteSize() <= SMALL_BYTES:
         return tensor
     return TensorProto(
         name=tensor.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ class OnnxGraph:
     """
 
     def __init__(self, model: Any, where: Path | None = None) -> None:
+        from onnx import inliner
+
         self.folder = Path() if where is None else where.parent
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         functions = {(f.domain, f.name): f for f in model.functions}
         self.layer_names = list(_layer_names(model.graph.node, functions))
-        model = _inlined(model)
+        if functions:
+            model = inliner.inline_local_functions(model)
         self.nodes: list[Any] = []
         self.scopes: dict[str, tuple[str, ...]] = {}
         self.constants: dict[str, Any] = {}
@@ -55,7 +58,7 @@ class OnnxGraph:
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
         self._flatten(model.graph, infer_shapes(model, where).graph, (), {})
-        self.producer: dict[str, Any] = {name: node for node in self.nodes for name in node.output}
+        self.producer: dict[str, Any] = {name: node for node in self.nodes for name in node.output if name}
         self.readers: dict[str, list[Any]] = defaultdict(list)
         for node in self.nodes:
             for name in node.input:
@@ -64,9 +67,7 @@ class OnnxGraph:
     def _flatten(self, graph: Any, inferred: Any, scope: tuple[str, ...], outer: dict[str, str]) -> None:
         names = dict(outer)
         for name in _defined(graph):
-            taken = (
-                name in self.shapes or name in self.dtypes or name in self.scopes or name in self.constants
-            )
+            taken = any(name in known for known in (self.shapes, self.dtypes, self.scopes, self.constants))
             names[name] = "/".join((*scope, name, str(len(self.nodes)))) if scope and taken else name
         for value in (*inferred.value_info, *inferred.input, *inferred.output):
             kind = value.type.tensor_type
@@ -104,38 +105,48 @@ class OnnxGraph:
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor depends on no input: a constant, or computed from constants only."""
-        known: dict[str, bool] = {}
-        stack = [name]
-        while stack:
-            top = stack[-1]
-            node = self.producer.get(top)
-            if (
-                top in known
-                or top in self.constants
-                or node is None
-                or node.op_type in ("If", "Loop", "Scan")
-            ):
-                known.setdefault(top, top in self.constants or not top)
-                stack.pop()
-                continue
-            waiting = [source for source in node.input if source not in known]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            known[top] = all(known[source] for source in node.input)
-            stack.pop()
-        return known[name]
+        variable = self.ancestors([name]) - self.constants.keys() - {""}
+        makers = [self.producer.get(name) for name in variable]
+        return all(node is not None and node.op_type not in ("If", "Loop", "Scan") for node in makers)
 
-    def source(self, name: str) -> Any:
-        """The node that computes a tensor, past what only moves it; None for an input or a constant."""
-        return self.producer.get(self.behind(name, MOVES))
+    def ancestors(self, names: Iterable[str]) -> set[str]:
+        """These tensors and all that they are computed from."""
+        known: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in known and name in self.producer:
+                waiting.extend(self.producer[name].input)
+            known.add(name)
+        return known
+
+    def source(self, name: str, steps: int = 1) -> Any:
+        """The node that computes a tensor, past what only moves it; None for an input or a constant.
+
+        Args:
+            name: the tensor.
+            steps: how many such nodes to go back, each time to the first input.
+        """
+        node = self.producer.get(self.behind(name, MOVES))
+        return node if node is None or steps == 1 else self.source(node.input[0], steps - 1)
+
+    def operator(self, name: str) -> str:
+        """The type of the operator that computes a tensor; empty for an input or a constant."""
+        return self.producer[name].op_type if name in self.producer else ""
+
+    def unquantized(self, node: Any) -> str:
+        """Which of a product's two operands come from no DequantizeLinear, in words; empty where none."""
+        sources = [self.source(name) for name in node.input[:2]]
+        return ", ".join(
+            f"operand {index} is not quantized"
+            for index, source in enumerate(sources)
+            if source is None or source.op_type != DEQUANTIZE
+        )
 
     def behind(self, name: str, operators: Collection[str]) -> str:
         """The tensor that a tensor is made of, past operators of these types, each followed to its first input."""
-        node = self.producer.get(name)
-        while node is not None and node.op_type in operators:
-            name = node.input[0]
-            node = self.producer.get(name)
+        while self.operator(name) in operators:
+            name = self.producer[name].input[0]
         return name
 
     def attribute(self, node: Any, name: str, default: Any = None) -> Any:
@@ -146,19 +157,8 @@ class OnnxGraph:
 
     def reads_softmax(self, node: Any) -> bool:
         """Whether a product's left operand is a softmax's output, quantized or not: the second half of an attention."""
-        if node.op_type != "MatMul":
-            return False
-        source = self.source(node.input[0])
-        while source is not None and source.op_type in (DEQUANTIZE, QUANTIZE, "Clip", "Sub"):
-            source = self.source(source.input[0])
-        return source is not None and source.op_type == "Softmax"
-
-
-def _inlined(model: Any) -> Any:
-    """The model without local functions; itself where there are none."""
-    from onnx import inliner
-
-    return inliner.inline_local_functions(model) if len(model.functions) else model
+        passed = (*MOVES, DEQUANTIZE, QUANTIZE, "Clip", "Sub")
+        return node.op_type == "MatMul" and self.operator(self.behind(node.input[0], passed)) == "Softmax"
 
 
 def _layer_names(nodes: Any, functions: dict[tuple[str, str], Any]) -> Iterator[tuple[str, str]]:
@@ -203,10 +203,5 @@ def _constant_tensor(node: Any) -> Any:
     value = helper.get_attribute_value(node.attribute[0])
     if name == "value":
         return value
-    kind = {
-        "value_float": np.float32,
-        "value_floats": np.float32,
-        "value_int": np.int64,
-        "value_ints": np.int64,
-    }
-    return numpy_helper.from_array(np.asarray(value, kind[name]), node.output[0]) if name in kind else None
+    kind = {"value_float": np.float32, "value_int": np.int64}.get(name.removesuffix("s"))
+    return None if kind is None else numpy_helper.from_array(np.asarray(value, kind), node.output[0])

@@ -129,9 +129,7 @@ def translate(
                 verbose=False,
             )
     except Exception as error:
-        reason = next(
-            (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
-        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(
             f"the network cannot be written as ONNX: {reason}", fix="this model is not supported"
         ) from error
@@ -155,16 +153,12 @@ def _quiet() -> Any:
 def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> None:
     """Give readable names, and drop the exporter's debugging metadata: it holds stack traces with local file names."""
     name_everything(model, keep)
-    for node in model.graph:
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
+    graph = model.graph
+    values = (value for node in graph for value in node.outputs)
+    for item in (model, graph, *graph, *values, *graph.inputs, *graph.initializers.values()):
+        item.metadata_props.clear()
     model.metadata_props.update(metadata)
-    model.graph.name = "network"
+    graph.name = "network"
 
 
 def check_deployable(proto: Any, where: Path) -> None:
@@ -179,6 +173,7 @@ def check_deployable(proto: Any, where: Path) -> None:
 
     constants = {t.name: t for t in proto.graph.initializer}
     uint8 = any(p.key == ACTIVATION_LAYOUT and p.value == "uint8" for p in proto.metadata_props)
+    allowed = {TensorProto.INT8: 0, TensorProto.INT4: 0} | ({TensorProto.UINT8: UINT8_ZERO} if uint8 else {})
     problem = None
     for node in proto.graph.node:
         if node.domain not in _STANDARD_DOMAINS:
@@ -186,11 +181,6 @@ def check_deployable(proto: Any, where: Path) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        allowed = {
-            TensorProto.INT8: 0,
-            TensorProto.INT4: 0,
-            **({TensorProto.UINT8: UINT8_ZERO} if uint8 else {}),
-        }
         wanted = None if zero_point is None else allowed.get(zero_point.data_type)
         if zero_point is None or wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
             problem = f"{node.name} without an int8 zero_point of 0"

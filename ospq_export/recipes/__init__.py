@@ -24,18 +24,18 @@ _UNREADABLE = (ValueError, RecursionError)
 _GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
 
 
-class SquaredLoss(BaseModel):
-    """Squared error: plain ("normalized"), per channel over its variance, or as BRECQ's code sums it, to the letter."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SquaredLoss(_Section):
+    """Squared error: plain ("normalized"), per channel over its variance, or as BRECQ's code sums it, to the letter."""
 
     kind: Literal["normalized", "channel", "literal"]
 
 
-class FisherLoss(BaseModel):
+class FisherLoss(_Section):
     """Squared error weighed by Fisher information."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["fisher"]
     temperature: float = Field(
@@ -53,10 +53,8 @@ Loss = Annotated[
 ]
 
 
-class Reconstruction(BaseModel):
+class Reconstruction(_Section):
     """Settings of the optimisation of one slice."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     iterations: int = Field(
         ge=0, description="optimisation steps per slice; 0, and no refinement, is round to nearest"
@@ -92,10 +90,8 @@ class Reconstruction(BaseModel):
     )
 
 
-class Pilot(BaseModel):
+class Pilot(_Section):
     """How `slicing = "auto"` finds the granularity: by short trial reconstructions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: float = Field(gt=0, le=1, description="cost of all trials, as a share of the full reconstruction")
     held_out: int = Field(
@@ -103,10 +99,8 @@ class Pilot(BaseModel):
     )
 
 
-class Recipe(BaseModel):
+class Recipe(_Section):
     """A whole calibration recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str = ""

@@ -58,9 +58,9 @@ def group_memory(root: Path, membership: Path) -> list[int]:
     except OSError:
         return found
     for words in lines:
-        if len(words) != 3 or words[1] not in ("", "memory"):
+        if len(words) != 3 or words[1] not in _GROUP_FILES:
             continue
-        top = root if words[1] == "" else root / "memory"
+        top = root / words[1]
         group = top / words[2].lstrip("/")
         while group == top or top in group.parents:
             left = _left(group, _GROUP_FILES[words[1]])

@@ -81,8 +81,7 @@ class World:
         """
         if self.size == 1:
             return [parts[place] for place in range(count)]
-        width = len(next(iter(parts.values()), []))
-        width = max(self._all(width))
+        width = max(self._all(len(next(iter(parts.values()), []))))
         return [self._spread(parts.get(place, []), place % self.size, width) for place in range(count)]
 
     def _all(self, value: int) -> list[int]:

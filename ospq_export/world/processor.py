@@ -87,12 +87,10 @@ def examine_processor() -> Processor:
 
 def _name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [line.partition(":") for line in info.read_text(errors="replace").splitlines()]
-        names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    lines = (line.partition(":") for line in text.splitlines())
+    names = (value.strip() for key, _, value in lines if key.strip() == "model name")
+    return next(names, None) or platform.processor() or platform.machine()
 
 
 _DEPTH = 64
@@ -122,9 +120,8 @@ def _probe() -> bytes:
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    one = np.float32(1.0)
     codes = np.full((_DEPTH, 16), _LARGEST, np.int8)
-    constants = {"scale": one, "zero": np.int8(0), "codes": codes}
+    constants = {"scale": np.float32(1.0), "zero": np.int8(0), "codes": codes}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["a"]),

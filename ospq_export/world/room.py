@@ -78,23 +78,12 @@ def _hold(
     what: str, certain: int, likely: int, there: int, words: tuple[str, str, str], where: object, fix: str
 ) -> None:
     kind, state, place = words
+    left = f"{gigabytes(there)} {state}"
     if certain > there:
-        raise InputError(
-            f"{what} take at least {gigabytes(certain)} of {kind}, {gigabytes(there)} {state}",
-            where=where,
-            fix=fix,
-        )
+        said = f"{what} take at least {gigabytes(certain)} of {kind}, {left}"
+        raise InputError(said, where=where, fix=fix)
     if likely > there:
-        log.warning(
-            "%s take about %s of %s, %s %s%s: %s",
-            what,
-            gigabytes(likely),
-            kind,
-            gigabytes(there),
-            state,
-            place,
-            fix,
-        )
+        log.warning("%s take about %s of %s, %s%s: %s", what, gigabytes(likely), kind, left, place, fix)
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -105,11 +94,9 @@ def check_folder(path: Path, option: str) -> None:
     """
     found = nearest_folder(path)
     if not found.is_dir():
-        raise InputError(f"{found} is not a folder", where=f"{option} {path}", fix=f"choose another {option}")
+        raise _refused(f"{found} is not a folder", path, option)
     if not os.access(found, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{found} cannot be written to", where=f"{option} {path}", fix=f"choose another {option}"
-        )
+        raise _refused(f"{found} cannot be written to", path, option)
 
 
 def check_file(path: Path, option: str) -> None:
@@ -118,17 +105,17 @@ def check_file(path: Path, option: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    fix = f"choose another {option}"
+    folder = path.absolute().parent
     if path.is_dir():
-        raise InputError("cannot be written: it is a folder", where=f"{option} {path}", fix=fix)
-    if not path.absolute().parent.is_dir():
-        raise InputError(
-            f"cannot be written: there is no folder {path.absolute().parent}",
-            where=f"{option} {path}",
-            fix=fix,
-        )
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise InputError("cannot be written: permission denied", where=f"{option} {path}", fix=fix)
+        raise _refused("cannot be written: it is a folder", path, option)
+    if not folder.is_dir():
+        raise _refused(f"cannot be written: there is no folder {folder}", path, option)
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise _refused("cannot be written: permission denied", path, option)
+
+
+def _refused(what: str, path: Path, option: str) -> InputError:
+    return InputError(what, where=f"{option} {path}", fix=f"choose another {option}")
 
 
 def check_apart(out: Path, data: Path) -> None:
@@ -139,9 +126,7 @@ def check_apart(out: Path, data: Path) -> None:
     """
     result, images = out.resolve(), data.resolve()
     if result == images or images in result.parents:
-        raise InputError(
-            "the run directory would lie among the images", where=f"`out` {out}", fix="choose another `out`"
-        )
+        raise _refused("the run directory would lie among the images", out, "`out`")
 
 
 def check_calibration(out: Path, weights: int | None) -> None:
@@ -158,22 +143,15 @@ def check_calibration(out: Path, weights: int | None) -> None:
         return
     there = sum(f.stat().st_size for f in out.iterdir() if f.is_file()) if out.is_dir() else 0
     # The float weights, then their codes: one byte each.
-    result = max(0, weights + weights // 4 - there)
+    files = weights + weights // 4
+    left = max(0, files - there)
     # Each slice's codes, once more, until the calibration is finished; then model_fp32.onnx and model.onnx.
-    exported = weights + weights // 4
-    check_disk(
-        out,
-        f"the run's files, {gigabytes(weights + weights // 4)}, and those of a later export",
-        certain=int(CERTAIN * result),
-        likely=result + weights // 4 + exported,
-    )
+    likely = left + weights // 4 + files
+    what = f"the run's files, {gigabytes(files)}, and those of a later export"
+    check_disk(out, what, certain=int(CERTAIN * left), likely=likely)
     # Built, captured, and copied when they are written.
-    check_memory(
-        "the network's weights",
-        certain=weights,
-        likely=3 * weights,
-        fix="use a machine with more memory",
-    )
+    fix = "use a machine with more memory"
+    check_memory("the network's weights", certain=weights, likely=3 * weights, fix=fix)
 
 
 def check_images(

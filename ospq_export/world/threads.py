@@ -77,11 +77,8 @@ def choose_threads(
     if given is not None:
         most = 4 * (os.cpu_count() or 1)
         if not 1 <= given <= most:
-            raise InputError(
-                f"{given} threads",
-                where="`threads`",
-                fix=f"give 1 to {most} on this machine, or leave it out",
-            )
+            fix = f"give 1 to {most} on this machine, or leave it out"
+            raise InputError(f"{given} threads", where="`threads`", fix=fix)
         return Threads(given, "threads")
     told = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if told.isdecimal() and int(told) > 0:
@@ -116,13 +113,8 @@ def cgroup_quota(proc: Path = Path("/proc")) -> float | None:
         mounts = (proc / "self/mountinfo").read_text().splitlines()
     except OSError:
         return None
-    limits = [
-        limit
-        for folder in _group_folders(groups, mounts)
-        for limit in (_quota_v2(folder), _quota_v1(folder))
-        if limit is not None
-    ]
-    return min(limits, default=None)
+    found = (quota(folder) for folder in _group_folders(groups, mounts) for quota in (_quota_v2, _quota_v1))
+    return min((limit for limit in found if limit is not None), default=None)
 
 
 def _group_folders(groups: list[str], mounts: list[str]) -> Iterator[Path]:
@@ -134,7 +126,8 @@ def _group_folders(groups: list[str], mounts: list[str]) -> Iterator[Path]:
             places["cgroup2" if number == "0" else "cgroup"] = PurePosixPath(name)
     for line in mounts:
         left, _, right = line.partition(" - ")
-        fields, kind, options = left.split(), *_kind_and_options(right)
+        fields, mounted = left.split(), right.split() or [""]
+        kind, options = mounted[0], mounted[-1].split(",")
         if kind not in places or (kind == "cgroup" and "cpu" not in options):
             continue
         mount, root, path = Path(fields[4]), PurePosixPath(fields[3]), places[kind]
@@ -142,11 +135,6 @@ def _group_folders(groups: list[str], mounts: list[str]) -> Iterator[Path]:
         inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
         folder = mount / inside
         yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))
-
-
-def _kind_and_options(text: str) -> tuple[str, list[str]]:
-    fields = text.split()
-    return (fields[0], fields[-1].split(",")) if fields else ("", [])
 
 
 def _quota_v2(folder: Path) -> float | None:

@@ -84,8 +84,8 @@ def test_fisher_weights_do_not_depend_on_the_batches_that_memory_allows(
 ):
     ends = [s.end for s in slicing_of(small_vit.graph, "block")]
     batches = []
-    run = fisher._Keeper.run
-    monkeypatch.setattr(fisher._Keeper, "run", lambda s, x: batches.append(len(x)) or run(s, x))
+    run = fisher.Tap.run
+    monkeypatch.setattr(fisher.Tap, "run", lambda s, x: batches.append(len(x)) or run(s, x))
     whole = fisher_weights(observed_vit, ends, noise[:8], CPU, seed=3)
     kept = kept_bytes_per_image(small_vit.graph)
     assert kept == kept_bytes_per_image(observed_vit.module.graph)

@@ -262,7 +262,7 @@ def test_a_batch_is_copied_into_place():
         return SliceData((torch.full((2,), value),), (torch.full((3,), value),), torch.full((1,), value), 1)
 
     first, second = data(1.0), data(2.0)
-    held = first.clone()
+    held = first.map(torch.Tensor.clone)
     held.copy_(second)
     assert held.target.tolist() == [2.0] and held.quantized_input[0].tolist() == [2.0] * 3
     assert held.float_input[0].tolist() == [2.0] * 2 and first.target.tolist() == [1.0]

@@ -77,30 +77,20 @@ def fisher_weights(
     network.set_mode(Mode.FLOAT)
     sums: dict[str, Tensor | float] = dict.fromkeys(ends, 0.0)
     most = _FISHER_BYTES // max(1, kept_bytes_per_image(network.module.graph))
+    kept: dict[str, Tensor] = {}
+
+    def keep(_tap: Tap, n: fx.Node, value: Tensor) -> None:
+        value.retain_grad()
+        kept[n.name] = value
+
+    tap = Tap(network.module, {n: keep for n in network.module.graph.nodes if n.name in sums})
     for batch in images.split(max(1, min(_FISHER_BATCH, most))):
-        keeper = _Keeper(network.module, sums)
-        output = keeper.run(batch.to(device).requires_grad_(True))
+        output = tap.run(batch.to(device).requires_grad_(True))
         task.sampled_loss(output, generator, temperature).backward()
-        for name, tensor in keeper.kept.items():
+        for name, tensor in kept.items():
             gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
             sums[name] = sums[name] + gradient.square().sum(0, keepdim=True)
+        # The next batch has its own: no more than one lies in memory.
+        kept.clear()
     weights = {name: torch.as_tensor(s) for name, s in sums.items()}
     return {name: (w / w.mean().clamp_min(1e-30)).clamp_min(_FISHER_FLOOR) for name, w in weights.items()}
-
-
-class _Keeper:
-    """Runs a graph and keeps the named tensors, whose gradients autograd is to keep as well."""
-
-    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
-        watched = (node for node in module.graph.nodes if node.name in names)
-        self.tap = Tap(module, dict.fromkeys(watched, self._keep))
-        self.kept: dict[str, Tensor] = {}
-
-    def _keep(self, _tap: Tap, n: fx.Node, value: Tensor) -> None:
-        value.retain_grad()
-        self.kept[n.name] = value
-
-    def run(self, images: Tensor) -> Tensor:
-        """The graph's output."""
-        output: Tensor = self.tap.run(images)
-        return output

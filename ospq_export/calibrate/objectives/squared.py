@@ -21,10 +21,7 @@ class Squared(Objective):
     """
 
     def __init__(
-        self,
-        settings: Reconstruction,
-        weights: Sequence[WeightQuantizer],
-        weight: Tensor | None = None,
+        self, settings: Reconstruction, weights: Sequence[WeightQuantizer], weight: Tensor | None = None
     ) -> None:
         super().__init__(settings, weights)
         self.weight = weight

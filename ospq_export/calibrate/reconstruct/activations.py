@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -40,24 +41,11 @@ class SliceData:
     def select(self, chosen: Tensor | slice) -> SliceData:
         """The same for some of the images."""
         wanted = torch.arange(self.images)[chosen]
-        return SliceData(
-            tuple(rows_of(t, wanted, self.images) for t in self.float_input),
-            tuple(rows_of(t, wanted, self.images) for t in self.quantized_input),
-            rows_of(self.target, wanted, self.images),
-            len(wanted),
-        )
+        return replace(self.map(lambda t: rows_of(t, wanted, self.images)), images=len(wanted))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> SliceData:
         """The same on another device."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pinned(self) -> SliceData:
-        """The same in host memory that a GPU can copy from while it computes."""
-        return self._map(Tensor.pin_memory)
-
-    def clone(self) -> SliceData:
-        """The same in memory of its own."""
-        return self._map(Tensor.clone)
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def copy_(self, other: SliceData) -> None:
         """Overwrite the tensors with those of data of the same shapes."""
@@ -65,13 +53,10 @@ class SliceData:
         for held, given in zip(ours, theirs, strict=True):
             held.copy_(given, non_blocking=True)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
-        return SliceData(
-            tuple(function(t) for t in self.float_input),
-            tuple(function(t) for t in self.quantized_input),
-            function(self.target),
-            self.images,
-        )
+    def map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
+        """The same with every tensor replaced by what a function makes of it."""
+        floats, quantized = tuple(map(function, self.float_input)), tuple(map(function, self.quantized_input))
+        return SliceData(floats, quantized, function(self.target), self.images)
 
 
 def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:
@@ -102,7 +87,7 @@ def forward(
         store: allocates the results; None puts them beside the inputs.
     """
     set_mode(piece, mode)
-    home = inputs[0].device
+    empty = partial(torch.empty, device=inputs[0].device) if store is None else store.empty
     results: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, images, FORWARD_BATCH):
@@ -111,12 +96,7 @@ def forward(
             for index, part in enumerate(run_slice(piece, batch, len(chosen))):
                 per_image = part.shape[0] // len(chosen)
                 if start == 0:
-                    shape = (images * per_image, *part.shape[1:])
-                    results.append(
-                        torch.empty(shape, dtype=part.dtype, device=home)
-                        if store is None
-                        else store.empty(shape, part.dtype)
-                    )
+                    results.append(empty((images * per_image, *part.shape[1:]), dtype=part.dtype))
                 results[index][start * per_image : (start + len(chosen)) * per_image] = part
             if store is not None:
                 store.trim()
@@ -159,4 +139,5 @@ class Batches:
         return self.data.select(picks[self.world.rank :: self.world.size])
 
     def _pinned(self) -> SliceData:
-        return self._gather().pinned()
+        # A GPU copies from pinned memory while it computes.
+        return self._gather().map(Tensor.pin_memory)

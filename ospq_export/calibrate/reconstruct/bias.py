@@ -6,46 +6,40 @@ calibration inputs instead of derived from BatchNorm.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, fx
 
 from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
-from ospq_export.graph.quantizers import CorrectedBias, Mode, set_mode
+from ospq_export.graph.quantizers import CorrectedBias, Mode, own_quantizers, set_mode
 from ospq_export.graph.rewrite import Tap
+from ospq_export.runs.run import quantizer_tensors
 
 aten = torch.ops.aten
 
 
-class _ChannelMeans:
-    """Mean per output channel of chosen linear and conv2d nodes, over all runs of a tap."""
-
-    def __init__(self, piece: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        self.tap = Tap(piece, dict.fromkeys(nodes, self._add))
-        self.sums: dict[fx.Node, Tensor] = {}
-        self.counts: dict[fx.Node, int] = {}
-
-    def _add(self, _tap: Tap, n: fx.Node, value: Tensor) -> None:
-        axis = 1 if n.target is aten.conv2d.default else -1
-        channels_last = value.movedim(axis, -1).flatten(0, -2)
-        total = channels_last.sum(0, dtype=torch.float64)
-        self.sums[n] = self.sums.get(n, torch.zeros_like(total)) + total
-        self.counts[n] = self.counts.get(n, 0) + len(channels_last)
-
-    def mean(self, node: fx.Node) -> Tensor:
-        return self.sums[node] / self.counts[node]
-
-
 def _means(
     piece: fx.GraphModule, data: SliceData, nodes: set[fx.Node], mode: Mode, device: torch.device
-) -> _ChannelMeans:
+) -> dict[fx.Node, Tensor]:
+    """Mean per output channel of chosen linear and conv2d nodes, float64."""
+    sums: dict[fx.Node, Tensor] = {}
+    counts: Counter[fx.Node] = Counter()
+
+    def add(_tap: Tap, n: fx.Node, value: Tensor) -> None:
+        axis = 1 if n.target is aten.conv2d.default else -1
+        channels_last = value.movedim(axis, -1).flatten(0, -2)
+        sums[n] = sums.get(n, 0.0) + channels_last.sum(0, dtype=torch.float64)
+        counts[n] += len(channels_last)
+
     set_mode(piece, mode)
-    interpreter = _ChannelMeans(piece, nodes)
+    tap = Tap(piece, dict.fromkeys(nodes, add))
     with torch.no_grad():
         for start in range(0, data.images, FORWARD_BATCH):
             part = data.select(slice(start, start + FORWARD_BATCH)).to(device)
             inputs = part.float_input if mode is Mode.FLOAT else part.quantized_input
-            interpreter.tap.run(inputs[0], part.images, *inputs[1:])
-    return interpreter
+            tap.run(inputs[0], part.images, *inputs[1:])
+    return {node: total / counts[node] for node, total in sums.items()}
 
 
 def corrected_biases(piece: fx.GraphModule) -> dict[fx.Node, CorrectedBias]:
@@ -60,6 +54,12 @@ def corrected_biases(piece: fx.GraphModule) -> dict[fx.Node, CorrectedBias]:
         if isinstance(module, CorrectedBias):
             result[node] = module
     return result
+
+
+def learned_tensors(piece: fx.GraphModule) -> dict[str, Tensor]:
+    """All that calibration changes in a slice's own parts, by name: its quantizers' tensors and its biases."""
+    biases = {bias.name: bias.value for bias in corrected_biases(piece).values()}
+    return quantizer_tensors(own_quantizers(piece)) | biases
 
 
 def correct_biases(piece: fx.GraphModule, data: SliceData, device: torch.device) -> None:
@@ -77,4 +77,4 @@ def correct_biases(piece: fx.GraphModule, data: SliceData, device: torch.device)
     for node, bias in biases.items():
         # Measured anew each time: correcting one operator changes the mean of those behind it.
         found = _means(piece, data, {node}, Mode.QUANTIZE, device)
-        bias.value.add_((wanted.mean(node) - found.mean(node)).to(bias.value.dtype))
+        bias.value.add_((wanted[node] - found[node]).to(bias.value.dtype))

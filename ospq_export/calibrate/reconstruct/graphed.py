@@ -65,7 +65,7 @@ class Graphed:
 
     def _record(self, batch: SliceData) -> None:
         """Record without executing: nothing that the step changes has changed afterwards."""
-        graph, held = torch.cuda.CUDAGraph(), batch.clone()
+        graph, held = torch.cuda.CUDAGraph(), batch.map(Tensor.clone)
         try:
             # Of this thread only: another one pins the memory of the next batch meanwhile, which no recording permits.
             with _uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):

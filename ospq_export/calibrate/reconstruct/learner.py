@@ -1,6 +1,6 @@
 """The optimisation loop of one slice: what does not change is computed once, what changes is computed in few passes.
 
-AdaRound's V, LSQ's scales and QDrop's random choices are those of `losses` and `graph.quantize`. What is ours is how a step is
+AdaRound's V, LSQ's scales and QDrop's random choices are those of `rounding` and `formats.kernels`. What is ours is how a step is
 computed: soft weights and the gradient of V in closed form over one flat tensor, fake quantization in blocks, one fused Adam,
 and no value that the host waits for between two looks at the loss.
 """
@@ -21,13 +21,7 @@ from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
 from ospq_export.calibrate.reconstruct.graphed import Graphed, Step
 from ospq_export.calibrate.reconstruct.rounding import SoftRounding, annealed_beta
 from ospq_export.formats.kernels import mix
-from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
-    Mode,
-    WeightQuantizer,
-    own_quantizers,
-    set_mode,
-)
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer, own_quantizers, set_mode
 from ospq_export.graph.slicing import run_slice
 from ospq_export.recipes import Reconstruction
 from ospq_export.world.processes import SOLO, World
@@ -115,19 +109,16 @@ class Learner:
         """One optimisation step; False where the loss is looked at and has diverged."""
         self._anneal(index)
         loss = self.learn(self.batches.next())
-        last = index + 1 == self.settings.iterations
-        if index % self.every and not last:
+        if index % self.every and index + 1 < self.settings.iterations:
             return True
-        seen = loss.clone()
-        self.world.average([seen])
-        return self._look(index, float(seen), keep=index % self.every == 0)
-
-    def _look(self, index: int, loss: float, *, keep: bool) -> bool:
-        if keep:
-            self.losses.append(loss)
+        averaged = loss.clone()
+        self.world.average([averaged])
+        seen = float(averaged)
+        if index % self.every == 0:
+            self.losses.append(seen)
         # Soft rounding begins at the float weights: where no input is quantized or dropped, its first loss is all but zero.
         start = max(self.losses[0], self.objective.before, 1e-12)
-        if math.isfinite(loss) and loss <= DIVERGED * start:
+        if math.isfinite(seen) and seen <= DIVERGED * start:
             return True
         self.diverged_at = index
         return False

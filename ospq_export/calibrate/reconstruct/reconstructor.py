@@ -14,17 +14,11 @@ from torch import Tensor, fx
 from ospq_export.calibrate.objectives import objective_class
 from ospq_export.calibrate.objectives.base import MakeObjective, Objective, weight_quantizers
 from ospq_export.calibrate.reconstruct.activations import SliceData, Tensors, forward
-from ospq_export.calibrate.reconstruct.bias import correct_biases, corrected_biases
+from ospq_export.calibrate.reconstruct.bias import correct_biases, learned_tensors
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.refinement import refine_scales, refinement_images
 from ospq_export.calibrate.reconstruct.store import Store
-from ospq_export.graph.quantizers import (
-    Mode,
-    QuantizedGraph,
-    WeightQuantizer,
-    own_quantizers,
-    set_mode,
-)
+from ospq_export.graph.quantizers import Mode, QuantizedGraph, set_mode
 from ospq_export.graph.slicing import Slice, extract, run_slice
 from ospq_export.recipes import Reconstruction
 from ospq_export.world.processes import SOLO, World
@@ -49,14 +43,6 @@ class SliceMetrics:
     error_after: float
     iterations: int
     kept: bool
-    losses: list[float]
-    warning: str = ""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What one slice's learning came to: the loss where it was looked at, and a warning or nothing."""
-
     losses: list[float]
     warning: str = ""
 
@@ -101,10 +87,11 @@ class Reconstructor:
         if settings.refinement_images > 0:
             head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
-        learned = Learned([])
+        losses: list[float] = []
+        warning = ""
         if settings.iterations > 0:
             objective.normalise_by(self.error(piece, data, objective)[1])
-            learned = self._learn(piece, data, objective, seed)
+            losses, warning = self._learn(piece, data, objective, seed)
         after, loss_after = self.error(piece, data, objective)
         kept = math.isfinite(loss_after) and (loss_after <= loss_before or objective.keeps_worse)
         if not kept:
@@ -112,38 +99,34 @@ class Reconstructor:
             after, loss_after = before, loss_before
         if settings.bias_correction:
             after = self._correct_biases(piece, data, objective, after, loss_after)
-        return SliceMetrics(before, after, settings.iterations, kept, learned.losses, learned.warning)
+        return SliceMetrics(before, after, settings.iterations, kept, losses, warning)
 
-    def _learn(self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int) -> Learned:
-        """Learn; where that diverges once more at a lower rate; where that does too, leave the slice as it was."""
+    def _learn(
+        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int
+    ) -> tuple[list[float], str]:
+        """Learn; where that diverges once more at a lower rate; where that does too, leave the slice as it was.
+
+        Returns:
+            The loss where it was looked at, and a warning or nothing.
+        """
         start, all_losses = _snapshot(piece), []
-        for rate in (1.0, RETRY_RATE):
-            learner = self._attempt(piece, data, objective, seed, rate)
+        devices = [self.device] if self.device.type == "cuda" else []
+        for rate, warning in ((1.0, ""), (RETRY_RATE, "diverged; learned again at a tenth of its rates")):
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
+                for step in range(self.settings.iterations):
+                    self.advance()
+                    if not learner.step(step):
+                        break
+                learner.settle()
             all_losses += learner.losses
             if learner.diverged_at is None:
-                return Learned(
-                    learner.losses, "" if rate == 1.0 else "diverged; learned again at a tenth of its rates"
-                )
+                return learner.losses, warning
             log.warning("a slice diverged at step %d, at %g of its learning rates", learner.diverged_at, rate)
             _restore(piece, start)
-        finite = [loss for loss in all_losses if math.isfinite(loss)]
-        return Learned(
-            finite, "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
-        )
-
-    def _attempt(
-        self, piece: fx.GraphModule, data: SliceData, objective: Objective, seed: int, rate: float
-    ) -> Learner:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            learner = Learner(piece, data, objective, self.settings, self.device, rate, self.world)
-            for step in range(self.settings.iterations):
-                self.advance()
-                if not learner.step(step):
-                    break
-            learner.settle()
-        return learner
+        warning = "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
+        return [loss for loss in all_losses if math.isfinite(loss)], warning
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
@@ -176,16 +159,7 @@ class Reconstructor:
 
 
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
-    """Copies of what calibration can change: codes, scales, offsets and biases of the slice's own parts."""
-    live: list[Tensor] = []
-    for quantizer in own_quantizers(piece):
-        live += (
-            [quantizer.codes]
-            if isinstance(quantizer, WeightQuantizer)
-            else [quantizer.scale, quantizer.offset]
-        )
-    live += [bias.value for bias in corrected_biases(piece).values()]
-    return [(tensor, tensor.clone()) for tensor in live]
+    return [(tensor, tensor.clone()) for tensor in learned_tensors(piece).values()]
 
 
 def _restore(piece: fx.GraphModule, saved: list[tuple[Tensor, Tensor]]) -> None:

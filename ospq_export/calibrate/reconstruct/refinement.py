@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -101,7 +100,6 @@ class _Passes(fx.Interpreter):
         return result[0] if isinstance(result, tuple) else result
 
     def _compute(self, node: fx.Node) -> None:
-        value: Any = self.run_node(node)
-        self.env[node] = value
+        self.env[node] = self.run_node(node)
         for dead in self.user_to_last_uses.get(node, ()):
             del self.env[dead]

@@ -38,12 +38,8 @@ class SoftRounding:
 
     def __init__(self, piece: fx.GraphModule, quantizers: list[WeightQuantizer]) -> None:
         self.quantizers = quantizers
-        sources = [piece.get_buffer(w.constant) for w in quantizers]
-        self.v = nn.Parameter(
-            torch.cat(
-                [w.start_learning(t).detach().flatten() for w, t in zip(quantizers, sources, strict=True)]
-            )
-        )
+        started = [w.start_learning(piece.get_buffer(w.constant)) for w in quantizers]
+        self.v = nn.Parameter(torch.cat([v.detach().flatten() for v in started]))
         parts = [_base_and_gain(w) for w in quantizers]
         self.base, self.gain = (torch.cat(column) for column in zip(*parts, strict=True))
         self.weight = torch.empty_like(self.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import tempfile
@@ -63,15 +64,13 @@ class Store:
             tensor = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         else:
             tensor = self._mapped(shape, dtype, size)
-        self.used[tier] += size
-        self.peak[tier] = max(self.peak[tier], self.used[tier])
-        weakref.finalize(tensor, self._release, tier, size)
+        self._count(tier, size)
+        weakref.finalize(tensor, self._count, tier, -size)
         return tensor
 
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor that the caller brought along, the images, against the budget."""
-        self.used["host"] += tensor.numel() * tensor.element_size()
-        self.peak["host"] = max(self.peak["host"], self.used["host"])
+        self._count("host", tensor.nbytes)
 
     def trim(self) -> None:
         """Give the pages of mapped files back to the system, which keeps their content."""
@@ -82,12 +81,10 @@ class Store:
 
     def trimming(self, advance: Callable[[], None]) -> Callable[[], None]:
         """What to call after each step instead of `advance`, so that mapped pages do not pile up."""
-        steps = 0
+        steps = itertools.count(1)
 
         def stepped() -> None:
-            nonlocal steps
-            steps += 1
-            if steps % _STEPS_PER_TRIM == 0:
+            if next(steps) % _STEPS_PER_TRIM == 0:
                 self.trim()
             advance()
 
@@ -116,8 +113,9 @@ class Store:
         self.maps = [r for r in self.maps if r() is not None] + [weakref.ref(pages)]
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
-    def _release(self, tier: str, size: int) -> None:
-        self.used[tier] -= size
+    def _count(self, tier: str, size: int) -> None:
+        self.used[tier] += size
+        self.peak[tier] = max(self.peak[tier], self.used[tier])
 
 
 def parse_bytes(text: str) -> int:

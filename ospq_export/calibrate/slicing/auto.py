@@ -25,7 +25,6 @@ from ospq_export.calibrate.slicing.plan import (
     PILOT_ERROR_IMAGES,
     TRIAL_RATE,
     Candidate,
-    Plan,
     candidates_of,
     division,
     plan,
@@ -73,14 +72,8 @@ class Trials:
         advance: Callable[[], None] = lambda: None,
         task: Task = CLASSIFY,
     ) -> None:
-        self.task = task
-        self.network, self.recipe, self.device, self.seed, self.advance = (
-            network,
-            recipe,
-            device,
-            seed,
-            advance,
-        )
+        self.network, self.recipe, self.task = network, recipe, task
+        self.device, self.seed, self.advance = device, seed, advance
         learned, judged = division(recipe, len(images))
         self.train = images[:learned]
         self.judge_on(images[-judged:])
@@ -170,38 +163,26 @@ def choose_slicing(
         say: told beforehand, in a line, what will be tried and what it costs, or why nothing is.
         task: what the network's output is.
     """
-    fitting = _fitting(candidates_of(graph, dominances), graph, recipe.reconstruction.batch_size, device)
-    chosen = plan(recipe, len(images), fitting)
+    every, batch_size = candidates_of(graph, dominances), recipe.reconstruction.batch_size
+    # A slice is learned in half of the device's memory; of what is free now no result may depend.
+    most = total_memory(device) // 2
+    fitting = [c for c in every if step_bytes(graph, c.slices, batch_size) <= most]
+    chosen = plan(recipe, len(images), fitting or every[:1])
     say(chosen.summary(recipe, len(images)))
-    if len(chosen.candidates) == 1:
-        winner, records, held = chosen.candidates[0], [_record(chosen.candidates[0])], 0
-    else:
+    winner, held = chosen.candidates[0], 0
+    scores: list[list[float]] = [[]]
+    if len(chosen.candidates) > 1:
         advance, block, observed = advance_of(chosen.steps), slicing_of(graph, "block"), network.state()
         trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance, task)
-        winner, records = _best(trials, chosen)
+        scores = [[trials.run(c, chosen.iterations, chosen.batch_size)] for c in chosen.candidates]
+        winner = chosen.candidates[scores.index(min(scores))]
         network.load_state(observed)
         held = len(trials.judge)
+    records = [
+        CandidateRecord(name=c.name, ends=[s.end for s in c.slices], divergence=found)
+        for c, found in zip(chosen.candidates, scores, strict=True)
+    ]
     record = SlicingRecord(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)
     )
     return winner.slices, record
-
-
-def _best(trials: Trials, plan: Plan) -> tuple[Candidate, list[CandidateRecord]]:
-    scores = [trials.run(c, plan.iterations, plan.batch_size) for c in plan.candidates]
-    winner = plan.candidates[scores.index(min(scores))]
-    return winner, [_record(c, score) for c, score in zip(plan.candidates, scores, strict=True)]
-
-
-def _record(candidate: Candidate, *scores: float) -> CandidateRecord:
-    return CandidateRecord(
-        name=candidate.name, ends=[s.end for s in candidate.slices], divergence=list(scores)
-    )
-
-
-def _fitting(
-    candidates: Sequence[Candidate], graph: fx.Graph, batch_size: int, device: torch.device
-) -> Sequence[Candidate]:
-    """Those whose largest slice can be learned in half of the device's memory; of what is free now no result may depend."""
-    most = total_memory(device) // 2
-    return [c for c in candidates if step_bytes(graph, c.slices, batch_size) <= most] or candidates[:1]

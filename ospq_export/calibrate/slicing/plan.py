@@ -56,7 +56,9 @@ def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> l
         dominances: of the cut points at the atoms' ends.
     """
     pieces = atoms(graph)
-    costs = _end_costs([dominances[p.end] for p in pieces])
+    at_ends = [dominances[p.end] for p in pieces]
+    usual = max(statistics.median(at_ends), 1e-12)
+    costs = [_WEIGHT * min(_MOST_EXCESS, max(0.0, d / usual - 1.0)) for d in at_ends[:-1]] + [0.0]
     ideal = len(pieces) / len(block_slicing(graph))
     best, origin = [0.0], [0]
     for end in range(1, len(pieces) + 1):
@@ -72,12 +74,6 @@ def outlier_aware_slicing(graph: fx.Graph, dominances: Mapping[str, float]) -> l
         groups.insert(0, pieces[origin[end] : end])
         end = origin[end]
     return join(graph, groups)
-
-
-def _end_costs(dominances: Sequence[float]) -> list[float]:
-    usual = max(statistics.median(dominances), 1e-12)
-    excess = [min(_MOST_EXCESS, max(0.0, d / usual - 1.0)) for d in dominances[:-1]]
-    return [*(_WEIGHT * e for e in excess), 0.0]
 
 
 @dataclass(frozen=True)

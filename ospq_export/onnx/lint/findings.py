@@ -38,14 +38,13 @@ class Finding(BaseModel):
 
 
 def name_of(node: Any) -> str:
-    """A node's name, or its first output's where it has none."""
-    return str(node.name or node.output[0])
+    """A node's name, or its first output's where it has none; a name is its own."""
+    return node if isinstance(node, str) else str(node.name or node.output[0])
 
 
 def refusal(rule: str, node: Any, what: str, fix: str) -> Finding:
     """TensorRT refuses the file here."""
-    where = node if isinstance(node, str) else name_of(node)
-    return Finding(rule=rule, severity=Severity.ERROR, node=where, what=what, fix=fix, refused=True)
+    return Finding(rule=rule, severity=Severity.ERROR, node=name_of(node), what=what, fix=fix, refused=True)
 
 
 def different(rule: str, node: Any, what: str, fix: str) -> Finding:

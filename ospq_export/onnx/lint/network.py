@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
@@ -78,10 +76,8 @@ class Network:
     def __init__(self, model: Any, where: Path | None = None) -> None:
         self.graph = OnnxGraph(model, where)
         self.pairs: dict[str, Pair] = {}
-        self.types: dict[str, int] = {}
-        for name, kind in self.graph.dtypes.items():
-            if name not in self.graph.producer:
-                self.types[name] = _as_parsed(kind)
+        given = self.graph.dtypes.keys() - self.graph.producer.keys()
+        self.types = {name: _as_parsed(self.graph.dtypes[name]) for name in given}
         for node in self.graph.nodes:
             self._propagate(node)
 
@@ -95,10 +91,8 @@ class Network:
         first = next((name for name in node.input if name), "")
         for name in node.output:
             kind = dtypes.get(name, TensorProto.UNDEFINED)
-            keeps = kind in (TensorProto.UNDEFINED, dtypes.get(first)) and node.op_type not in (
-                "Cast",
-                "Constant",
-            )
+            own_type = node.op_type in ("Cast", "Constant")
+            keeps = not own_type and kind in (TensorProto.UNDEFINED, dtypes.get(first))
             self.types[name] = self.types.get(first, _as_parsed(kind)) if keeps else _as_parsed(kind)
 
     def _pair(self, node: Any) -> Pair | None:
@@ -110,41 +104,37 @@ class Network:
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             return None
         quantizes = node.op_type == QUANTIZE
-        code: int = TensorProto.INT8
-        if len(node.input) > 2 and node.input[2]:
-            zero = self.types.get(node.input[2], TensorProto.INT8)
-            code = zero if zero in CODES else TensorProto.INT8
-        elif quantizes:
-            code = self.graph.attribute(node, "output_dtype", 0) or TensorProto.INT8
-        elif (data := self.types.get(node.input[0])) in CODES:
-            code = data
-        return Pair(node, quantizes, code)
+        zero = len(node.input) > 2 and node.input[2]
+        if quantizes and not zero:
+            return Pair(node, True, self.graph.attribute(node, "output_dtype", 0) or TensorProto.INT8)
+        code = self.types.get(zero or node.input[0], 0)
+        return Pair(node, quantizes, code if code in CODES else TensorProto.INT8)
 
     def _dequantized(self, pair: Pair) -> int:
         written = self.graph.attribute(pair.node, "output_dtype", 0)
         return _as_parsed(written) if written else self.types.get(pair.scale, TensorProto.FLOAT)
 
-    def values(self, name: str) -> NDArray[Any] | None:
-        """A constant's values where the parser knows them: initializers and Constant nodes; None otherwise."""
-        found = self.graph.array(name)
-        return None if found is None else np.asarray(found)
-
-    def zero_values(self, name: str) -> NDArray[Any] | None:
+    def zero_values(self, name: str) -> Any:
         """A zero point's values as the parser finds them: past Identity and Cast too; None where it does not."""
-        node = self.graph.producer.get(name)
-        while name not in self.graph.constants and node is not None and node.op_type in ("Identity", "Cast"):
-            name = node.input[0]
-            node = self.graph.producer.get(name)
-        return self.values(name)
+        return self.graph.array(self.graph.behind(name, ("Identity", "Cast")))
 
     def shape(self, name: str) -> list[int] | None:
         """A tensor's dimensions, 0 where unknown or symbolic; None where not even their number is known."""
         return self.graph.shapes.get(name)
 
+    def ranks(self, node: Any) -> list[int]:
+        """How many dimensions a node's first two inputs have; 0 where that is not known."""
+        return [len(self.shape(name) or ()) for name in node.input[:2]]
+
     def axis(self, pair: Pair) -> int:
         """Its axis as the parser reads it, negative ones too."""
         default = 0 if self.graph.opset < 13 else 1
         return int(self.graph.attribute(pair.node, "axis", default))
+
+
+def shown(kind: int) -> str:
+    """An element type's name for people."""
+    return TensorProto.DataType.Name(kind).lower()
 
 
 def _as_parsed(kind: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ospq_export.onnx.lint.findings import Finding, different, refusal, warning
-from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair
+from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair, shown
 from ospq_export.onnx.view import QUANTIZE
 
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "SpaceToDepth", "DepthToSpace"}
@@ -53,7 +53,7 @@ def _ends_in_reshape(network: Network, node: Any) -> bool:
 
     A reshape of dequantized values goes where the DequantizeLinear goes, and does no harm.
     """
-    ranks = [len(network.shape(name) or ()) for name in node.input[:2]]
+    ranks = network.ranks(node)
     if node.op_type in ("MatMul", "Einsum"):
         return max(ranks) > 3 or (ranks[0] > 2 and ranks[1] == 2)
     if node.op_type in _RESHAPES:
@@ -67,21 +67,16 @@ _INT8 = "use int8 with a zero_point of 0"
 def zero_points(network: Network) -> Iterator[Finding]:
     """TensorRT takes constant zero points of 0, as many as there are scales; of FP8 it does not look at them."""
     for pair in network.pairs.values():
-        if not pair.zero:
-            yield from _missing(network, pair)
-        elif pair.format != TensorProto.FLOAT8E4M3FN:
+        standard = pair.node.op_type == QUANTIZE
+        if pair.zero and pair.format != TensorProto.FLOAT8E4M3FN:
             yield from _zero_point(network, pair)
-
-
-def _missing(network: Network, pair: Pair) -> Iterator[Finding]:
-    standard = pair.node.op_type == "QuantizeLinear"
-    if standard and not network.graph.attribute(pair.node, "output_dtype", 0):
-        yield warning(
-            "zero-point-missing",
-            pair.node,
-            "no zero_point: ONNX and ONNX Runtime take uint8 here, TensorRT int8",
-            "write out an int8 zero_point of 0",
-        )
+        elif not pair.zero and standard and not network.graph.attribute(pair.node, "output_dtype", 0):
+            yield warning(
+                "zero-point-missing",
+                pair.node,
+                "no zero_point: ONNX and ONNX Runtime take uint8 here, TensorRT int8",
+                "write out an int8 zero_point of 0",
+            )
 
 
 def _zero_point(network: Network, pair: Pair) -> Iterator[Finding]:
@@ -116,13 +111,13 @@ def datatypes(network: Network) -> Iterator[Finding]:
         written = network.graph.attribute(pair.node, "output_dtype", 0)
         if zero and zero not in CODES:
             yield different(
-                "datatype", pair.node, f"{_shown(zero)} codes: TensorRT silently reads them as int8", _INT8
+                "datatype", pair.node, f"{shown(zero)} codes: TensorRT silently reads them as int8", _INT8
             )
         if written and pair.quantizes:
             if (written not in CODES and not zero) or (written not in (*CODES, TensorProto.UINT8)):
-                yield refusal("datatype", pair.node, f"{_shown(written)} codes", _INT8)
+                yield refusal("datatype", pair.node, f"{shown(written)} codes", _INT8)
             elif zero and zero != written:
-                what = f"output_dtype {_shown(written)} beside a {_shown(zero)} zero_point"
+                what = f"output_dtype {shown(written)} beside a {shown(zero)} zero_point"
                 yield refusal("datatype", pair.node, what, "make them one type")
         if not pair.quantizes:
             yield from _read_codes(network, pair)
@@ -131,14 +126,10 @@ def datatypes(network: Network) -> Iterator[Finding]:
 def _read_codes(network: Network, pair: Pair) -> Iterator[Finding]:
     given = network.types.get(pair.data, 0)
     if given and given not in CODES:
-        yield refusal("datatype", pair.node, f"dequantizes {_shown(given)}", _INT8)
+        yield refusal("datatype", pair.node, f"dequantizes {shown(given)}", _INT8)
     elif given and given != pair.format:
-        what = f"dequantizes {_shown(given)} codes as {_shown(pair.format)}"
+        what = f"dequantizes {shown(given)} codes as {shown(pair.format)}"
         yield refusal("datatype", pair.node, what, "give the zero_point the codes' type")
-
-
-def _shown(kind: int) -> str:
-    return TensorProto.DataType.Name(kind).lower()
 
 
 def scales(network: Network) -> Iterator[Finding]:
@@ -150,7 +141,7 @@ def scales(network: Network) -> Iterator[Finding]:
 
 
 def _scale_values(network: Network, pair: Pair) -> Iterator[Finding]:
-    values = network.values(pair.scale)
+    values = network.graph.array(pair.scale)
     if values is None:
         if not network.graph.is_constant(pair.scale):
             yield warning(
@@ -175,39 +166,28 @@ def _scale_shape(network: Network, pair: Pair) -> Iterator[Finding]:
     shape, data = network.shape(pair.scale), network.shape(pair.data)
     if shape is None or data is None or 0 in shape:
         return
-    problem = scale_problem(shape, data, network.axis(pair))
-    if problem:
-        yield refusal(
-            "scale-shape", pair.node, problem, "one scale per tensor, per index of the axis, or per block"
-        )
+    if problem := _scale_problem(shape, data, network.axis(pair)):
+        fix = "one scale per tensor, per index of the axis, or per block"
+        yield refusal("scale-shape", pair.node, problem, fix)
 
 
-def scale_problem(shape: list[int], data: list[int], axis: int) -> str:
-    """What the parser has against a scale's shape; empty where nothing.
-
-    Args:
-        shape: the scale's.
-        data: the tensor's that it scales; 0 where a dimension is unknown.
-        axis: of the operator, as written.
-    """
+def _scale_problem(shape: list[int], data: list[int], axis: int) -> str:
+    """What the parser has against a scale's shape for data of a shape, 0 where unknown; empty where nothing."""
     if int(np.prod(shape)) == 1:
         return f"one scale written with rank {len(shape)}" if len(shape) > 1 else ""
     if not -len(data) <= axis < len(data):
         return f"axis {axis} of a tensor of rank {len(data)}"
     axis %= len(data)
     if len(shape) == 1:
-        wanted = data[axis]
-        return (
-            f"{shape[0]} scales along axis {axis} of length {wanted}" if wanted not in (0, shape[0]) else ""
-        )
+        fits = data[axis] in (0, shape[0])
+        return "" if fits else f"{shape[0]} scales along axis {axis} of length {data[axis]}"
     if len(shape) != len(data):
         return f"scales of rank {len(shape)} for a tensor of rank {len(data)}"
     if any(d and s != d for i, (s, d) in enumerate(zip(shape, data, strict=True)) if i != axis):
         return f"scales {shape} for {data}: only axis {axis} may have blocks"
-    if data[axis] and data[axis] % shape[axis]:
+    if data[axis] % shape[axis]:
         return f"{shape[axis]} blocks do not divide axis {axis} of length {data[axis]}"
-    whole = data[axis] == shape[axis]
-    return "a scale for every element" if whole and 0 not in data else ""
+    return "a scale for every element" if data[axis] == shape[axis] and 0 not in data else ""
 
 
 def _packing(network: Network, pair: Pair) -> Iterator[Finding]:

@@ -12,78 +12,38 @@ from typing import Any
 from onnx import TensorProto
 
 from ospq_export.onnx.lint.findings import Finding, refusal
-from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair
+from ospq_export.onnx.lint.network import CODES, FLOATS, PRODUCTS, Network, Pair, shown
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
 # Operators whose inputs must have one type.
 _ONE_TYPE = {
     *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "Pow", "PRelu", "Equal", "Greater", "Less"),
-    *("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Concat"),
+    *("Concat", *PRODUCTS),
 }
 # Operators that need a float: the parser, or the builder after it, refuses int8 there.
 _NOT_ON_CODES = {
-    *(
-        "Elu",
-        "Selu",
-        "Celu",
-        "Sigmoid",
-        "Tanh",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Gelu",
-        "Mish",
-        "Softplus",
-        "Floor",
-        "Ceil",
-    ),
-    *("Round", "Not", "Sin", "Cos", "IsNaN", "Softmax", "LogSoftmax", "Hardmax", "ReduceMean", "ReduceL2"),
-    *("NonZero", "LpNormalization", "GlobalAveragePool", "MeanVarianceNormalization", "BatchNormalization"),
-    *(
-        "LayerNormalization",
-        "InstanceNormalization",
-        "GroupNormalization",
-        "Pow",
-        "And",
-        "Or",
-        "Mod",
-        "CumSum",
-    ),
-    *("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"),
+    *("Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Log", "Sqrt", "Gelu", "Mish", "Softplus", "Floor"),
+    *("Ceil", "Round", "Not", "Sin", "Cos", "IsNaN", "Softmax", "LogSoftmax", "Hardmax", "ReduceMean"),
+    *("ReduceL2", "NonZero", "LpNormalization", "GlobalAveragePool", "MeanVarianceNormalization"),
+    *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+    *("Pow", "And", "Or", "Mod", "CumSum", *PRODUCTS),
 }
 # All that codes other than int8 may pass through.
 _SHUFFLES = {
-    "Concat",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Identity",
-    "Shape",
-    "Dropout",
+    *("Concat", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Dropout"),
 }
 _PARAMETER_INPUTS = {"Clip": (1, 2), "Pad": (2,), QUANTIZE: (2,), DEQUANTIZE: (2,)}
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
+def _table() -> dict[str, list[str]]:
+    """What the parser takes, by name: operators, whatever their domain, and element types of constants."""
     return dict(json.loads(resources.files("ospq_export.onnx.lint").joinpath("operators.json").read_text()))
-
-
-def imported_operators() -> frozenset[str]:
-    """Names of the operators that the parser has an importer for; it does not look at their domain."""
-    return frozenset(_table()["operators"])
-
-
-def constant_types() -> frozenset[str]:
-    """Names of the element types that a constant may have."""
-    return frozenset(_table()["constants"])
 
 
 def operators(network: Network) -> Iterator[Finding]:
     """The parser has an importer for the operator."""
-    known = imported_operators()
+    known = _table()["operators"]
     for node in network.graph.nodes:
         if node.op_type not in known:
             domain = f"{node.domain}::" if node.domain else ""
@@ -97,7 +57,7 @@ def operators(network: Network) -> Iterator[Finding]:
 
 def constants(network: Network) -> Iterator[Finding]:
     """Constants have a type that the parser takes."""
-    taken = constant_types()
+    taken = _table()["constants"]
     for name, tensor in network.graph.constants.items():
         kind = TensorProto.DataType.Name(tensor.data_type)
         if kind not in taken:
@@ -109,9 +69,8 @@ def constants(network: Network) -> Iterator[Finding]:
 
 def names(network: Network) -> Iterator[Finding]:
     """No Q or DQ is named like an operator before it: the parser names its layers after the nodes."""
-    layers = network.graph.layer_names
     seen: set[str] = set()
-    for kind, name in layers:
+    for kind, name in network.graph.layer_names:
         if name and name in seen and kind.endswith((QUANTIZE, DEQUANTIZE)):
             yield refusal(
                 "name-twice", name, f"a second operator of this name, a {kind}", "give it another name"
@@ -126,11 +85,10 @@ def names(network: Network) -> Iterator[Finding]:
 
 def outputs_computed_twice(network: Network) -> Iterator[Finding]:
     """No two constants have one name."""
-    count = Counter(name for node in network.graph.nodes for name in node.output if name)
+    graph = network.graph
+    count = Counter(name for node in graph.nodes for name in node.output if name)
     for name, times in count.items():
-        if times > 1 or (
-            name in network.graph.constants and network.graph.producer[name].op_type != "Constant"
-        ):
+        if times > 1 or (name in graph.constants and graph.operator(name) != "Constant"):
             yield refusal("name-twice", name, "computed twice", "give each tensor a name of its own")
 
 
@@ -139,18 +97,17 @@ def types(network: Network) -> Iterator[Finding]:
     for node in network.graph.nodes:
         if node.op_type not in _ONE_TYPE:
             continue
-        found = [network.types.get(name, 0) for name in node.input if name]
-        known = {kind for kind in found if kind in FLOATS or kind in CODES}
+        known = {network.types.get(name, 0) for name in node.input if name} & (FLOATS | CODES.keys())
         if node.op_type == "ConvTranspose" and known == {TensorProto.BFLOAT16}:
             yield refusal(
                 "types-differ", node, "a ConvTranspose in bfloat16", "compute it in float16 or float32"
             )
         if len(known) > 1:
-            shown = " and ".join(sorted(TensorProto.DataType.Name(kind).lower() for kind in known))
+            kinds = " and ".join(sorted(map(shown, known)))
             yield refusal(
                 "types-differ",
                 node,
-                f"{node.op_type} of {shown}: a DequantizeLinear gives the type of its scale",
+                f"{node.op_type} of {kinds}: a DequantizeLinear gives the type of its scale",
                 "make the types equal, with Cast or output_dtype",
             )
 
@@ -165,9 +122,8 @@ def codes(network: Network) -> Iterator[Finding]:
         parameters = _PARAMETER_INPUTS.get(node.op_type, ())
         for index, name in enumerate(node.input):
             kind = network.types.get(name, 0)
-            if index in parameters or kind not in CODES:
-                continue
-            yield from _code_reader(network, node, name, kind)
+            if index not in parameters and kind in CODES:
+                yield from _code_reader(network, node, name, kind)
     yield from _code_constants(network)
 
 
@@ -182,10 +138,8 @@ def _code_reader(network: Network, node: Any, name: str, kind: int) -> Iterator[
             "put DequantizeLinear first, or store what it gives",
         )
     elif node.op_type in _NOT_ON_CODES or (kind != TensorProto.INT8 and node.op_type not in _SHUFFLES):
-        shown = TensorProto.DataType.Name(kind).lower()
-        yield refusal(
-            "codes-read", node, f"{node.op_type} of {shown} codes", "put DequantizeLinear in front of it"
-        )
+        what = f"{node.op_type} of {shown(kind)} codes"
+        yield refusal("codes-read", node, what, "put DequantizeLinear in front of it")
 
 
 def _padded_codes(network: Network, node: Any) -> Iterator[Finding]:
@@ -193,7 +147,7 @@ def _padded_codes(network: Network, node: Any) -> Iterator[Finding]:
     written = node.op_type == "Pad" and len(node.input) > 2 and node.input[2]
     if not written or network.types.get(node.input[0], 0) not in CODES:
         return
-    pads = network.values(node.input[1])
+    pads = network.graph.array(node.input[1])
     if network.graph.attribute(node, "mode", b"constant") == b"constant" and (pads is None or pads.any()):
         yield refusal("codes-constant", node, "Pad of codes with a constant", "leave the value 0 out")
 
@@ -209,9 +163,8 @@ def _code_constants(network: Network) -> Iterator[Finding]:
     graph = network.graph
     for pair in network.pairs.values():
         yield from _codes_into_body(network, pair)
-        maker = graph.producer.get(pair.data)
-        computed = maker is not None and maker.op_type == "ConstantOfShape"
-        scalar = graph.constants.get(pair.data) is not None and not network.shape(pair.data)
+        computed = graph.operator(pair.data) == "ConstantOfShape"
+        scalar = pair.data in graph.constants and not network.shape(pair.data)
         if not pair.quantizes and (scalar or computed):
             yield refusal(
                 "codes-constant",

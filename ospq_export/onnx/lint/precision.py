@@ -16,6 +16,8 @@ from ospq_export.onnx.lint.network import PRODUCTS, Network
 from ospq_export.onnx.lint.trace import InFloat, Operand, Tracer, is_layer
 
 QUANTIZED = ("int8", "fp8", "fp4")
+_Operands = tuple[Operand, ...]
+_Axes = tuple[frozenset[int], frozenset[int]]
 
 
 @dataclass(frozen=True)
@@ -52,40 +54,36 @@ def _kind(network: Network, node: Any) -> ProductKind:
     spatial = len(network.shape(node.input[0]) or ()) - 2 if node.op_type.startswith("Conv") else 0
     tracer = Tracer(network, network.graph.scope(node), spatial)
     operands = tuple(tracer.trace(name) for name in node.input[:2])
-    in_float = [o for o in operands if isinstance(o, InFloat)]
+    in_float = {i: o for i, o in enumerate(operands) if isinstance(o, InFloat)}
     if node.op_type == "ConvTranspose" and not in_float:
         return ProductKind(node, "float", operands, reason="ConvTranspose runs in float")
     if in_float or len(operands) != 2:
-        bare = [f"operand {i} {o.reason}" for i, o in enumerate(operands) if isinstance(o, InFloat)] or [
-            "it has not two operands"
-        ]
-        culprit = next((o.culprit for o in in_float if o.culprit is not None), None)
-        return ProductKind(node, "float", operands, reason="; ".join(bare), culprit=culprit)
-    return _both_quantized(network, node, [o for o in operands if isinstance(o, Operand)])
+        reason = "; ".join(f"operand {i} {o.reason}" for i, o in in_float.items())
+        culprit = next((o.culprit for o in in_float.values() if o.culprit is not None), None)
+        reason = reason or "it has not two operands"
+        return ProductKind(node, "float", operands, reason=reason, culprit=culprit)
+    return _both_quantized(network, node, tuple(o for o in operands if isinstance(o, Operand)))
 
 
-def _both_quantized(network: Network, node: Any, operands: list[Operand]) -> ProductKind:
-    both = tuple(operands)
+def _both_quantized(network: Network, node: Any, operands: _Operands) -> ProductKind:
     allowed = _free_axes(network, node, operands)
     reason, culprit = _kept_in_float(network, node, operands, allowed)
     if reason:
-        return ProductKind(node, "float", both, reason=reason, culprit=culprit)
+        return ProductKind(node, "float", operands, reason=reason, culprit=culprit)
     wrong = any(o.blocked and o.axes - allowed[i] for i, o in enumerate(operands))
     rule, refused = _unbuildable(network, node, operands, wrong)
     if refused:
-        return ProductKind(node, "float", both, refused=refused, rule=rule)
+        return ProductKind(node, "float", operands, refused=refused, rule=rule)
     formats = {o.format for o in operands}
     if len(formats) > 1:
         return _mixed(node, operands)
     format_ = formats.pop()
     if format_ not in QUANTIZED:
-        return ProductKind(node, "float", both, reason=f"there is no product of {format_} by {format_}")
-    return ProductKind(node, format_, both, miscomputed=wrong)
+        return ProductKind(node, "float", operands, reason=f"there is no product of {format_} by {format_}")
+    return ProductKind(node, format_, operands, miscomputed=wrong)
 
 
-def _kept_in_float(
-    network: Network, node: Any, operands: list[Operand], allowed: tuple[frozenset[int], frozenset[int]]
-) -> tuple[str, Any]:
+def _kept_in_float(network: Network, node: Any, operands: _Operands, allowed: _Axes) -> tuple[str, Any]:
     """Why two quantized operands are multiplied in float, and the node to blame; an empty reason where they are not."""
     computed = [index for index, operand in enumerate(operands) if not operand.constant]
     entering = computed and all(_enters_unchanged(network, node, operands, index) for index in computed)
@@ -108,7 +106,7 @@ def _kept_in_float(
     return "", None
 
 
-def _enters_unchanged(network: Network, node: Any, operands: list[Operand], index: int) -> bool:
+def _enters_unchanged(network: Network, node: Any, operands: _Operands, index: int) -> bool:
     """Whether an operand comes into the branch of an If dequantized, and no layer lies before the product there.
 
     TensorRT moves a DequantizeLinear into the branch together with such a layer; some products bring one, a reshape.
@@ -134,7 +132,7 @@ def _reads_more(network: Network, node: Any) -> bool:
     operands = {_entry(network, name, scope) for name in node.input[:2]}
     inside = [other for other in graph.nodes if graph.scope(other) == scope]
     pairs = [pair for pair in network.pairs.values() if graph.scope(pair.node) == scope]
-    own = _depends_on(network, node)
+    own = graph.ancestors(node.input)
     if any(pair.quantizes and pair.node.output[0] not in own for pair in pairs):
         return True
     scales = {pair.scale for pair in pairs}
@@ -148,19 +146,6 @@ def _reads_more(network: Network, node: Any) -> bool:
     return False
 
 
-def _depends_on(network: Network, node: Any) -> set[str]:
-    """Names of all computed tensors that a node's result depends on."""
-    known: set[str] = set()
-    waiting = list(node.input)
-    while waiting:
-        name = waiting.pop()
-        maker = network.graph.producer.get(name)
-        if maker is not None and name not in known:
-            known.add(name)
-            waiting.extend(maker.input)
-    return known
-
-
 def _entry(network: Network, name: str, scope: tuple[str, ...]) -> str:
     """The tensor from outside of a branch that becomes `name` in it, past operators that are no layers."""
     maker = network.graph.producer.get(name)
@@ -170,7 +155,7 @@ def _entry(network: Network, name: str, scope: tuple[str, ...]) -> str:
     return name
 
 
-def _unbuildable(network: Network, node: Any, operands: list[Operand], wrong: bool) -> tuple[str, str]:
+def _unbuildable(network: Network, node: Any, operands: _Operands, wrong: bool) -> tuple[str, str]:
     """The rule and the reason by which the builder refuses two quantized operands; an empty reason where it does not."""
     if any(o.computed for o in operands):
         return "scale-computed", "a computed scale: it ends the builder's process"
@@ -178,30 +163,28 @@ def _unbuildable(network: Network, node: Any, operands: list[Operand], wrong: bo
         return "codes-joined", "Concat joins dequantized constants to an operand"
     half = network.types.get(node.input[0]) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     if node.op_type == "Conv" and half and network.shape(operands[1].pair.scale) == [1]:
-        return (
-            "scale-shape",
-            "a convolution in 16 bits whose weight's one scale is written with shape [1], not []",
-        )
-    if wrong and len({len(network.shape(name) or ()) for name in node.input[:2]}) > 1:
+        what = "a convolution in 16 bits whose weight's one scale is written with shape [1], not []"
+        return "scale-shape", what
+    if wrong and len(set(network.ranks(node))) > 1:
         return "blocks", "scales in blocks beside an operand of another rank"
     return "", ""
 
 
-def _mixed(node: Any, operands: list[Operand]) -> ProductKind:
+def _mixed(node: Any, operands: _Operands) -> ProductKind:
     """int4 beside int8 is unpacked to int8 first, but not a constant of one scale; no other two formats are multiplied."""
     formats = {o.format for o in operands}
     if formats == {"int8", "int4"} and node.op_type != "Conv":
         four = next(o for o in operands if o.format == "int4")
         if not four.constant or four.axes:
-            return ProductKind(node, "int8", tuple(operands), miscomputed=four.blocked)
+            return ProductKind(node, "int8", operands, miscomputed=four.blocked)
     shown = " by ".join(o.format for o in operands)
-    return ProductKind(node, "float", tuple(operands), refused=f"it multiplies {shown}")
+    return ProductKind(node, "float", operands, refused=f"it multiplies {shown}")
 
 
-def _free_axes(network: Network, node: Any, operands: list[Operand]) -> tuple[frozenset[int], frozenset[int]]:
+def _free_axes(network: Network, node: Any, operands: _Operands) -> _Axes:
     """Axes of both operands that the product does not sum over and that it does not share: scales may vary along them."""
     attribute = network.graph.attribute
-    ranks = [len(network.shape(name) or ()) for name in node.input[:2]]
+    ranks = network.ranks(node)
     if node.op_type == "MatMul":
         # Rows of a batch are scaled apart only where no operand is broadcast, and never by a constant behind the DQ.
         rows = ranks[0] == 2 or (ranks[0] > 2 and ranks[0] == ranks[1] and not operands[0].scaled)

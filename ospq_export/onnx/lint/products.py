@@ -8,7 +8,7 @@ from typing import Any
 from ospq_export.onnx.lint.findings import Finding, different, name_of, refusal, warning
 from ospq_export.onnx.lint.network import Network
 from ospq_export.onnx.lint.precision import ProductKind, product_kinds
-from ospq_export.onnx.lint.trace import MOVES, SAME_ON_CODES, InFloat, Operand
+from ospq_export.onnx.lint.trace import MOVES, SAME_ON_CODES, Operand
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
 
 
@@ -61,11 +61,11 @@ def _requantized_by_computed(network: Network, kinds: list[ProductKind]) -> Iter
 
 def _joined_by_computed(network: Network) -> Iterator[Finding]:
     """The builder fails on a Concat of values that computed scales dequantize."""
-    for node in network.graph.nodes:
-        pairs = [network.pairs.get(network.graph.behind(name, MOVES | SAME_ON_CODES)) for name in node.input]
+    graph = network.graph
+    for node in graph.nodes:
+        pairs = [network.pairs.get(graph.behind(name, MOVES | SAME_ON_CODES)) for name in node.input]
         if node.op_type == "Concat" and all(
-            pair is not None and not pair.quantizes and not network.graph.is_constant(pair.scale)
-            for pair in pairs
+            pair and not pair.quantizes and not graph.is_constant(pair.scale) for pair in pairs
         ):
             what = "Concat of values that were dequantized with a computed scale"
             yield refusal("scale-computed", node, what, "make the scale a constant")
@@ -101,7 +101,7 @@ def _scales_astray(network: Network, product: ProductKind) -> Iterator[Finding]:
 
 def _four_bits(product: ProductKind) -> Iterator[Finding]:
     quantized = [o for o in product.operands if isinstance(o, Operand)]
-    if len(quantized) < 2 or any(isinstance(o, InFloat) for o in product.operands):
+    if len(quantized) < 2:
         return
     for operand in quantized:
         if operand.blocked and product.miscomputed:
@@ -123,11 +123,9 @@ def _four_bits(product: ProductKind) -> Iterator[Finding]:
 def doubled(network: Network) -> Iterator[Finding]:
     """No pair directly follows another."""
     for pair in network.pairs.values():
-        source = network.graph.producer.get(pair.data)
-        if pair.quantizes and source is not None and source.op_type == DEQUANTIZE:
-            yield warning(
-                "doubled", pair.node, f"requantizes what {name_of(source)} dequantized", "keep one pair"
-            )
+        if pair.quantizes and network.graph.operator(pair.data) == DEQUANTIZE:
+            what = f"requantizes what {name_of(network.graph.producer[pair.data])} dequantized"
+            yield warning("doubled", pair.node, what, "keep one pair")
 
 
 def attention(network: Network) -> Iterator[Finding]:
@@ -136,10 +134,8 @@ def attention(network: Network) -> Iterator[Finding]:
     for node in graph.nodes:
         if not graph.reads_softmax(node):
             continue
-        probabilities = graph.source(node.input[0])
-        if probabilities is not None and probabilities.op_type == DEQUANTIZE:
-            quantizer = graph.source(probabilities.input[0])
-            before = None if quantizer is None else graph.source(quantizer.input[0])
+        if graph.source(node.input[0]).op_type == DEQUANTIZE:
+            before = graph.source(node.input[0], 3)
             yield from _breaker(node, before, "between the softmax and its quantizer")
         for reader in _after(graph, node.output[0]):
             if reader.op_type in ("Clip", "Sub") and _feeds_quantizer(graph, reader):
@@ -173,22 +169,15 @@ def key_transpose(network: Network) -> Iterator[Finding]:
     """K is quantized before its transpose: quantized after it, the product that made it drops to half precision."""
     graph = network.graph
     for node in graph.nodes:
-        if node.op_type != "MatMul":
+        if node.op_type != "MatMul" or graph.operator(node.input[1]) != DEQUANTIZE:
             continue
-        dequantizer = graph.producer.get(node.input[1])
-        if dequantizer is None or dequantizer.op_type != DEQUANTIZE:
-            continue
-        quantizer = graph.producer.get(dequantizer.input[0])
+        quantizer = graph.producer.get(graph.producer[node.input[1]].input[0])
         if quantizer is None or quantizer.op_type != QUANTIZE or graph.is_constant(quantizer.input[0]):
             continue
-        source = graph.producer.get(quantizer.input[0])
-        if source is None or source.op_type != "Transpose":
+        if graph.operator(quantizer.input[0]) != "Transpose":
             continue
+        source = graph.producer[quantizer.input[0]]
         permutation = list(graph.attribute(source, "perm", []))
         if permutation and permutation[-1] != len(permutation) - 1:
-            yield warning(
-                "key-transposed-first",
-                quantizer,
-                f"quantizes what {name_of(source)} transposed",
-                "put Q and DQ before the transpose",
-            )
+            what = f"quantizes what {name_of(source)} transposed"
+            yield warning("key-transposed-first", quantizer, what, "put Q and DQ before the transpose")

@@ -11,19 +11,8 @@ from ospq_export.onnx.lint.network import CODES, Network, Pair
 
 # What only moves values or picks some of them.
 MOVES = {
-    *(
-        "Identity",
-        "Dropout",
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Slice",
-        "Split",
-        "Gather",
-    ),
-    *("GatherND", "GatherElements", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "TopK"),
+    *("Identity", "Dropout", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split"),
+    *("Gather", "GatherND", "GatherElements", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "TopK"),
 }
 # What vanishes where it leaves the shape as it is.
 _SHAPES_ONLY = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile"}
@@ -82,15 +71,11 @@ class Tracer:
     def trace(self, name: str) -> Operand | InFloat:
         """What is known of the tensor `name` as an operand."""
         found = self._found(name)
-        if isinstance(found, Operand) and found.outside and self._changes_inside(name):
-            return replace(found, outside=False)
+        if isinstance(found, Operand) and found.outside:
+            node = self.network.graph.producer[name]
+            changed = self.network.graph.scope(node) == self.scope and is_layer(self.network, node)
+            return replace(found, outside=not changed)
         return found
-
-    def _changes_inside(self, name: str) -> bool:
-        """Whether the node that computes a tensor is a layer in the product's own branch."""
-        graph = self.network.graph
-        node = graph.producer[name]
-        return graph.scope(node) == self.scope and is_layer(self.network, node)
 
     def _found(self, name: str) -> Operand | InFloat:
         node = self.network.graph.producer.get(name)
@@ -113,24 +98,23 @@ class Tracer:
 
     def _dequantized(self, pair: Pair) -> Operand | InFloat:
         graph = self.network.graph
-        constant = graph.is_constant(pair.data)
         crossed = self.scope[len(graph.scope(pair.node)) :]
-        computed = not graph.is_constant(pair.scale)
-        outside = any(level.startswith("If:") for level in crossed)
         scale, data = self.network.shape(pair.scale) or [], self.network.shape(pair.data) or []
-        axes: frozenset[int] = frozenset()
-        blocked = len(scale) > 1
-        if len(scale) == 1 and scale[0] != 1 and data:
-            axes = frozenset({self.network.axis(pair) % len(data)})
-        elif blocked:
-            axes = frozenset(i for i, size in enumerate(scale) if size != 1)
+        axes = frozenset(i for i, size in enumerate(scale) if size != 1)
+        if len(scale) == 1 and axes:
+            axes = frozenset({self.network.axis(pair) % len(data)} if data else ())
         return Operand(
-            pair, CODES.get(pair.format, "int8"), axes, blocked, constant, outside=outside, computed=computed
+            pair,
+            CODES.get(pair.format, "int8"),
+            axes,
+            blocked=len(scale) > 1,
+            constant=graph.is_constant(pair.data),
+            outside=any(level.startswith("If:") for level in crossed),
+            computed=not graph.is_constant(pair.scale),
         )
 
     def _stopped(self, node: Any) -> InFloat:
-        behind = any(isinstance(self.trace(name), Operand) for name in node.input if name)
-        if behind:
+        if any(isinstance(self.trace(name), Operand) for name in node.input if name):
             return InFloat(f"is quantized, but {node.op_type} lies between", node)
         return InFloat("is not quantized")
 
@@ -143,7 +127,7 @@ class Tracer:
         if node.op_type != "Pad":
             return False
         mode = self.network.graph.attribute(node, "mode", b"constant")
-        pads = self.network.values(node.input[1]) if len(node.input) > 1 else None
+        pads = self.network.graph.array(node.input[1]) if len(node.input) > 1 else None
         if mode != b"constant" or (pads is not None and not pads.any()):
             return True
         return self._convolution_takes(node, pads)
@@ -151,7 +135,7 @@ class Tracer:
     def _convolution_takes(self, node: Any, pads: Any) -> bool:
         """Whether a Pad of zeros becomes the padding of the convolution behind it."""
         value = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        filled = self.network.values(value) if value else np.zeros(())
+        filled = self.network.graph.array(value) if value else np.zeros(())
         if self.spatial < 2 or pads is None or filled is None or filled.any() or len(node.input) > 3:
             return False
         half = len(pads) // 2
@@ -190,10 +174,9 @@ class Tracer:
     def _concatenated(self, node: Any) -> Operand | InFloat:
         found = [self.trace(name) for name in node.input]
         bare = [part for part in found if isinstance(part, InFloat)]
-        if bare:
-            known = any(isinstance(part, Operand) for part in found)
-            return InFloat("is quantized in part only", node) if known else bare[0]
         parts = [part for part in found if isinstance(part, Operand)]
+        if bare:
+            return InFloat("is quantized in part only", node) if parts else bare[0]
         if len({part.format for part in parts}) > 1:
             return InFloat("joins codes of several formats", node)
         rank = len(self.network.shape(node.output[0]) or [0])
@@ -205,7 +188,7 @@ class Tracer:
         return replace(parts[0], axes=axes, blocked=any(p.blocked for p in parts), joined=joined)
 
     def _scale_key(self, operand: Operand) -> Any:
-        values = self.network.values(operand.pair.scale)
+        values = self.network.graph.array(operand.pair.scale)
         return operand.pair.scale if values is None else values.astype(np.float64).tobytes()
 
     def _scaled(self, node: Any) -> Operand | InFloat:
@@ -228,8 +211,7 @@ class Tracer:
 
     def _chosen(self, node: Any) -> Operand | InFloat:
         """Past a choice among parts of one tensor."""
-        names = list(node.input)[_CHOICES[node.op_type]]
-        found = [self.trace(name) for name in names]
+        found = [self.trace(name) for name in node.input[_CHOICES[node.op_type]]]
         parts = [part for part in found if isinstance(part, Operand)]
         if len(parts) == len(found) and len({part.pair.node.output[0] for part in parts}) == 1:
             return parts[0]
