@@ -1,8 +1,5 @@
 """The one exception that means: the input was bad, not the program."""
 
-REMAKE = "calibrate again, or copy the run directory anew"
-"""What to do about a run directory that is damaged or was changed."""
-
 
 class InputError(Exception):
     """Something the user gave cannot be used; the command line prints it as one line and exits with status 2.
@@ -18,6 +15,11 @@ class InputError(Exception):
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
         line = what if where is None else f"{what} ({where})"
         super().__init__(" ".join(f"{line}: {fix}".split()) if fix else " ".join(line.split()))
+
+
+def damaged(what: str, where: object) -> InputError:
+    """The error of a run directory that is damaged or was changed."""
+    return InputError(what, where=where, fix="calibrate again, or copy the run directory anew")
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,37 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import (
-    CheckpointKeyOption,
-    CheckpointOption,
-    ClassFromOption,
-    ClassMapOption,
-    ClassOrderOption,
-    CropPctOption,
-    DataOption,
-    DeviceOption,
-    ExifOption,
-    InputSizeOption,
-    InterpolationOption,
-    MeanOption,
-    ModelArgument,
-    ModelKwargsOption,
-    QuietOption,
-    RandomWeightsOption,
-    RecipeOption,
-    SeedOption,
-    SetOption,
-    StdOption,
-    ThreadsOption,
-    WorkersOption,
-    class_choice,
-    compute_with,
-    data_settings,
-    model_spec,
-    read_recipe,
-    say,
-)
+from ospq_export.cli import options
+from ospq_export.cli.options import class_choice, data_settings, model_spec, say
 from ospq_export.world.room import check_apart
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,29 +22,29 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: ModelArgument,
-    data: DataOption,
+    model: options.ModelArgument,
+    data: options.DataOption,
     out: Annotated[Path, typer.Option(help="Run directory to write; must be new, empty or interrupted.")],
-    recipe: RecipeOption = "w8a8",
-    overrides: SetOption = None,
-    model_kwargs: ModelKwargsOption = "",
-    checkpoint: CheckpointOption = None,
-    checkpoint_key: CheckpointKeyOption = None,
-    random_weights: RandomWeightsOption = False,
-    input_size: InputSizeOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    crop_pct: CropPctOption = None,
-    interpolation: InterpolationOption = None,
-    exif: ExifOption = False,
-    class_map: ClassMapOption = None,
-    class_order: ClassOrderOption = None,
-    class_from: ClassFromOption = None,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    workers: WorkersOption = 2,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    recipe: options.RecipeOption = "w8a8",
+    overrides: options.SetOption = None,
+    model_kwargs: options.ModelKwargsOption = "",
+    checkpoint: options.CheckpointOption = None,
+    checkpoint_key: options.CheckpointKeyOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    input_size: options.InputSizeOption = None,
+    mean: options.MeanOption = None,
+    std: options.StdOption = None,
+    crop_pct: options.CropPctOption = None,
+    interpolation: options.InterpolationOption = None,
+    exif: options.ExifOption = False,
+    class_map: options.ClassMapOption = None,
+    class_order: options.ClassOrderOption = None,
+    class_from: options.ClassFromOption = None,
+    device: options.DeviceOption = "cpu",
+    seed: options.SeedOption = 0,
+    workers: options.WorkersOption = 2,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
     memory_budget: Annotated[
         str | None,
         typer.Option(
@@ -83,8 +56,10 @@ def calibrate(
     ] = None,
 ) -> None:
     """Quantize a timm model on calibration images and write a run directory."""
-    compute_with(threads)
-    chosen = read_recipe(recipe, overrides)
+    use_threads(threads)
+    from ospq_export.recipes import load_recipe
+
+    chosen = load_recipe(recipe, overrides or [])
     check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
@@ -132,10 +107,14 @@ def run_calibrate(
 
     `images` finds them and returns a function of the preprocessing and the network's number of outputs that gives the set.
     """
+    import torch
+
     from ospq_export.calibrate.checkpoints import json_lines, no_events
     from ospq_export.calibrate.checks import check_output_folder
     from ospq_export.calibrate.reconstruct.store import parse_bytes
     from ospq_export.calibrate.stage import calibrate
+    from ospq_export.data import resolve_data_config
+    from ospq_export.models.timm import create_model
     from ospq_export.progress import stage_progress
 
     check_output_folder(out)
@@ -144,9 +123,8 @@ def run_calibrate(
     _check_before(spec, recipe, out, device, log_json)
     # Before the network is made: a folder that cannot be used is said at once.
     prepared = images()
-    network = _create_model(spec, seed)
-    from ospq_export.data import resolve_data_config
-
+    torch.manual_seed(seed)
+    network = create_model(spec)
     config = resolve_data_config(network, spec, settings)
     image_set: ImageSet = prepared(config, network.num_classes)
     _check_images(len(image_set), config, recipe, budget, network)
@@ -207,12 +185,3 @@ def _check_images(
     if not isinstance(recipe.slicing, str):
         # Cut points are names in this network's graph; the named slicings fit any.
         slicing_of(capture(network, config.input_size, share=True).graph, recipe.slicing)
-
-
-def _create_model(spec: ModelSpec, seed: int) -> Any:
-    import torch
-
-    from ospq_export.models.timm import create_model
-
-    torch.manual_seed(seed)
-    return create_model(spec)

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ospq_export.cli import options
 from ospq_export.cli.calibrate import run_calibrate
 from ospq_export.cli.export import run_export
-from ospq_export.cli.options import (
-    DeviceOption,
-    QuietOption,
-    RecipeOption,
-    SeedOption,
-    SetOption,
-    ThreadsOption,
-    compute_with,
-    read_recipe,
-    say,
-)
+from ospq_export.cli.options import say
 from ospq_export.cli.validate import run_validate
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.recipes import Recipe
 
 
-class DemoModel(StrEnum):
-    """The packaged networks."""
-
-    VIT = "vit"
-    SWIN = "swin"
-
-
 def demo(
-    model: Annotated[DemoModel, typer.Option(help="Packaged network.")] = DemoModel.VIT,
-    recipe: RecipeOption = "w8a8",
-    overrides: SetOption = None,
+    model: Annotated[Literal["vit", "swin"], typer.Option(help="Packaged network.")] = "vit",
+    recipe: options.RecipeOption = "w8a8",
+    overrides: options.SetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/demo-MODEL-RECIPE.")] = None,
     limit: Annotated[
         int | None,
@@ -46,19 +30,20 @@ def demo(
             min=1, help="Validate on a sample of N of the 10,000 test images, with each class's share."
         ),
     ] = None,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = "cpu",
+    seed: options.SeedOption = 0,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Take a packaged network (Fashion-MNIST) through all three stages, on the CPU."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+    from ospq_export.recipes import load_recipe
     from ospq_export.runs.run import Run
 
-    chosen = read_recipe(recipe, overrides)
-    spec = demo_spec(model.value)
-    folder = out or Path("runs") / f"demo-{model.value}-{chosen.name}"
+    chosen = load_recipe(recipe, overrides or [])
+    spec = demo_spec(model)
+    folder = out or Path("runs") / f"demo-{model}-{chosen.name}"
     if not _is_finished(folder, chosen, seed):
         run_calibrate(
             spec,

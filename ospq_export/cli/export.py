@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ospq_export.cli.options import QuietOption, RunArgument, ThreadsOption, compute_with, say
+from ospq_export.cli import options
+from ospq_export.cli.options import say
+from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, SIDECAR
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.engines.build import BuildSettings
@@ -19,22 +20,8 @@ if TYPE_CHECKING:
     from ospq_export.export.stage import Extras
 
 
-class EngineProduct(StrEnum):
-    """What builds an engine."""
-
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-
-
-class ActivationLayout(StrEnum):
-    """How activations' codes are stored."""
-
-    INT8 = "int8"
-    UINT8 = "uint8"
-
-
 def export(
-    run: RunArgument,
+    run: options.RunArgument,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -61,13 +48,13 @@ def export(
         ),
     ] = False,
     activation_layout: Annotated[
-        ActivationLayout,
+        Literal["int8", "uint8"],
         typer.Option(
             help="uint8: also model_uint8_activations.onnx, the same codes for ONNX Runtime on x86."
         ),
-    ] = ActivationLayout.INT8,
+    ] = "int8",
     engine: Annotated[
-        EngineProduct | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
+        Product | None, typer.Option(help="Also build model.engine from model_qdq_fp16.onnx.")
     ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Engine with a dynamic batch: min, opt, max, '1,8,32'.")
@@ -89,14 +76,14 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export wrote, the engine included.")
     ] = False,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.export.stage import Extras
 
-    uint8 = activation_layout is ActivationLayout.UINT8
+    uint8 = activation_layout == "uint8"
     if uint8 and engine is not None:
         raise InputError(
             "TensorRT takes int8 activations only", where="--activation-layout uint8", fix="leave it out"
@@ -110,25 +97,25 @@ def export(
     )
     batches = None if profile is None else _batches(profile)
     if engine is None:
-        _refuse_engine_options(
-            {
-                "--profile": profile,
-                "--compute-capability": compute_capability,
-                "--workspace": workspace,
-                "--timing-cache": timing_cache,
-                "--version-compatible": version_compatible,
-                "--hardware-compatibility": hardware_compatibility,
-            }
-        )
-        run_export(run, batch_size, quiet, extras=extras, overwrite=overwrite)
+        of_engine = {
+            "--profile": profile,
+            "--compute-capability": compute_capability,
+            "--workspace": workspace,
+            "--timing-cache": timing_cache,
+            "--version-compatible": version_compatible,
+            "--hardware-compatibility": hardware_compatibility,
+        }
+        given = ", ".join(name for name, value in of_engine.items() if value)
+        if given:
+            raise InputError("only an engine has these", where=given, fix="give --engine")
+        run_export(run, batch_size, quiet, extras, overwrite=overwrite)
         return
     from ospq_export.engines.build import BuildSettings
-    from ospq_export.engines.products import Product
     from ospq_export.engines.record import check_target
     from ospq_export.runs.manifest import read_manifest
 
     settings = BuildSettings(
-        product=Product(engine.value),
+        product=engine,
         profile=batches,
         compute_capabilities=tuple(compute_capability or ()),
         version_compatible=version_compatible,
@@ -140,21 +127,7 @@ def export(
     replace = overwrite or ENGINE not in read_manifest(run).files
     check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
-    run_export(
-        run,
-        batch_size,
-        quiet,
-        extras=extras,
-        deploy_batch_size=deploy,
-        overwrite=overwrite,
-        engine=settings,
-    )
-
-
-def _refuse_engine_options(options: Mapping[str, object]) -> None:
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise InputError("only an engine has these", where=", ".join(given), fix="give --engine")
+    run_export(run, batch_size, quiet, extras, deploy, overwrite=overwrite, engine=settings)
 
 
 def _batches(text: str) -> tuple[int, int, int]:
@@ -168,9 +141,9 @@ def run_export(
     run: Path,
     batch_size: int | None,
     quiet: bool,
-    *,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    *,
     overwrite: bool = False,
     engine: BuildSettings | None = None,
 ) -> None:

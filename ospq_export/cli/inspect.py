@@ -7,65 +7,44 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ospq_export.cli.options import (
-    CheckpointKeyOption,
-    CheckpointOption,
-    ClassFromOption,
-    CropPctOption,
-    DataOption,
-    DeviceOption,
-    ExifOption,
-    InputSizeOption,
-    InterpolationOption,
-    MeanOption,
-    ModelArgument,
-    ModelKwargsOption,
-    QuietOption,
-    RandomWeightsOption,
-    SeedOption,
-    StdOption,
-    ThreadsOption,
-    WorkersOption,
-    compute_with,
-    console,
-    data_settings,
-    model_spec,
-)
+from ospq_export.cli import options
+from ospq_export.cli.options import console, data_settings, model_spec
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.runs.manifest import OutlierRecord
 
 
 def inspect(
-    model: ModelArgument,
-    data: DataOption,
+    model: options.ModelArgument,
+    data: options.DataOption,
     out: Annotated[
         Path | None,
         typer.Option(help="Where to write the profile: a .json file, or a .png plot across depth."),
     ] = None,
-    model_kwargs: ModelKwargsOption = "",
-    checkpoint: CheckpointOption = None,
-    checkpoint_key: CheckpointKeyOption = None,
-    random_weights: RandomWeightsOption = False,
-    input_size: InputSizeOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    crop_pct: CropPctOption = None,
-    interpolation: InterpolationOption = None,
-    exif: ExifOption = False,
-    class_from: ClassFromOption = None,
+    model_kwargs: options.ModelKwargsOption = "",
+    checkpoint: options.CheckpointOption = None,
+    checkpoint_key: options.CheckpointKeyOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    input_size: options.InputSizeOption = None,
+    mean: options.MeanOption = None,
+    std: options.StdOption = None,
+    crop_pct: options.CropPctOption = None,
+    interpolation: options.InterpolationOption = None,
+    exif: options.ExifOption = False,
+    class_from: options.ClassFromOption = None,
     images: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 64,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    workers: WorkersOption = 2,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = "cpu",
+    seed: options.SeedOption = 0,
+    workers: options.WorkersOption = 2,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
     if out is not None and out.suffix not in (".json", ".png"):
         raise InputError("the profile is written as JSON or PNG", where=out, fix="end --out in .json or .png")
-    compute_with(threads)
+    use_threads(threads)
     import torch
 
     from ospq_export.calibrate.observe import outlier_profile

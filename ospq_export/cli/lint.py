@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ospq_export.cli.options import console, with_options
+from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
     from ospq_export.onnx.lint import Finding
@@ -20,7 +21,6 @@ def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any n
     """
     from rich.markup import escape
 
-    from ospq_export.errors import InputError
     from ospq_export.onnx.lint import Severity
     from ospq_export.onnx.lint import lint as run_lint
 

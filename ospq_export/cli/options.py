@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from ospq_export.data import ClassChoice
     from ospq_export.models.record import ModelSpec
-    from ospq_export.recipes import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
@@ -79,13 +78,6 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. reconstruction.iterations=2000."
     ),
 ]
-
-
-def read_recipe(name: str, overrides: list[str] | None) -> Recipe:
-    """A recipe with overrides; see `load_recipe`."""
-    from ospq_export.recipes import load_recipe
-
-    return load_recipe(name, overrides or [])
 
 
 def model_spec(
@@ -167,13 +159,6 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
         raise InputError(
             f"{text!r} is not a list of numbers", where=option, fix="write it like 0.5,0.5,0.5"
         ) from error
-
-
-def compute_with(threads: int | None) -> None:
-    """Set the number of threads; see `ospq_export.world.threads.use_threads`."""
-    from ospq_export.world.threads import use_threads
-
-    use_threads(threads)
 
 
 @functools.cache

@@ -8,24 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import (
-    ClassFromOption,
-    ClassMapOption,
-    ClassOrderOption,
-    DataOption,
-    DeviceOption,
-    ExifOption,
-    QuietOption,
-    RunArgument,
-    ThreadsOption,
-    WorkersOption,
-    class_choice,
-    compute_with,
-    console,
-    say,
-    with_options,
-)
+from ospq_export.cli import options
+from ospq_export.cli.options import class_choice, console, say, with_options
 from ospq_export.errors import InputError
+from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.data import ClassChoice, ImageSet
@@ -36,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def validate(
-    run: RunArgument,
-    data: DataOption,
+    run: options.RunArgument,
+    data: options.DataOption,
     backends: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,17 +78,17 @@ def validate(
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
     ] = False,
-    exif: ExifOption = False,
-    class_map: ClassMapOption = None,
-    class_order: ClassOrderOption = None,
-    class_from: ClassFromOption = None,
-    device: DeviceOption = "cpu",
-    workers: WorkersOption = 2,
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    exif: options.ExifOption = False,
+    class_map: options.ClassMapOption = None,
+    class_order: options.ClassOrderOption = None,
+    class_from: options.ClassFromOption = None,
+    device: options.DeviceOption = "cpu",
+    workers: options.WorkersOption = 2,
+    threads: options.ThreadsOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
-    compute_with(threads)
+    use_threads(threads)
     from ospq_export.runs.run import Run
 
     thresholds = _thresholds(
@@ -156,14 +142,14 @@ def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
     return ImageSet.from_scan(scan, config, classes)
 
 
-def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Report:
+def run_validate(run: Any, images: ImageSet, quiet: bool, **settings: Any) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
     Args:
         run: exported.
         images: with the run's preprocessing.
         quiet: no progress bar.
-        options: of `validate`; None means the default.
+        settings: of `validate`; None means the default.
 
     Raises:
         InputError: as `validate`.
@@ -172,7 +158,7 @@ def run_validate(run: Any, images: ImageSet, quiet: bool, **options: Any) -> Rep
     from ospq_export.validate import render, validate, write_documents
     from ospq_export.world.processes import joined
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
     with joined() as world, stage_progress(disable=quiet or world.rank > 0) as progress:
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:

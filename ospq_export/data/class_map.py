@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -18,24 +18,7 @@ from ospq_export.errors import InputError
 # timm has the table of this subset's heads but no name for it.
 _UNNAMED = {10450: ("imagenet-21k-miil-w21", "imagenet21k_miil_w21_synsets.txt")}
 _FORMS = "one name a line, 'index,name', 'name,index' or 'index name' lines, or JSON"
-_HEADINGS = frozenset(
-    {
-        "class",
-        "class_id",
-        "class_idx",
-        "class_index",
-        "class_name",
-        "folder",
-        "id",
-        "idx",
-        "index",
-        "label",
-        "name",
-        "synset",
-        "target",
-        "wnid",
-    }
-)
+_HEADING = re.compile(r"class(_(id|idx|index|name))?|folder|id|idx|index|label|name|synset|target|wnid")
 _SHOWN = 3
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 Pairs = list[tuple[str, int]]
@@ -71,11 +54,6 @@ def class_name(raw: str) -> str:
     return unicodedata.normalize("NFC", raw)
 
 
-def plain_order(names: Sequence[str]) -> list[str]:
-    """Sorted by code points, as torchvision's ImageFolder numbers classes."""
-    return sorted(names)
-
-
 def natural_order(names: Sequence[str]) -> list[str]:
     """Sorted as timm numbers classes; names that timm's key does not tell apart are in plain order."""
     return sorted(names, key=lambda name: (natural_key(name), name))
@@ -83,16 +61,8 @@ def natural_order(names: Sequence[str]) -> list[str]:
 
 def natural_ties(names: Sequence[str]) -> list[str]:
     """The first two names that timm's order does not tell apart, such as '1' and '01'; nothing where there are none."""
-    ordered = natural_order(names)
-    for one, other in pairwise(ordered):
-        if natural_key(one) == natural_key(other):
-            return [one, other]
-    return []
-
-
-def decomposed_order(names: Sequence[str]) -> list[str]:
-    """Plain order as a machine sees it that stores letters and their accents apart (NFD)."""
-    return sorted(names, key=lambda name: unicodedata.normalize("NFD", name))
+    pairs = pairwise(natural_order(names))
+    return next((list(pair) for pair in pairs if natural_key(pair[0]) == natural_key(pair[1])), [])
 
 
 def read_class_map(path: Path) -> dict[str, int]:
@@ -110,10 +80,8 @@ def read_class_map(path: Path) -> dict[str, int]:
     """
     text = _read(path)
     stripped = text.lstrip()
-    if path.suffix.lower() == ".json" or stripped[:1] in ("[", "{"):
-        pairs = _from_json(stripped, path)
-    else:
-        pairs = _from_lines(text, path)
+    is_json = path.suffix.lower() == ".json" or stripped[:1] in ("[", "{")
+    pairs = _from_json(stripped, path) if is_json else _from_lines(text, path)
     return _checked([(class_name(name.strip()), index) for name, index in pairs], path)
 
 
@@ -145,74 +113,59 @@ def _from_json(text: str, path: Path) -> Pairs:
     except (ValueError, RecursionError) as error:
         raise _refuse(f"is not JSON: {error}", path) from error
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        return [(name, index) for index, name in enumerate(value)]
+        return _numbered(value)
     if not isinstance(value, dict) or not value:
         raise _refuse("is neither a list of names nor an object", path)
-    keys, values = list(value), list(value.values())
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        return list(zip(keys, values, strict=True))
-    if not all(isinstance(v, str) for v in values):
-        strange = next(v for v in values if not isinstance(v, str))
-        raise _refuse(f"has the value {str(strange)[:40]!r}, neither a name nor an index", path)
-    return _by_index_or_name(keys, values, path)
+    # Not isinstance: true and false are no indices.
+    if all(type(index) is int for index in value.values()):
+        return list(value.items())
+    strange = [v for v in value.values() if not isinstance(v, str)]
+    if strange:
+        raise _refuse(f"has the value {str(strange[0])[:40]!r}, neither a name nor an index", path)
+    return _by_index_or_name(list(value.items()), path)
 
 
-def _by_index_or_name(left: Sequence[str], right: Sequence[str], path: Path) -> Pairs:
+def _by_index_or_name(rows: Sequence[tuple[str, str]], path: Path) -> Pairs:
     """Pairs of two columns, one of which holds the indices."""
-    readings: list[Pairs] = []
-    if all(map(_is_index, left)):
-        readings.append([(name, int(index)) for index, name in zip(left, right, strict=True)])
-    if all(map(_is_index, right)):
-        readings.append([(name, int(index)) for name, index in zip(left, right, strict=True)])
+    readings = [
+        [(name, int(index)) for name, index in columns]
+        for columns in (_swapped(rows), rows)
+        if all(re.fullmatch(r"\s*[0-9]+\s*", index) for _, index in columns)
+    ]
     if not readings:
         raise _refuse("has indices in neither column", path)
-    whole = [reading for reading in readings if _is_complete(reading)] or readings[:1]
+    complete = (r for r in readings if sorted(index for _, index in r) == list(range(len(r))))
+    whole = list(complete) or readings[:1]
     if len(whole) > 1 and dict(whole[0]) != dict(whole[1]):
         raise _refuse("has numbers on both sides, and either could be the index", path, "write a JSON list")
     return whole[0]
 
 
 def _from_lines(text: str, path: Path) -> Pairs:
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text.rstrip())]
+    if lines == [""]:
         raise _refuse("is empty", path)
     if "" in lines:
         raise _refuse(f"has an empty line {lines.index('') + 1}", path, "leave it out, or name the class")
-    for split in (_split_separated, _split_spaced):
-        found = split(lines, path)
-        if found is not None:
-            return found
-    return [(_unquoted(line), index) for index, line in enumerate(lines)]
+    return _split_separated(lines, path) or _split_spaced(lines) or _numbered(map(_unquoted, lines))
 
 
 def _split_separated(lines: list[str], path: Path) -> Pairs | None:
     """`index,name` or `name,index` lines; also with tabs or semicolons, and with a heading."""
     first = [_unquoted(part).casefold() for part in re.split(r"[,;\t]", lines[0])]
-    body = lines[1:] if len(first) > 1 and set(first) <= _HEADINGS and len(lines) > 1 else lines
+    body = lines[1:] if len(first) > 1 and all(map(_HEADING.fullmatch, first)) and len(lines) > 1 else lines
     before = _matches(r"([0-9]+)\s*[,;\t]\s*(.+)", body)
-    after = _matches(r"(.+?)\s*[,;\t]\s*([0-9]+)", body)
-    found = before or after
-    if found is None:
-        return None
-    return _by_index_or_name([left for left, _ in found], [right for _, right in found], path)
+    found = before or _matches(r"(.+?)\s*[,;\t]\s*([0-9]+)", body)
+    return _by_index_or_name(found, path) if found else None
 
 
-def _split_spaced(lines: list[str], path: Path) -> Pairs | None:
+def _split_spaced(lines: list[str]) -> Pairs | None:
     """`index name` or `name index` lines."""
     before = _matches(r"([0-9]+)\s+(.+)", lines)
-    if before is not None:
-        pairs = [(name, int(index)) for index, name in before]
-        if _twice([index for _, index in pairs]):
-            return None
-        return pairs
-    after = _matches(r"(.+?)\s+([0-9]+)", lines)
-    if after is None:
-        return None
-    pairs = [(name, int(index)) for name, index in after]
+    columns = _swapped(before) if before else _matches(r"(.+?)\s+([0-9]+)", lines) or []
+    pairs = [(name, int(index)) for name, index in columns]
     # 'class 1', 'class 2' are names with a number in them.
-    return None if _twice([name for name, _ in pairs]) else pairs
+    return None if _twice([index if before else name for name, index in pairs]) else pairs
 
 
 def _matches(pattern: str, lines: list[str]) -> list[tuple[str, str]] | None:
@@ -227,12 +180,12 @@ def _unquoted(text: str) -> str:
     return text[1:-1].replace('""', '"') if quoted else text
 
 
-def _is_index(text: str) -> bool:
-    return re.fullmatch(r"\s*[0-9]+\s*", text) is not None
+def _swapped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(right, left) for left, right in rows]
 
 
-def _is_complete(pairs: Pairs) -> bool:
-    return sorted(index for _, index in pairs) == list(range(len(pairs)))
+def _numbered(names: Iterable[str]) -> Pairs:
+    return [(name, index) for index, name in enumerate(names)]
 
 
 def _checked(pairs: Pairs, path: Path) -> dict[str, int]:

@@ -4,16 +4,13 @@ import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from ospq_export.data.class_map import (
-    decomposed_order,
     is_wordnet_id,
     natural_order,
     natural_ties,
-    plain_order,
     read_class_map,
     wordnet_table,
 )
@@ -84,7 +81,8 @@ def number_classes(scan: Scan, choice: ClassChoice, outputs: int | None, *, need
             read_class_map(choice.map_file)
         logger.warning("%s: no labels: the images lie in no class folders", scan.root)
         return Classes()
-    classes = _count(outputs, len(scan.names))
+    # One output tells two classes apart, by its sign.
+    classes = len(scan.names) if outputs is None else max(outputs, 2)
     if choice.map_file is not None:
         found = _from_map(choice.map_file, outputs and classes)
     else:
@@ -154,11 +152,6 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
-def _count(outputs: int | None, folders: int) -> int:
-    """Classes of a network: one output tells two apart, by its sign."""
-    return folders if outputs is None else max(outputs, 2)
-
-
 def _from_map(path: Path, classes: int | None) -> Classes:
     indices = read_class_map(path)
     if classes is not None and len(indices) != classes:
@@ -183,9 +176,8 @@ def _from_table(scan: Scan, choice: ClassChoice, outputs: int | None) -> Classes
     if table is None:
         return None
     name, ids = table
-    found = Classes({wordnet: index for index, wordnet in enumerate(ids)}, f"timm's table {name}")
     logger.warning("%s: %d WordNet ids are numbered by timm's table %s", scan.root, len(scan.names), name)
-    return found
+    return Classes(_numbered(ids), f"timm's table {name}")
 
 
 def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> Classes:
@@ -200,9 +192,16 @@ def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> 
         logger.warning("%s: %s: the run keeps no class names", scan.root, what)
         return Classes()
     if choice.order is not None:
-        return Classes(_numbered(_ordered(scan, choice.order)), f"class_order={choice.order}")
+        ties = natural_ties(scan.names)
+        if choice.order == "natural" and ties:
+            raise InputError(
+                f"natural order does not tell {ties[0]!r} from {ties[1]!r}",
+                where=scan.root,
+                fix="give `class_map` FILE, or `class_order` plain",
+            )
+        return _in_order(scan.names, choice.order)
     _refuse_other_orders(scan)
-    return Classes(_numbered(plain_order(scan.names)), _AGREE)
+    return Classes(_numbered(sorted(scan.names)), _AGREE)
 
 
 def _odd_ones(scan: Scan) -> str:
@@ -213,20 +212,15 @@ def _odd_ones(scan: Scan) -> str:
     return f"; without an image: {', '.join(scan.empty[:_SHOWN])}" if scan.empty else ""
 
 
-def _ordered(scan: Scan, order: ClassOrder) -> list[str]:
-    ties = natural_ties(scan.names)
-    if order == "natural" and ties:
-        raise InputError(
-            f"natural order does not tell {ties[0]!r} from {ties[1]!r}",
-            where=scan.root,
-            fix="give `class_map` FILE, or `class_order` plain",
-        )
-    return natural_order(scan.names) if order == "natural" else plain_order(scan.names)
+def _in_order(names: Sequence[str], order: ClassOrder) -> Classes:
+    ordered = natural_order(names) if order == "natural" else sorted(names)
+    return Classes(_numbered(ordered), f"class_order={order}")
 
 
 def _refuse_other_orders(scan: Scan) -> None:
-    plain, natural = plain_order(scan.names), natural_order(scan.names)
-    ties, decomposed = natural_ties(scan.names), decomposed_order(scan.names)
+    plain, natural, ties = sorted(scan.names), natural_order(scan.names), natural_ties(scan.names)
+    # Plain order as a machine sees it that stores letters and their accents apart.
+    decomposed = sorted(scan.names, key=lambda name: unicodedata.normalize("NFD", name))
     if plain == natural == decomposed and not ties:
         return
     reason = ""
@@ -234,8 +228,8 @@ def _refuse_other_orders(scan: Scan) -> None:
         reason = f" (and natural order does not tell {ties[0]!r} from {ties[1]!r})"
     elif plain == natural:
         natural, reason = decomposed, " (where letters and accents are stored apart)"
-    start = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(plain, natural, strict=True))))
-    start = 0 if len(plain) <= 2 * _SHOWN or reason else start
+    differing = (place for place, name in enumerate(plain) if name != natural[place])
+    start = 0 if len(plain) <= 2 * _SHOWN or reason else next(differing)
     raise InputError(
         f"the class folders have two orders{reason}: plain (torchvision) {_excerpt(plain, start)}; "
         f"natural (timm) {_excerpt(natural, start)}",
@@ -271,18 +265,14 @@ def _name_missing(scan: Scan, classes: Classes) -> None:
 def _was_guessed(indices: Mapping[str, int]) -> bool:
     """Whether a class map without a source is what the natural order gives, and plain order another one."""
     names = sorted(indices, key=indices.__getitem__)
-    return names == natural_order(names) != plain_order(names)
+    return names == natural_order(names) != sorted(names)
 
 
 def _said(choice: ClassChoice, known: Classes) -> Classes | None:
     """The run's classes as the user's options number them."""
     if choice.map_file is not None:
         return _from_map(choice.map_file, None)
-    if choice.order is None:
-        return None
-    names = list(known.indices)
-    ordered = natural_order(names) if choice.order == "natural" else plain_order(names)
-    return Classes(_numbered(ordered), f"class_order={choice.order}")
+    return None if choice.order is None else _in_order(list(known.indices), choice.order)
 
 
 def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

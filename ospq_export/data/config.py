@@ -7,14 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from PIL import Image
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ospq_export.errors import InputError
 from ospq_export.models.record import ModelSpec
@@ -66,7 +59,8 @@ class DataConfig(BaseModel):
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     crop_pct: float
     crop_mode: Literal["center", "squash", "border"]
-    exif: bool = False
+    # Without `exif` it is timm's own data configuration, and that of files written before there was such a field.
+    exif: bool = Field(default=False, exclude_if=lambda applied: not applied)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,12 +77,6 @@ class DataConfig(BaseModel):
             raise ValueError(f"crop_pct {self.crop_pct}: a share above 0 and at most 1 is needed")
         return self
 
-    @model_serializer(mode="wrap")
-    def _plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Without `exif` it is timm's own data configuration, and that of files written before there was such a field.
-        dumped: dict[str, Any] = dump(self)
-        return dumped if self.exif else {key: value for key, value in dumped.items() if key != "exif"}
-
     @property
     def image_mode(self) -> Literal["L", "RGB"]:
         """The mode, in PIL's sense, that images are converted to before the transform."""
@@ -98,10 +86,7 @@ class DataConfig(BaseModel):
         """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
         from timm.data import create_transform
 
-        transform: Callable[[Image.Image], Tensor] = create_transform(
-            is_training=False, **self.model_dump(exclude={"exif"})
-        )
-        return transform
+        return create_transform(is_training=False, **self.model_dump(exclude={"exif"}))
 
 
 def _check_units(**settings: tuple[float, ...]) -> None:

@@ -2,64 +2,25 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ospq_export.data.class_map import class_name, natural_key
+from ospq_export.data.class_map import class_name, natural_order
 from ospq_export.data.config import ClassLevel
 from ospq_export.data.pixels import picture_extensions
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_HIDDEN = frozenset(
-    {
-        "#recycle",
-        "$recycle.bin",
-        "@eadir",
-        "__macosx",
-        "__pycache__",
-        "desktop.ini",
-        "lost+found",
-        "system volume information",
-        "thumbs.db",
-    }
-)
-_CONTAINERS = frozenset(
-    {
-        "bmp",
-        "data",
-        "files",
-        "frames",
-        "gif",
-        "image",
-        "images",
-        "img",
-        "imgs",
-        "jpeg",
-        "jpegimages",
-        "jpegs",
-        "jpg",
-        "jpgs",
-        "original",
-        "originals",
-        "photo",
-        "photos",
-        "pic",
-        "pics",
-        "picture",
-        "pictures",
-        "png",
-        "pngs",
-        "raw",
-        "rgb",
-        "samples",
-        "tif",
-        "tiff",
-        "webp",
-    }
+_HIDDEN_FOLDERS = {"#recycle", "@eadir", "__macosx", "__pycache__", "lost+found"}
+_HIDDEN_BY_WINDOWS = {"$recycle.bin", "desktop.ini", "system volume information", "thumbs.db"}
+_HIDDEN = _HIDDEN_FOLDERS | _HIDDEN_BY_WINDOWS
+_CONTAINER = re.compile(
+    r"data|files|frames|images?|imgs?|originals?|photos?|pics?|pictures?|raw|rgb|samples"
+    r"|bmp|gif|jpe?gs?|jpegimages|pngs?|tiff?|webp"
 )
 _TRAINING = frozenset({"train", "training", "trainset"})
 _HELD_OUT = frozenset({"dev", "eval", "test", "testing", "testset", "val", "valid", "validate", "validation"})
@@ -106,7 +67,7 @@ def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
     pictured = sorted(folder for folder, files in walk.pictures.items() if files)
     if not pictured:
         raise InputError(
-            f"no images in this folder{_instead(walk.passed_over)}",
+            f"no images in this folder{f', only {_listed(walk.passed_over)}' if walk.passed_over else ''}",
             where=root,
             fix="give one with images that Pillow opens, jpg, png, webp, tiff, bmp, ...",
         )
@@ -119,9 +80,15 @@ def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
         walk.passed_over.update(f"{name}/" for name in walk.pictures if name and "/" not in name)
     else:
         class_of_folder, names, class_from = _classes(root, walk.pictures, pictured, class_from)
-    _say(root, walk.passed_over)
-    files = [f"{folder}/{file}" if folder else file for folder in pictured for file in walk.pictures[folder]]
-    files.sort(key=lambda path: (natural_key(path), path))
+    if walk.passed_over:
+        logger.warning(
+            "%s: passed over %d files or folders that are no images: %s",
+            root,
+            walk.passed_over.total(),
+            _listed(walk.passed_over),
+        )
+    paths = [f"{folder}/{file}" if folder else file for folder in pictured for file in walk.pictures[folder]]
+    files = natural_order(paths)
     class_of = [class_of_folder[file.rpartition("/")[0]] for file in files]
     held = set(class_of)
     return Scan(
@@ -217,12 +184,9 @@ def _classes(
         )
     if class_from is None:
         _refuse_ambiguous(root, pictured)
-    if class_from == "path":
-        raw = [folder for folder in folders if folder and _is_class_path(folder, folders)]
-        class_of = {folder: class_name(_text(folder)) for folder in pictured}
-    else:
-        raw = [folder for folder in folders if folder and "/" not in folder]
-        class_of = {folder: class_name(_text(folder.partition("/")[0])) for folder in pictured}
+    whole = class_from == "path"
+    raw = [f for f in folders if f and (_is_class_path(f, folders) if whole else "/" not in f)]
+    class_of = {f: class_name(_text(f if whole else f.partition("/")[0])) for f in pictured}
     names = Counter(class_name(_text(folder)) for folder in raw)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
@@ -247,7 +211,7 @@ def _text(name: str) -> str:
 def _refuse_ambiguous(root: Path, pictured: Sequence[str]) -> None:
     """Takes `class/images/x` as it is meant, and nothing else below the first level."""
     below = [folder for folder in pictured if "/" in folder]
-    strange = [f for f in below if any(part.casefold() not in _CONTAINERS for part in f.split("/")[1:])]
+    strange = [f for f in below if not all(_CONTAINER.fullmatch(p.casefold()) for p in f.split("/")[1:])]
     if strange:
         raise InputError(
             f"the images lie below the first level, and their classes could be {strange[0].partition('/')[0]!r} or "
@@ -277,20 +241,6 @@ def _refuse_splits(root: Path, folders: dict[str, list[str]]) -> None:
         )
 
 
-def _instead(passed_over: Counter[str]) -> str:
-    return f", only {_listed(passed_over)}" if passed_over else ""
-
-
 def _listed(passed_over: Counter[str]) -> str:
     shown = [f"{count} {name}" for name, count in passed_over.most_common(10)]
     return ", ".join(shown + ["..."] * (len(passed_over) > len(shown)))
-
-
-def _say(root: Path, passed_over: Counter[str]) -> None:
-    if passed_over:
-        logger.warning(
-            "%s: passed over %d files or folders that are no images: %s",
-            root,
-            passed_over.total(),
-            _listed(passed_over),
-        )

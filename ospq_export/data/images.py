@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -190,16 +191,11 @@ class ImageSet:
             InputError: Not one of the images can be read.
         """
         order = range(len(self)) if indices is None else indices
-        held: list[tuple[int, Tensor]] = []
+        readable = self._readable(order, batch_size, workers)
         found = 0
         try:
-            for image in self._readable(order, batch_size, workers):
-                found += 1
-                held.append(image)
-                if len(held) == batch_size:
-                    yield self._collate(held)
-                    held = []
-            if held:
+            while held := list(islice(readable, batch_size)):
+                found += len(held)
                 yield self._collate(held)
         finally:
             # Also where the caller has enough before the end.

@@ -96,7 +96,7 @@ def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Im
         exif: Whether the EXIF orientation is applied; timm ignores it.
 
     Returns:
-        The picture in `mode`, and notes on it out of `data.notes`.
+        The picture in `mode`, and notes on it.
 
     Raises:
         ValueError: Its pixels have a range that cannot be known.
@@ -105,8 +105,7 @@ def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Im
     # By its path, Pillow maps an uncompressed file into memory, and then misreads a TIFF that is stored on its side.
     with path.open("rb") as file, Image.open(file, formats=picture_formats()) as image:
         notes = [HIGH_BYTE] if ";16" in str(image.tile) and not _is_deep(image) else []
-        several = image.format != "MPO" and getattr(image, "is_animated", False)
-        if several:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append(FRAMES)
         image.load()
         if image.getexif().get(_ORIENTATION, 1) not in (0, 1):

@@ -27,32 +27,12 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 
+_IMAGES = {"img_size": 28, "in_chans": 1, "num_classes": 10}
+_VIT = {"patch_size": 4, "embed_dim": 64, "depth": 12, "num_heads": 4}
+_SWIN = {"patch_size": 2, "window_size": 7, "embed_dim": 32, "depths": (2, 4, 2), "num_heads": (2, 4, 8)}
 NETWORKS = {
-    "vit": ModelSpec(
-        name="vit_tiny_patch16_224",
-        kwargs={
-            "img_size": 28,
-            "patch_size": 4,
-            "in_chans": 1,
-            "num_classes": 10,
-            "embed_dim": 64,
-            "depth": 12,
-            "num_heads": 4,
-        },
-    ),
-    "swin": ModelSpec(
-        name="swin_tiny_patch4_window7_224",
-        kwargs={
-            "img_size": 28,
-            "patch_size": 2,
-            "window_size": 7,
-            "in_chans": 1,
-            "num_classes": 10,
-            "embed_dim": 32,
-            "depths": (2, 4, 2),
-            "num_heads": (2, 4, 8),
-        },
-    ),
+    "vit": ModelSpec(name="vit_tiny_patch16_224", kwargs=_IMAGES | _VIT),
+    "swin": ModelSpec(name="swin_tiny_patch4_window7_224", kwargs=_IMAGES | _SWIN),
 }
 """The networks by name, without weights: what `scripts/train_demo.py` trains."""
 
@@ -70,13 +50,8 @@ def demo_spec(name: str) -> ModelSpec:
 
 def demo_data_overrides() -> dict[str, Any]:
     """The preprocessing both networks were trained with, in place of timm's: neither resized nor cropped."""
-    return {
-        "mean": (MEAN,),
-        "std": (STD,),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-    }
+    resizing = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    return {"mean": (MEAN,), "std": (STD,), **resizing}
 
 
 def demo_images(split: Literal["calibration", "test"], config: DataConfig) -> ImageSet:

@@ -165,8 +165,7 @@ def _check_room(run: Run, jobs: Sequence[_Job]) -> None:
     weights = (run.path / FLOAT_TENSORS).stat().st_size
     codes = (run.path / QUANTIZED_TENSORS).stat().st_size
     halves = {HALF_ONNX, INT4_ONNX}
-    sizes = ((codes if job.quantized else weights) // (2 if job.file in halves else 1) for job in jobs)
-    total = sum(sizes)
+    total = sum((codes if job.quantized else weights) // (2 if job.file in halves else 1) for job in jobs)
     check_disk(run.path, "the exported files", certain=int(CERTAIN * total), likely=total)
 
 
@@ -212,11 +211,8 @@ def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: i
         jobs.append(_Job(UINT8_ACTIVATIONS_ONNX, batch_size, passes=(shift_activations,), metadata=layout))
     if extras.uint8_input:
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
-        jobs.append(
-            _Job(
-                UINT8_ONNX, batch_size, passes=(partial(take_uint8, data=run.manifest.data),), metadata=layout
-            )
-        )
+        normalise = partial(take_uint8, data=run.manifest.data)
+        jobs.append(_Job(UINT8_ONNX, batch_size, passes=(normalise,), metadata=layout))
     return jobs
 
 
@@ -229,9 +225,8 @@ def _int4_job(run: Run, batch_size: int | None) -> _Job:
             where="`int4`",
             fix="calibrate with weight_bits=4, or leave `int4` out",
         )
-    return _Job(
-        INT4_ONNX, batch_size, passes=(partial(store_int4, weights=narrow),), metadata=(("storage", "int4"),)
-    )
+    passes = (partial(store_int4, weights=narrow),)
+    return _Job(INT4_ONNX, batch_size, passes=passes, metadata=(("storage", "int4"),))
 
 
 class _Writer:

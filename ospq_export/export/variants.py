@@ -28,29 +28,25 @@ def store_int4(model: Any, weights: Set[str]) -> None:
     import ml_dtypes
     import onnx_ir as ir
 
-    zero_points: dict[str, Any] = {}
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or node.inputs[0].name not in weights:
             continue
         codes, zero_point = node.inputs[0], node.inputs[2]
         codes.const_value = ir.tensor(codes.const_value.numpy().astype(ml_dtypes.int4), name=codes.name)
         codes.type = ir.TensorType(ir.DataType.INT4)
-        node.replace_input_with(2, _int4_zeros(model.graph, zero_point, zero_points))
+        zeros = np.zeros(zero_point.const_value.shape.numpy(), ml_dtypes.int4)
+        node.replace_input_with(2, _constant(model.graph, f"{zero_point.name}.int4", zeros))
     _drop_unread(model.graph)
     model.graph.opset_imports[""] = INT4_OPSET
 
 
-def _int4_zeros(graph: Any, zero_point: Any, made: dict[str, Any]) -> Any:
-    import ml_dtypes
+def _constant(graph: Any, name: str, array: Any) -> Any:
+    """The constant of that name; it is made where there is none."""
     import onnx_ir as ir
 
-    name = f"{zero_point.name}.int4"
-    if name not in made:
-        tensor = ir.tensor(np.zeros(zero_point.const_value.shape.numpy(), ml_dtypes.int4), name=name)
-        kind = ir.TensorType(ir.DataType.INT4)
-        made[name] = ir.Value(name=name, const_value=tensor, type=kind, shape=zero_point.shape)
-        graph.register_initializer(made[name])
-    return made[name]
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
 
 
 def shift_activations(model: Any) -> None:
@@ -64,17 +60,14 @@ def shift_activations(model: Any) -> None:
     """
     import onnx_ir as ir
 
-    constant: Any = None
+    zero_point = np.array(UINT8_ZERO, np.uint8)
     for node in model.graph:
-        is_activation = node.op_type == "QuantizeLinear" or (
-            node.op_type == "DequantizeLinear" and not node.inputs[0].is_initializer()
-        )
-        if not is_activation:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        if constant is None:
-            constant = _scalar(model.graph, "activation.zero_point", np.array(UINT8_ZERO, np.uint8))
-        node.replace_input_with(2, constant)
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
+        if codes.is_initializer():
+            continue
+        node.replace_input_with(2, _constant(model.graph, "activation.zero_point", zero_point))
         codes.type = ir.TensorType(ir.DataType.UINT8)
     _retype_moves(model.graph)
     _drop_unread(model.graph)
@@ -91,18 +84,8 @@ def _retype_moves(graph: Any) -> None:
             node.outputs[0].type = ir.TensorType(types.UINT8)
 
 
-def _scalar(graph: Any, name: str, array: Any) -> Any:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([]))
-    graph.register_initializer(value)
-    return value
-
-
 def _drop_unread(graph: Any) -> None:
-    read = {value.name for node in graph for value in node.inputs if value is not None}
-    for name in [name for name in graph.initializers if name not in read]:
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
 
 
@@ -122,16 +105,15 @@ def take_uint8(model: Any, data: DataConfig) -> None:
     batch, channels, height, width = images.shape
     name = images.name
     images.name = f"{name}.normalised"
-    raw = ir.Value(
-        name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([batch, height, width, channels])
+    raw = ir.val(name, ir.DataType.UINT8, [batch, height, width, channels])
+    mean, std = (
+        (_WHITE * np.array(v)).astype(np.float32).reshape(1, -1, 1, 1) for v in (data.mean, data.std)
     )
-    mean = _channels(graph, "preprocessing.mean", _WHITE * np.array(data.mean))
-    std = _channels(graph, "preprocessing.std", _WHITE * np.array(data.std))
     steps: list[tuple[str, list[Any], dict[str, Any]]] = [
         ("Cast", [], {"to": int(ir.DataType.FLOAT)}),
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
-        ("Sub", [mean], {}),
-        ("Div", [std], {}),
+        ("Sub", [_constant(graph, "preprocessing.mean", mean)], {}),
+        ("Div", [_constant(graph, "preprocessing.std", std)], {}),
     ]
     value, first = raw, graph[0]
     for operator, constants, attributes in steps:
@@ -142,17 +124,3 @@ def take_uint8(model: Any, data: DataConfig) -> None:
         value.shape = raw.shape if operator == "Cast" else images.shape
     images.replace_all_uses_with(value)
     graph.inputs[0] = raw
-
-
-def _channels(graph: Any, name: str, values: Any) -> Any:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(np.asarray(values, np.float32).reshape(1, -1, 1, 1), name=name)
-    value = ir.Value(
-        name=name,
-        const_value=tensor,
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(tensor.shape.numpy()),
-    )
-    graph.register_initializer(value)
-    return value

@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ospq_export.errors import REMAKE, InputError, reason_of
+from ospq_export.errors import InputError, damaged, reason_of
 
 _ATEN = """
 _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default _unsafe_view.default
@@ -116,8 +116,7 @@ def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
         images = next(entry for entry in described["nodes"] if entry["op"] == "placeholder")
         _propagate(module, images["shape"])
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        what = f"the graph cannot be rebuilt: {reason_of(error)}"
-        raise InputError(what, where=where, fix=REMAKE) from error
+        raise damaged(f"the graph cannot be rebuilt: {reason_of(error)}", where) from error
     return module.eval()
 
 

@@ -93,7 +93,7 @@ def json_text(value: object, indent: int | None = 2) -> str:
 
 def json_line(value: object) -> str:
     """The same on one line."""
-    return json.dumps(_finite(value), allow_nan=False) + "\n"
+    return json_text(value, indent=None)
 
 
 def _finite(value: object) -> object:
@@ -123,17 +123,17 @@ def staging(run: Path) -> Iterator[Path]:
     for left in run.glob(f"{_PREFIX}*{_SUFFIX}"):
         shutil.rmtree(left, ignore_errors=True)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=run))
+        made = tempfile.TemporaryDirectory(
+            prefix=_PREFIX, suffix=_SUFFIX, dir=run, ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise InputError(
             f"cannot be written: {error.strerror or error}",
             where=run,
             fix="free some space, or copy the run",
         ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with made as folder:
+        yield Path(folder)
 
 
 def take(folder: Path, run: Path, *, stale: Sequence[str]) -> None:

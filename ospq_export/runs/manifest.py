@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ospq_export.data.config import ClassLevel, DataConfig
-from ospq_export.errors import REMAKE, InputError
+from ospq_export.errors import InputError, damaged
 from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
@@ -233,7 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
             fix="give a folder that `calibrate` wrote",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the manifest cannot be read: {error}", where=path, fix=REMAKE) from error
+        raise damaged(f"the manifest cannot be read: {error}", path) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -246,9 +246,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"the manifest's {key!r} is wrong: {first['msg']}", where=path, fix=REMAKE
-        ) from error
+        raise damaged(f"the manifest's {key!r} is wrong: {first['msg']}", path) from error
 
 
 def _again(values: object) -> str:
@@ -268,17 +266,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name:
-            raise InputError(
-                f"the manifest names a file outside the run directory: {name!r}", where=folder, fix=REMAKE
-            )
+            raise damaged(f"the manifest names a file outside the run directory: {name!r}", folder)
         if not path.is_file():
-            raise InputError(f"the run directory lacks {name}", where=folder, fix=REMAKE)
+            raise damaged(f"the run directory lacks {name}", folder)
         if sha256(path) != expected:
-            raise InputError(
-                f"{name} was changed or truncated since it was written: its hash differs",
-                where=folder,
-                fix=REMAKE,
-            )
+            raise damaged(f"{name} was changed or truncated since it was written: its hash differs", folder)
 
 
 def record_files(folder: Path, manifest: Manifest, *names: str) -> Manifest:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ospq_export.errors import REMAKE, InputError
+from ospq_export.errors import InputError, damaged
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -24,12 +24,7 @@ from ospq_export.graph.quantizers import (
 from ospq_export.graph.serialize import rebuild
 from ospq_export.graph.slicing import Slice
 from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, GRAPH, QUANTIZED_TENSORS
-from ospq_export.runs.manifest import (
-    Manifest,
-    QuantizerRecord,
-    check_files,
-    read_manifest,
-)
+from ospq_export.runs.manifest import Manifest, QuantizerRecord, check_files, read_manifest
 from ospq_export.runs.tensors import read_tensors
 
 
@@ -88,7 +83,7 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"cannot be read: {error}", where=path, fix=REMAKE) from error
+            raise damaged(f"cannot be read: {error}", path) from error
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""
@@ -152,15 +147,20 @@ def _load_constants(
 ) -> None:
     for name in names:
         buffer = graph.get_buffer(name)
-        value = tensors.get(name)
-        if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
-            found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
-            raise InputError(
-                f"{name}: expected {buffer.dtype} {tuple(buffer.shape)}, found {found}",
-                where=path,
-                fix=REMAKE,
-            )
-        buffer.set_(value)  # type: ignore[call-overload]
+        buffer.set_(_fitting(tensors, name, buffer, path))  # type: ignore[call-overload]
+
+
+def _fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor, path: Path) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.shape != like.shape or found.dtype != like.dtype:
+        shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+        raise damaged(f"{name}: expected {like.dtype} {tuple(like.shape)}, found {shown}", path)
+    return found
+
+
+def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise damaged(f"{name} is not finite", path)
 
 
 def _forget(weight: Tensor) -> None:
@@ -207,7 +207,7 @@ def load_quantizers(
     quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
     unknown = {r.name for r in records} ^ set(quantizers)
     if unknown:
-        raise InputError(f"the quantizers do not fit the graph: {sorted(unknown)[0]}", where=path, fix=REMAKE)
+        raise damaged(f"the quantizers do not fit the graph: {min(unknown)}", path)
     for record in records:
         load_quantizer(quantizers[record.name], record, tensors, path)
 
@@ -219,9 +219,8 @@ def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
         InputError: it is missing, or has another shape or dtype, or is not finite.
     """
     if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
-        raise InputError(f"{bias.name} does not fit the graph", where=path, fix=REMAKE)
-    if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{bias.name} is not finite", where=path, fix=REMAKE)
+        raise damaged(f"{bias.name} does not fit the graph", path)
+    _check_finite(bias.name, value, path)
     bias.value.copy_(value)
 
 
@@ -235,19 +234,14 @@ def load_quantizer(
     try:
         quantizer.format = record.read_format()
     except InputError as error:
-        raise InputError(f"{record.name}: {error}", where=path, fix=REMAKE) from error
+        raise damaged(f"{record.name}: {error}", path) from error
     for key, value in quantizer_tensors([quantizer]).items():
-        found = tensors.get(key)
-        if found is None or found.shape != value.shape or found.dtype != value.dtype:
-            shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise InputError(
-                f"{key}: expected {value.dtype} {tuple(value.shape)}, found {shown}", where=path, fix=REMAKE
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise InputError(f"{key} is not finite", where=path, fix=REMAKE)
+        found = _fitting(tensors, key, value, path)
+        if found.is_floating_point():
+            _check_finite(key, found, path)
         # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
-        raise InputError(f"{record.name}.scale is not positive", where=path, fix=REMAKE)
+        raise damaged(f"{record.name}.scale is not positive", path)
     if isinstance(quantizer, WeightQuantizer) and not quantizer.format.holds(quantizer.codes):
-        raise InputError(f"{record.name}.codes are not all {quantizer.format.name}", where=path, fix=REMAKE)
+        raise damaged(f"{record.name}.codes are not all {quantizer.format.name}", path)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.errors import REMAKE, InputError
+from ospq_export.errors import damaged
 from ospq_export.runs.files import replacing
 
 
@@ -50,4 +50,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot be read as safetensors: {error}", where=path, fix=REMAKE) from error
+        raise damaged(f"cannot be read as safetensors: {error}", path) from error

@@ -40,12 +40,11 @@ def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, s
     The codes are what QuantizeLinear gives; a slice's output is what the next slice starts from. The last slice's output
     is the logits, which need no other name.
     """
-    modules = dict(network.module.named_modules())
-    names = {}
-    for node in network.module.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, ActivationQuantizer):
-            names[node.name] = f"{module.name}.codes"
+    calls = network.module.graph.find_nodes(op="call_module")
+    called = ((node.name, network.module.get_submodule(str(node.target))) for node in calls)
+    names = {
+        name: f"{module.name}.codes" for name, module in called if isinstance(module, ActivationQuantizer)
+    }
     return names | {piece.end: f"{piece.name}.output" for piece in slices[:-1]}
 
 
@@ -74,8 +73,8 @@ class _Lowering:
                 self._quantizer(node, self.modules[str(node.target)])
             elif node.op == "get_attr":
                 self._constant(node)
-            elif self._weight_quantizer(node) is not None:
-                self._weighted(node)
+            elif (weight := self._weight_quantizer(node)) is not None:
+                self._weighted(node, weight)
             else:
                 self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
         module = fx.GraphModule(self.constants, self.graph, class_name="LoweredNetwork")
@@ -120,11 +119,8 @@ class _Lowering:
         module = self.modules.get(str(source.target)) if isinstance(source, fx.Node) else None
         return module if isinstance(module, WeightQuantizer) else None
 
-    def _weighted(self, node: fx.Node) -> None:
-        weight = self._weight_quantizer(node)
-        assert weight is not None
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+    def _weighted(self, node: fx.Node, weight: WeightQuantizer) -> None:
+        source = node.all_input_nodes[0]
         bias = self._bias(node, weight, self.modules.get(str(source.target)))
         x = self.copies[source]
         lowering = lowering_of(weight.format)
