@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CUDA
+from conftest import CUDA, calibrated_demo
 from helpers import tiny
 
 from ospq_export.calibrate.cost import step_bytes
