@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -101,7 +102,7 @@ def calibrate(
     with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
-        formats, distinct = recipe.formats(), check_images(pixels)
+        distinct = check_images(pixels)
         captured = capture(model, data.input_size)
         # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
         described = describe(captured)
@@ -111,39 +112,29 @@ def calibrate(
             slices = slicing_of(captured.graph, recipe.slicing)
             check_cost(captured.graph, slices, len(pixels), recipe, out, target, memory_budget)
         captured.to(target)
-        equalized: list[EqualizedSite] = []
-        if recipe.equalization != "none":
-            advance = stepper(progress, "equalize", count_sites(captured))
-            sample = pixels[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
-            equalized = equalize(captured, sample, formats, recipe.equalization, seed=seed, advance=advance)
-        network = insert_quantizers(captured, formats)
-        output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-        outputs = int(output.meta["val"].shape[-1])
-        # Only a class map that covers the whole classifier, whose one output would tell two classes apart.
-        known = class_to_idx if class_to_idx and len(class_to_idx) == max(outputs, 2) else {}
+        equalized = _equalize(captured, pixels, recipe, seed, progress)
+        network = insert_quantizers(captured, recipe.formats())
+        record = CalibrationRecord(
+            images=len(pixels),
+            images_sha256=tensor_sha256(pixels),
+            skipped=skipped or [],
+            seed=seed,
+            device=target.type,
+            processes=world.size,
+            threads=torch.get_num_threads(),
+            passed_over=origin.passed_over,
+            notes=origin.notes,
+            distinct=distinct,
+            float_products=float_products(captured),
+        )
         manifest = Manifest(
             status="calibrating",
             model=spec,
             data=data,
-            class_to_idx=known,
-            classes_source=origin.classes_source if known else None,
-            class_from=origin.class_from,
-            outputs=outputs,
+            **_classes(captured, class_to_idx or {}, origin),
             recipe=recipe,
             graph_fingerprint=fingerprint(captured),
-            calibration=CalibrationRecord(
-                images=len(pixels),
-                images_sha256=tensor_sha256(pixels),
-                skipped=skipped or [],
-                seed=seed,
-                device=target.type,
-                processes=world.size,
-                threads=torch.get_num_threads(),
-                passed_over=origin.passed_over,
-                notes=origin.notes,
-                distinct=distinct,
-                float_products=float_products(captured),
-            ),
+            calibration=record,
             checkpoint=checkpoint_record(model),
             equalized=equalized,
             profile=outlier_profile(captured, pixels[:_EQUALIZATION_IMAGES]),
@@ -159,6 +150,31 @@ def calibrate(
         job.slice(captured, pixels)
         job.reconstruct(pixels)
         return job.finish()
+
+
+def _classes(captured: fx.GraphModule, class_to_idx: dict[str, int], origin: ImagesRecord) -> dict[str, Any]:
+    """What a manifest says of the logits, and of the classes where they cover the whole classifier."""
+    output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
+    outputs = int(output.meta["val"].shape[-1])
+    # One output tells two classes apart.
+    known = class_to_idx if len(class_to_idx) == max(outputs, 2) else {}
+    source = origin.classes_source if known else None
+    return {
+        "outputs": outputs,
+        "class_to_idx": known,
+        "classes_source": source,
+        "class_from": origin.class_from,
+    }
+
+
+def _equalize(
+    captured: fx.GraphModule, images: Tensor, recipe: Recipe, seed: int, progress: Progress | None
+) -> list[EqualizedSite]:
+    if recipe.equalization == "none":
+        return []
+    advance = stepper(progress, "equalize", count_sites(captured))
+    sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
+    return equalize(captured, sample, recipe.formats(), recipe.equalization, seed=seed, advance=advance)
 
 
 def check_cost(
