@@ -17,7 +17,7 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.export import export
-from ospq_export.export.stage import Extras
+from ospq_export.export.jobs import Extras
 from ospq_export.formats.choice import integers
 from ospq_export.formats.search import Levels
 from ospq_export.graph.capture import capture

@@ -42,7 +42,7 @@ def run_digests(model: str, recipe: str, folder: Path) -> dict[str, str]:
     from conftest import calibrated_demo
 
     from ospq_export.export import export
-    from ospq_export.export.stage import Extras
+    from ospq_export.export.jobs import Extras
 
     run = folder / f"{model}-{recipe}"
     calibrated = calibrated_demo(model, recipe, run, "slicing=block", "reconstruction.refinement_images=8")

@@ -14,7 +14,6 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
-from ospq_export.formats.choice import integers
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
@@ -74,8 +73,7 @@ def finished_run(folder: Path) -> Run | None:
 def observed_network(run: Run, images: Tensor) -> QuantizedGraph:
     """The run's float network (equalized, where its recipe says so) with the ranges that the search finds on its images."""
     recipe = run.manifest.recipe
-    bits = integers(recipe.weight_bits, recipe.activation_bits, recipe.first_last_bits)
-    graph = insert_quantizers(run.captured(), bits)
+    graph = insert_quantizers(run.captured(), recipe.formats())
     observe(graph, images[: recipe.observation_images], batch_size=64, seed=run.manifest.calibration.seed)
     return graph
 

@@ -17,7 +17,7 @@ from ospq_export.world.threads import use_threads
 if TYPE_CHECKING:
     from ospq_export.engines.build import BuildSettings
     from ospq_export.engines.record import EngineRecord
-    from ospq_export.export.stage import Extras
+    from ospq_export.export.jobs import Extras
 
 
 def export(
@@ -81,7 +81,7 @@ def export(
 ) -> None:
     """Write model.onnx (QDQ), model_fp32.onnx (baseline) and scales.json into a run directory; build an engine on request."""
     use_threads(threads)
-    from ospq_export.export.stage import Extras
+    from ospq_export.export.jobs import Extras
 
     uint8 = activation_layout == "uint8"
     if uint8 and engine is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
 _DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_IN_BLOCKS = "FP4E2M1"
 _PRODUCTS = ("gemm", "correlation", "convolution", "conv", "matrix_multiply", "fc")
 
 
@@ -52,14 +54,17 @@ class PlanLayer(BaseModel):
         return self.is_attention or self.kind.lower() in _PRODUCTS
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether everything it multiplies is of one number format."""
+    def format(self) -> str | None:
+        """The number format of everything it multiplies, as the builder calls it; None where it multiplies in float."""
         operands = set(self._operands())
-        return len(operands) == 1 and operands <= engine_types()
+        return operands.pop() if len(operands) == 1 and operands <= engine_types() else None
 
     def _operands(self) -> Sequence[str]:
         if self.is_attention:
             return self.inputs[:3]
+        if self.inputs[:1] == (_IN_BLOCKS,):
+            # The scales of its blocks are an input of their own.
+            return (_IN_BLOCKS, *(self.constants[:1] or self.inputs[2:3]))
         # A product with a constant has its weight first among the constants; scales and biases come after it.
         return self.inputs[:2] if len(self.inputs) > 1 else (*self.inputs[:1], *self.constants[:1])
 
@@ -134,6 +139,7 @@ class Fusion(BaseModel):
         quantized_gemms: how many of them multiply quantized operands, inside attention kernels too.
         attentions: how many pairs of products around a Softmax the file has.
         fused_attentions: how many are one quantized kernel.
+        formats: how many products multiply in each number format, as the builder calls it.
         not_quantized: the other products, by node name, with the reason.
         not_fused: the other attentions, by the name of the product after their Softmax, with the reason.
     """
@@ -144,6 +150,7 @@ class Fusion(BaseModel):
     quantized_gemms: int
     attentions: int
     fused_attentions: int
+    formats: dict[str, int] = {}
     not_quantized: dict[str, str]
     not_fused: dict[str, str]
 
@@ -161,16 +168,18 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
     not_quantized = {
         node.name: _why_float(graph, node, ran.get(node.name))
         for node in products
-        if node.name not in ran or not ran[node.name].is_quantized
+        if node.name not in ran or ran[node.name].format is None
     }
+    formats = Counter(str(ran[n.name].format) for n in products if n.name not in not_quantized)
     attentions = [node for node in products if graph.reads_softmax(node)]
-    fused = {name for layer in layers if layer.is_attention and layer.is_quantized for name in layer.onnx}
+    fused = {name for layer in layers if layer.is_attention and layer.format for name in layer.onnx}
     not_fused = {n.name: _why_not_fused(graph, n) for n in attentions if n.name not in fused}
     return Fusion(
         gemms=len(products),
         quantized_gemms=len(products) - len(not_quantized),
         attentions=len(attentions),
         fused_attentions=len(attentions) - len(not_fused),
+        formats=dict(sorted(formats.items())),
         not_quantized=not_quantized,
         not_fused=not_fused,
     )

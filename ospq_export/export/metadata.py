@@ -18,9 +18,7 @@ def quantized_metadata(run: Run) -> dict[str, str]:
     bits = {record.name: record.format["bits"] for record in manifest.quantizers}
     return {
         **_common_metadata(run),
-        "weight_bits": str(manifest.recipe.weight_bits),
-        "activation_bits": str(manifest.recipe.activation_bits),
-        "first_last_bits": str(manifest.recipe.first_last_bits),
+        **manifest.recipe.named_formats(),
         "bits": json.dumps(bits),
         "slicing": json.dumps([s.name for s in manifest.slices]),
         "quantized_sha256": manifest.files[QUANTIZED_TENSORS],
@@ -58,7 +56,10 @@ def describe_scales(manifest: Manifest, network: QuantizedGraph) -> dict[str, An
     for record in manifest.quantizers:
         entry: dict[str, Any] = record.model_dump(mode="json", exclude={"slice", "format"}) | record.format
         if record.kind == "weight":
-            entry["scale"] = network.weights[record.name].scale.tolist()
+            weight = network.weights[record.name]
+            entry["scale"] = weight.scale.tolist()
+            if weight.tensor_scale is not None:
+                entry["tensor_scale"] = float(weight.tensor_scale)
         else:
             quantizer = network.activations[record.name]
             entry["scale"], entry["offset"] = float(quantizer.scale), float(quantizer.offset)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,25 @@ from rich.progress import Progress
 from torch import fx
 
 from ospq_export.errors import InputError
+from ospq_export.export.expand import needs_expansion, write_expanded
+from ospq_export.export.jobs import Extras, Job, jobs_of
+from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
-from ospq_export.export.variants import shift_activations, store_int4, take_uint8
+from ospq_export.formats.integer import Integer
 from ospq_export.graph.quantizers import QuantizedGraph
-from ospq_export.onnx.half import to_half
 from ospq_export.onnx.kernels import Kernels, integer_kernels
-from ospq_export.onnx.write import ACTIVATION_LAYOUT, OPSET, translate, write_translated
+from ospq_export.onnx.write import OPSET, translate, write_translated
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
-    DEBUG_ONNX,
-    FLOAT_ONNX,
     FLOAT_TENSORS,
     HALF_ONNX,
     INT4_ONNX,
-    QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
     QUANTIZED_TENSORS,
     SCALES,
     UINT8_ACTIVATIONS_ONNX,
-    UINT8_ONNX,
+    check_file,
     data_file,
     staging,
     take,
@@ -45,28 +42,6 @@ from ospq_export.world.processor import examine_processor
 from ospq_export.world.room import CERTAIN, check_disk, check_folder
 
 log = logging.getLogger(__name__)
-Pass = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class Extras:
-    """Files beside model.onnx, model_fp32.onnx and scales.json.
-
-    Attributes:
-        fp16: model_qdq_fp16.onnx, the quantized network with FP16 around the quantized operators, which is what engines are built
-            from, and model_fp16.onnx, its float baseline.
-        debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
-        int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
-        uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
-        uint8_activations: model_uint8_activations.onnx, whose activations have the same codes as uint8, 128 higher, for
-            processors whose kernels multiply uint8 by int8 only; not for TensorRT.
-    """
-
-    fp16: bool = False
-    debug: bool = False
-    int4: bool = False
-    uint8_input: bool = False
-    uint8_activations: bool = False
 
 
 def export(
@@ -107,13 +82,13 @@ def export(
             raise InputError(f"a batch of {size} images", where="`batch_size`", fix="give 1 or more")
     check_folder(path, "RUN")
     run = Run.open(path)
-    jobs = _jobs(run, extras or Extras(), batch_size, deploy_batch_size)
+    jobs = jobs_of(run, extras or Extras(), batch_size, deploy_batch_size)
     files = [*(job.file for job in jobs), SCALES]
     _check_free(run, files, overwrite=overwrite)
     _check_room(run, jobs)
     advance = stepper(progress, "export", len(jobs) + 1)
     with staging(path) as folder:
-        _write(run, jobs, folder, advance)
+        files = _write(run, jobs, folder, advance)
         files += [] if finish is None else finish(folder)
         files += [data for data in _data_files(files) if (folder / data).is_file()]
         run.manifest = _claim(run, files)
@@ -123,19 +98,22 @@ def export(
     return run
 
 
-def _write(run: Run, jobs: Sequence[_Job], folder: Path, advance: Callable[[], None]) -> None:
-    writer = _Writer(run, folder)
+def _write(run: Run, jobs: Sequence[Job], folder: Path, advance: Callable[[], None]) -> list[str]:
+    """Names of what was written."""
+    writer, files = _Writer(run, folder), [SCALES]
     for job, following in zip(jobs, [*jobs[1:], None], strict=True):
-        writer.write(job, following)
+        files += writer.write(job, following)
         advance()
     described = describe_scales(run.manifest, writer.network())
     # ONNX Runtime loads the weights a few times over: the networks make room first.
     del writer
     gc.collect()
-    kernels = integer_kernels(folder / QUANTIZED_ONNX)
-    described["onnxruntime"] = kernels.model_dump(mode="json")
-    _warn_of_saturation(kernels, [job.file for job in jobs])
+    if all(isinstance(record.read_format(), Integer) for record in run.manifest.quantizers):
+        kernels = integer_kernels(folder / QUANTIZED_ONNX)
+        described["onnxruntime"] = kernels.model_dump(mode="json")
+        _warn_of_saturation(kernels, files)
     write_json(folder / SCALES, described)
+    return files
 
 
 def _warn_of_saturation(kernels: Kernels, files: Sequence[str]) -> None:
@@ -160,7 +138,7 @@ def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
         )
 
 
-def _check_room(run: Run, jobs: Sequence[_Job]) -> None:
+def _check_room(run: Run, jobs: Sequence[Job]) -> None:
     """Hold the files to come to the room on the disk; those that they replace go only when all are there."""
     weights = (run.path / FLOAT_TENSORS).stat().st_size
     codes = (run.path / QUANTIZED_TENSORS).stat().st_size
@@ -178,55 +156,6 @@ def _claim(run: Run, files: Sequence[str]) -> Manifest:
     manifest = run.manifest.model_copy(update={"files": kept})
     write_manifest(run.path, manifest)
     return manifest
-
-
-@dataclass(frozen=True)
-class _Job:
-    file: str
-    batch_size: int | None
-    quantized: bool = True
-    expose_probes: bool = False
-    passes: tuple[Pass, ...] = ()
-    metadata: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def graph(self) -> tuple[bool, int | None]:
-        """What it is translated from: jobs with the same share a translation."""
-        return self.quantized, self.batch_size
-
-
-def _jobs(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size: int | None) -> list[_Job]:
-    half = (("precision", "float16"),)
-    jobs = [_Job(FLOAT_ONNX, batch_size, quantized=False)]
-    if extras.fp16:
-        jobs.append(_Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
-        jobs.append(_Job(QUANTIZED_HALF_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
-    jobs.append(_Job(QUANTIZED_ONNX, batch_size))
-    if extras.debug:
-        jobs.append(_Job(DEBUG_ONNX, batch_size, expose_probes=True))
-    if extras.int4:
-        jobs.append(_int4_job(run, batch_size))
-    if extras.uint8_activations:
-        layout = ((ACTIVATION_LAYOUT, "uint8"),)
-        jobs.append(_Job(UINT8_ACTIVATIONS_ONNX, batch_size, passes=(shift_activations,), metadata=layout))
-    if extras.uint8_input:
-        layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
-        normalise = partial(take_uint8, data=run.manifest.data)
-        jobs.append(_Job(UINT8_ONNX, batch_size, passes=(normalise,), metadata=layout))
-    return jobs
-
-
-def _int4_job(run: Run, batch_size: int | None) -> _Job:
-    weights = (record for record in run.manifest.quantizers if record.kind == "weight")
-    narrow = frozenset(f"{record.name}.codes" for record in weights if record.read_format().bits <= 4)
-    if not narrow:
-        raise InputError(
-            f"no weight of this run has 4 bits or fewer (recipe {run.manifest.recipe.name})",
-            where="`int4`",
-            fix="calibrate with weight_bits=4, or leave `int4` out",
-        )
-    passes = (partial(store_int4, weights=narrow),)
-    return _Job(INT4_ONNX, batch_size, passes=passes, metadata=(("storage", "int4"),))
 
 
 class _Writer:
@@ -257,8 +186,12 @@ class _Writer:
             self.lowered = lower(self.network(), self.probes)
         return self.lowered
 
-    def write(self, job: _Job, following: _Job | None) -> None:
-        """Write one file; where the following one is made of the same graph, its translation is kept for it."""
+    def write(self, job: Job, following: Job | None) -> list[str]:
+        """Write one file; where the following one is made of the same graph, its translation is kept for it.
+
+        Returns:
+            Names of what was written: a file that ONNX Runtime cannot run has one for checking beside it.
+        """
         module = self._lowered() if job.quantized else self._float()
         probes, model = list(self.probes.values()), self.translated
         if model is None:
@@ -269,14 +202,20 @@ class _Writer:
         # Values of a clone share their type's object with it: a pass gives a value another type, and changes none in place.
         self.translated = model.clone() if again else None
         metadata = quantized_metadata(self.run) if job.quantized else float_metadata(self.run)
+        finish = finishers(self.network()) if job.quantized else []
         write_translated(
             model,
             self.folder / job.file,
             metadata={**metadata, **dict(job.metadata)},
             probes=probes,
             expose_probes=job.expose_probes,
-            passes=job.passes,
+            passes=(*finish, *job.passes),
         )
+        expanded = []
+        if job.quantized and needs_expansion(model):
+            expanded = [check_file(job.file)]
+            write_expanded(self.folder / job.file, self.folder / expanded[0])
         # torch's exporter leaves cyclic garbage that holds on to the weights.
         del model
         gc.collect()
+        return [job.file, *expanded]

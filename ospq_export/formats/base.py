@@ -9,10 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import StrEnum
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ospq_export.formats.kernels import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,37 @@ class Granularity:
 PER_TENSOR = Granularity()
 
 
+class Role(StrEnum):
+    """What a quantizable operator is: a linear, a convolution, or a product of two activations."""
+
+    LINEAR = "linear"
+    CONVOLUTION = "convolution"
+    ATTENTION = "attention"
+
+
+class Rounding(Protocol):
+    """The levels of a format, to which scaled values are rounded."""
+
+    @property
+    def lo(self) -> float:
+        """The smallest level."""
+        raise NotImplementedError
+
+    @property
+    def hi(self) -> float:
+        """The largest level."""
+        raise NotImplementedError
+
+    @property
+    def edge(self) -> float:
+        """How far beyond the last level a value may lie that still is rounded and not clipped."""
+        raise NotImplementedError
+
+    def round_(self, x: Tensor) -> Tensor:
+        """The nearest levels of x, ties to even, in place."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """The two levels between which a value may be rounded: float32, the shape of the values.
@@ -79,6 +113,18 @@ class Range:
     mse: float
 
 
+class Scales(NamedTuple):
+    """Scales of a weight.
+
+    Attributes:
+        scale: float32, of `granularity.scale_shape`: by what levels are multiplied.
+        tensor_scale: float32 scalar; None but where what is stored is the scales' quotients by it, in a smaller type.
+    """
+
+    scale: Tensor
+    tensor_scale: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Sample:
     """Weighted values that stand for a tensor's distribution: float32 (n,), sorted, and weights that sum to one."""
@@ -95,7 +141,12 @@ class Format(ABC):
         storage: torch dtype of the codes.
         engine_type: what TensorRT calls an operand in it.
         opset: of ONNX, from which its operators exist.
+        onnxruntime_without: names of ONNX Runtime's optimisations that make something invalid of it.
+        fallback: name of the format that takes the operands which this one cannot; None where it can take all.
+        learns_scale: whether an activation's scale can be learned; block scales that are computed from the values cannot.
+        has_tensor_scale: whether a weight has one; see `Scales`.
         bits: of a code.
+        levels: what scaled values are rounded to.
         granularity: of the scales.
     """
 
@@ -103,7 +154,12 @@ class Format(ABC):
     storage: ClassVar[torch.dtype]
     engine_type: ClassVar[str]
     opset: ClassVar[int]
+    onnxruntime_without: ClassVar[tuple[str, ...]] = ()
+    fallback: ClassVar[str | None] = None
+    learns_scale: ClassVar[bool] = True
+    has_tensor_scale: ClassVar[bool] = False
     bits: int
+    levels: Rounding
     granularity: Granularity
 
     @property
@@ -116,9 +172,18 @@ class Format(ABC):
         """Whether a float offset is subtracted before the values are scaled."""
         return False
 
+    def refuses(self, role: Role, inner: int) -> str:
+        """Why the format cannot take an operand; empty where it can.
+
+        Args:
+            role: of the operator.
+            inner: elements that its products sum over.
+        """
+        return ""
+
     @abstractmethod
-    def search_scale(self, weight: Tensor) -> Tensor:
-        """The scales of a weight with the least squared error under rounding to nearest, of `granularity.scale_shape`."""
+    def search_scale(self, weight: Tensor) -> Scales:
+        """The scales of a weight with the least squared error under rounding to nearest."""
 
     @abstractmethod
     def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
@@ -129,21 +194,28 @@ class Format(ABC):
             may_shift: whether an offset can be deployed.
         """
 
-    @abstractmethod
-    def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """X in units of the levels, taken into their range but not rounded; scale broadcasts with x."""
+    def activation_scales(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The scales that an activation's levels are multiplied by, broadcasting with x: of blocks, or the scale itself."""
+        return scale
 
-    @abstractmethod
+    def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """clip((x - offset) / scale, lo, hi): in units of the levels, not rounded; scale broadcasts with x."""
+        shifted = x if offset is None else x - offset
+        return torch.clamp(shifted / scale, self.levels.lo, self.levels.hi)
+
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """The nearest levels of x, ties to even; float32, the shape of x; scale broadcasts with x."""
+        return self.levels.round_((x if offset is None else x - offset) / scale)
 
     @abstractmethod
     def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
         """The levels around x; scale broadcasts with x."""
 
-    @abstractmethod
     def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None) -> Tensor:
-        """The real values of the nearest levels, differentiable in x, scale and offset.
+        """The real values of the nearest levels, differentiable; elements may be left float.
+
+        Gradients: straight-through in x inside the range and zero outside; in scale as in LSQ (Esser et al. 2020, eq. 3),
+        without its gradient scaling factor; in offset 1 where x is clipped, 0 elsewhere.
 
         Args:
             x: float32, any shape.
@@ -151,6 +223,8 @@ class Format(ABC):
             offset: float32 scalar, None where the format has none.
             kept: 1 where the element is quantized, 0 where it stays float (QDrop), the shape of x; None quantizes all.
         """
+        out: Tensor = FakeQuantize.apply(x, scale, offset, kept, self.levels)
+        return out
 
     def dequantize(self, levels: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """Real values of levels: levels * scale (+ offset); scale broadcasts."""
@@ -162,7 +236,7 @@ class Format(ABC):
         return levels.to(self.storage)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes, float32."""
+        """Levels of codes, float32; the codes as stored, or as ONNX Runtime returns them."""
         return codes.float()
 
     @abstractmethod
@@ -170,21 +244,31 @@ class Format(ABC):
         """Whether all codes are codes of this format."""
 
     @abstractmethod
-    def steps_apart(self, unrounded: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """How far codes lie from those that values should have.
+    def ranks(self, levels: Tensor) -> Tensor:
+        """Values in units of the levels on a line where the levels are integers, zero is 0 and rounding changes at halves."""
+
+    def steps_apart(
+        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How far deployed levels lie from those that values should have.
 
         Args:
-            unrounded: of `unrounded`.
-            codes: as stored, any dtype.
+            x: float32 or float64, any shape.
+            scale: scalar.
+            offset: scalar, None where the format has none.
+            levels: of the deployed codes.
 
         Returns:
-            Steps between the codes and the values' nearest ones; and steps by which the codes lie farther from the values than
-            the half step that rounding takes, where at most 0 is right.
+            Steps between the levels and the values' nearest ones; and steps by which the levels lie farther from the values
+            than the half step that rounding takes, where at most 0 is right.
         """
+        unrounded = self.unrounded(x, scale, offset)
+        wanted, found = self.ranks(unrounded), self.ranks(levels)
+        return (self.ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5
 
     @abstractmethod
     def histogram(self, codes: Tensor) -> list[int]:
-        """How often each code of the storage type occurs, in ascending order."""
+        """How often each level that the storage type can hold occurs, in ascending order."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:

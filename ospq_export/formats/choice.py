@@ -7,22 +7,102 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
 from ospq_export import formats
 from ospq_export.errors import InputError
-from ospq_export.formats.base import Format
+from ospq_export.formats.base import Format, Role
+
+FLOAT = "float"
+"""Name of what is no format: the operand is left as it is."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The formats of an operator's operands; None where one stays float.
+
+    Attributes:
+        weight: of its weight; a product of two activations has none.
+        activation: of what it reads besides.
+        reason: why these are not the formats that its role has; empty where they are.
+    """
+
+    weight: Format | None
+    activation: Format | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The formats of weights and activations, and those of the first and the last quantizable operator."""
+    """Names of formats by role, and by the names of operators.
 
-    weight: Format
-    activation: Format
-    end_weight: Format
-    end_activation: Format
+    Attributes:
+        weight, activation: of linears and convolutions.
+        attention: of the operands of products of two activations.
+        end: of weight and activation of the first and the last quantizable operator.
+        overrides: (pattern of operator names, format) with the wildcards of file names; the last that fits counts.
+    """
+
+    weight: str
+    activation: str
+    attention: str
+    end: str
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def operands(self, name: str, role: Role, inner: int, *, is_end: bool) -> Operands:
+        """The formats of one operator.
+
+        Args:
+            name: of the operator, such as "blocks.0.mlp.fc1".
+            role: what it is.
+            inner: elements that its products sum over.
+            is_end: whether it is the network's first or last quantizable operator.
+
+        Raises:
+            InputError: an override asks for a format that the operator cannot have.
+        """
+        forced = [kind for pattern, kind in self.overrides if fnmatchcase(name, pattern)]
+        weight, activation = (self.end, self.end) if is_end else (self.weight, self.activation)
+        if forced:
+            weight = activation = forced[-1]
+        elif role is Role.ATTENTION and not is_end:
+            activation = self.attention
+        found, reason = [], ""
+        for kind, is_weight in ((weight, True), (activation, False)):
+            format_ = None if kind == FLOAT else named(kind, weight=is_weight)
+            refused = "" if format_ is None else format_.refuses(role, inner)
+            if refused and forced:
+                raise InputError(
+                    f"{name} cannot have {kind}: {refused}",
+                    where="`overrides`",
+                    fix="leave it out of the pattern, or give it another format",
+                )
+            if format_ is not None and refused:
+                assert format_.fallback is not None
+                format_, reason = named(format_.fallback, weight=is_weight), refused
+            found.append(format_)
+        return Operands(None if role is Role.ATTENTION else found[0], found[1], reason)
+
+    def check(self) -> None:
+        """Hold every name to the formats that there are, and weights to activations that hardware multiplies with them.
+
+        Raises:
+            InputError: there is no such format, or two do not go together.
+        """
+        for name in (self.attention, self.end, *(kind for _, kind in self.overrides)):
+            if name != FLOAT:
+                named(name, weight=False)
+        if FLOAT in (self.weight, self.activation):
+            return
+        weight, activation = named(self.weight, weight=True), named(self.activation, weight=False)
+        if weight.engine_type != activation.engine_type:
+            raise InputError(
+                f"no hardware multiplies {weight.name} weights with {activation.name} activations",
+                where="`weights`, `activations`",
+                fix="give both formats of one kind, or float activations",
+            )
 
 
 @functools.cache
@@ -47,7 +127,10 @@ def named(name: str, *, weight: bool) -> Format:
         found: Format | None = module.find(name, weight=weight)
         if found is not None:
             return found
-    raise InputError(f"there is no format {name!r} for {'weights' if weight else 'activations'}")
+    raise InputError(
+        f"there is no format {name!r} for {'weights' if weight else 'activations'}",
+        fix=f"use int2 to int8, fp8, nvfp4 or {FLOAT}",
+    )
 
 
 def read(record: dict[str, Any], *, weight: bool) -> Format:
@@ -64,21 +147,8 @@ def read(record: dict[str, Any], *, weight: bool) -> Format:
 
 def integers(weight_bits: int, activation_bits: int, first_last_bits: int = 8) -> Choice:
     """Integer formats by their bits, 2 to 8."""
-    return choice(f"int{weight_bits}", f"int{activation_bits}", f"int{first_last_bits}")
-
-
-def choice(weight: str, activation: str, first_last: str) -> Choice:
-    """Formats by their names.
-
-    Raises:
-        InputError: there is no such format.
-    """
-    return Choice(
-        named(weight, weight=True),
-        named(activation, weight=False),
-        named(first_last, weight=True),
-        named(first_last, weight=False),
-    )
+    activation = f"int{activation_bits}"
+    return Choice(f"int{weight_bits}", activation, activation, f"int{first_last_bits}")
 
 
 def engine_types() -> frozenset[str]:

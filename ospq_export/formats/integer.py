@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample
-from ospq_export.formats.kernels import FakeQuantize
+from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample, Scales
 from ospq_export.formats.search import (
     INT8_MAX,
     INT8_MIN,
@@ -55,9 +54,9 @@ class Integer(Format):
         """Whether the grid is `shifted`."""
         return self.grid is Grid.SHIFTED
 
-    def search_scale(self, weight: Tensor) -> Tensor:
+    def search_scale(self, weight: Tensor) -> Scales:
         """See `search.search_weight_scale`."""
-        return search_weight_scale(weight, self.levels)
+        return Scales(search_weight_scale(weight, self.levels))
 
     def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
         """See `search.search_activation_range`."""
@@ -65,38 +64,19 @@ class Integer(Format):
         format_ = Integer(self.bits, found.levels, self.granularity, found.grid)
         return Range(format_, found.scale, found.offset, found.mse)
 
-    def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """clip((x - offset) / scale, lo, hi)."""
-        shifted = x if offset is None else x - offset
-        return torch.clamp(shifted / scale, self.levels.lo, self.levels.hi)
-
-    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """clip(round((x - offset) / scale), lo, hi)."""
-        shifted = x if offset is None else x - offset
-        return torch.clamp(torch.round(shifted / scale), self.levels.lo, self.levels.hi)
-
     def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
         """floor(x/s) and the next integer, both taken into the levels."""
         scaled = x / scale
         floor, (lo, hi) = torch.floor(scaled), (self.levels.lo, self.levels.hi)
         return Neighbours(floor.clamp(lo, hi), (floor + 1.0).clamp(lo, hi), scaled - floor)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None) -> Tensor:
-        """The real values of the nearest levels, differentiable; elements may be left float.
-
-        Gradients: straight-through in x inside the range and zero outside; in scale as in LSQ (Esser et al. 2020, eq. 3),
-        without its gradient scaling factor; in offset 1 where x is clipped, 0 elsewhere.
-        """
-        out: Tensor = FakeQuantize.apply(x, scale, offset, kept, self.levels.lo, self.levels.hi)
-        return out
-
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes lie in [lo, hi]."""
         return bool(codes.min() >= self.levels.lo) and bool(codes.max() <= self.levels.hi)
 
-    def steps_apart(self, unrounded: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Differences of integers."""
-        return (torch.round(unrounded) - codes).abs(), (unrounded - codes).abs() - 0.5
+    def ranks(self, levels: Tensor) -> Tensor:
+        """The integers themselves."""
+        return levels
 
     def histogram(self, codes: Tensor) -> list[int]:
         """How often each of -128 .. 127 occurs."""

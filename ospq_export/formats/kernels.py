@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ospq_export.formats.base import Rounding
 
 log = logging.getLogger(__name__)
 BLOCK = 1 << 18
@@ -47,22 +50,22 @@ def lerp_mask(start: Tensor, end: Tensor, kept: Tensor) -> Tensor:
 
 
 def whole_forward(
-    x: Tensor, scale: Tensor, offset: Tensor | None, mask: Tensor | None, lo: int, hi: int
+    x: Tensor, scale: Tensor, offset: Tensor | None, mask: Tensor | None, levels: Rounding
 ) -> Tensor:
     """What `FakeQuantize` computes, in one expression for a compiler to fuse: on a GPU a single pass over memory."""
     shifted = x if offset is None else x - offset
-    real = (shifted / scale).round().clamp(lo, hi) * scale
+    real = levels.round_(shifted / scale) * scale
     real = real if offset is None else real + offset
     return real if mask is None else torch.where(mask > 0, real, x)
 
 
 def whole_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, mask: Tensor | None, lo: int, hi: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, mask: Tensor | None, levels: Rounding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its gradients in x, scale and offset."""
     scaled = (x if offset is None else x - offset) / scale
-    codes = scaled.round().clamp(lo, hi)
-    inside = (scaled >= lo - 0.5) & (scaled <= hi + 0.5)
+    codes = levels.round_(scaled.clone())
+    inside = (scaled >= levels.lo - levels.edge) & (scaled <= levels.hi + levels.edge)
     taken = grad if mask is None else torch.where(mask > 0, grad, 0.0)
     outside = torch.where(inside, 0.0, taken)
     error = torch.where(inside, codes - scaled, codes)
@@ -95,26 +98,26 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """quantize + dequantize of a tensor with one scale; see `Integer.fake_quantize` for the gradients.
+    """quantize + dequantize of a tensor with one scale; see `Format.fake_quantize` for the gradients.
 
-    Arguments: x, scale (one element), offset (one element or None), kept (0 and 1, the shape of x, or None), lo, hi.
+    Arguments: x, scale (one element), offset (one element or None), kept (0 and 1, the shape of x, or None), levels.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None, lo: int, hi: int
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None, levels: Rounding
     ) -> Tensor:
         """Fake-quantize; keeps x, the mask and the scale for the backward pass, nothing else."""
         flat, mask = x.reshape(-1), None if kept is None else kept.reshape(-1)
         ctx.save_for_backward(flat, scale, offset, mask)
-        ctx.limits, ctx.shape = (lo, hi), x.shape
+        ctx.levels, ctx.shape = levels, x.shape
         if flat.device.type == "cuda":
-            return compiled(whole_forward)(flat, scale, offset, mask, lo, hi).view(x.shape)
+            return compiled(whole_forward)(flat, scale, offset, mask, levels).view(x.shape)
         out = torch.empty_like(flat)
         for block in blocks(flat):
             part, result = flat[block], out[block]
             _scaled(part, scale, offset, result)
-            result.round_().clamp_(lo, hi).mul_(scale)
+            levels.round_(result).mul_(scale)
             if offset is not None:
                 result.add_(offset)
             if mask is not None:
@@ -129,12 +132,11 @@ class FakeQuantize(torch.autograd.Function):
         wants_offset = wants_offset and offset is not None
         grad = grad.reshape(-1)
         if flat.device.type == "cuda":
-            found = compiled(whole_backward)(grad, flat, scale, offset, mask, *ctx.limits)
+            found = compiled(whole_backward)(grad, flat, scale, offset, mask, ctx.levels)
             grad_offset = None if offset is None else found[2].view(offset.shape)
             every = (found[0].view(ctx.shape), found[1].view(scale.shape), grad_offset)
             return (
                 *(g if wanted else None for g, wanted in zip(every, ctx.needs_input_grad, strict=False)),
-                None,
                 None,
                 None,
             )
@@ -142,7 +144,7 @@ class FakeQuantize(torch.autograd.Function):
         grad_scale = torch.zeros_like(scale) if wants_scale else None
         grad_offset = torch.zeros_like(offset) if wants_offset else None
         for block in blocks(flat):
-            scaled, outside, codes = _parts(flat[block], scale, offset, ctx.limits)
+            scaled, outside, codes = _parts(flat[block], scale, offset, ctx.levels)
             given = grad[block]
             taken = given if mask is None else given * _as_weights(mask, block, given)
             if grad_x is not None:
@@ -153,7 +155,7 @@ class FakeQuantize(torch.autograd.Function):
                 # codes - scaled inside the range, codes outside.
                 error = codes.addcmul_(scaled, outside.sub_(1.0))
                 grad_scale += torch.dot(taken, error)
-        return None if grad_x is None else grad_x.view(ctx.shape), grad_scale, grad_offset, None, None, None
+        return None if grad_x is None else grad_x.view(ctx.shape), grad_scale, grad_offset, None, None
 
 
 def _scaled(x: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
@@ -164,15 +166,14 @@ def _scaled(x: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Ten
 
 
 def _parts(
-    x: Tensor, scale: Tensor, offset: Tensor | None, limits: tuple[int, int]
+    x: Tensor, scale: Tensor, offset: Tensor | None, levels: Rounding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled values, 1 where they are clipped (else 0), and codes; all of x's dtype, none shared."""
-    lo, hi = limits
     scaled = _scaled(x, scale, offset, torch.empty_like(x))
-    codes = scaled.clamp(lo - 0.5, hi + 0.5)
+    codes = scaled.clamp(levels.lo - levels.edge, levels.hi + levels.edge)
     # Compared straight into floats: a boolean result would be converted in a pass that costs more than all others.
     outside = torch.ne(codes, scaled, out=torch.empty_like(x))
-    return scaled, outside, codes.round_().clamp_(lo, hi)
+    return scaled, outside, levels.round_(codes)
 
 
 # Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, eq. 23): zeta = 1.1, gamma = -0.1.

@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import Sample
+from ospq_export.formats.base import Rounding, Sample
 
 INT8_MIN, INT8_MAX = -128, 127
 # [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
@@ -41,6 +41,15 @@ class Levels:
     def __post_init__(self) -> None:
         if not INT8_MIN <= self.lo < self.hi <= INT8_MAX:
             raise ValueError(f"levels [{self.lo}, {self.hi}] do not lie in int8")
+
+    @property
+    def edge(self) -> float:
+        """Half a step."""
+        return 0.5
+
+    def round_(self, x: Tensor) -> Tensor:
+        """The nearest levels, ties to even, in place."""
+        return x.round_().clamp_(self.lo, self.hi)
 
     @property
     def saturates_int8(self) -> bool:
@@ -107,19 +116,18 @@ def compress(values: Tensor, *, groups: int = _GROUPS, tail: int = _TAIL) -> Sam
 
 
 def _least(
-    sample: Sample, grid: Grid, levels: Levels, scales: Tensor, offsets: Tensor | None = None
-) -> ActivationRange:
-    """Of candidate scales, and offsets, (candidates,) each, those with the least weighted squared error."""
+    sample: Sample, levels: Rounding, scales: Tensor, offsets: Tensor | None = None
+) -> tuple[float, float, float]:
+    """Of candidate scales, and offsets, (candidates,) each, those with the least weighted squared error; and that error."""
     scale = scales.unsqueeze(-1)
     x = sample.values if offsets is None else sample.values - offsets.unsqueeze(-1)
-    error = torch.clamp(torch.round(x / scale), levels.lo, levels.hi) * scale - x
+    error = levels.round_(x / scale) * scale - x
     errors = (error.square() * sample.weights).sum(-1)
     best = int(errors.argmin())
-    offset = 0.0 if offsets is None else float(offsets[best])
-    return ActivationRange(grid, levels, float(scales[best]), offset, float(errors[best]))
+    return float(scales[best]), 0.0 if offsets is None else float(offsets[best]), float(errors[best])
 
 
-def _positive(scales: Tensor) -> Tensor:
+def positive(scales: Tensor) -> Tensor:
     """Scales that divide: small ones stay small, for all-zero values any serves."""
     return torch.where(scales > 0, scales.clamp_min(_SMALLEST_SCALE), _SCALE_OF_ZEROS)
 
@@ -129,25 +137,27 @@ def _shrinkage(device: torch.device) -> Tensor:
     return torch.logspace(0, -2.2, _SHRINK_STEPS, device=device)
 
 
-def _search_symmetric(sample: Sample, bits: int) -> ActivationRange:
-    levels = symmetric_levels(bits)
+def search_symmetric(sample: Sample, levels: Rounding) -> tuple[float, float]:
+    """The scale with the least mean squared error on the sample, without an offset, and that error."""
     low, high = sample.values.min(), sample.values.max()
-    full = _positive(torch.maximum(high / levels.hi, low / levels.lo))
-    return _least(sample, Grid.SYMMETRIC, levels, full * _shrinkage(full.device))
+    full = positive(torch.maximum(high / levels.hi, low / levels.lo))
+    scale, _, error = _least(sample, levels, full * _shrinkage(full.device))
+    return scale, error
 
 
 def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
     """Every lo that keeps zero in the grid (or touches it), with every scale of a ladder; at most 127 x 64 candidates."""
     steps = 2**bits - 1
     low, high = min(0.0, float(sample.values.min())), max(0.0, float(sample.values.max()))
-    full = float(_positive(torch.tensor((high - low) / steps, dtype=torch.float64)))
+    full = float(positive(torch.tensor((high - low) / steps, dtype=torch.float64)))
     # Few levels on one side of zero need a larger step than the full range does, so the ladder starts at twice that.
     ladder = 2.0 * full * _shrinkage(sample.values.device)
     scales = torch.cat([ladder, ladder.new_tensor([full])])
     starts = torch.arange(max(-steps, EMBEDDED_MIN), min(0, EMBEDDED_MAX - steps) + 1, device=scales.device)
     if starts.numel() > 32:
         starts = starts[:: starts.numel() // 32]
-    found = (_least(sample, Grid.EMBEDDED, embedded_levels(bits, lo), scales) for lo in starts.tolist())
+    tried = (embedded_levels(bits, lo) for lo in starts.tolist())
+    found = (ActivationRange(Grid.EMBEDDED, levels, *_least(sample, levels, scales)) for levels in tried)
     return min(found, key=lambda best: best.mse)
 
 
@@ -159,8 +169,9 @@ def _search_shifted(sample: Sample, bits: int) -> ActivationRange:
     shares = torch.logspace(0, -2.2, 24, device=low.device)
     lows = (middle - (middle - low) * shares).unsqueeze(1).expand(-1, 24).flatten()
     highs = (middle + (high - middle) * shares).unsqueeze(0).expand(24, -1).flatten()
-    scales = _positive((highs - lows) / (levels.hi - levels.lo))
-    return _least(sample, Grid.SHIFTED, levels, scales, lows - levels.lo * scales)
+    scales = positive((highs - lows) / (levels.hi - levels.lo))
+    best = _least(sample, levels, scales, lows - levels.lo * scales)
+    return ActivationRange(Grid.SHIFTED, levels, *best)
 
 
 def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> ActivationRange:
@@ -179,14 +190,16 @@ def search_activation_range(sample: Sample, bits: int, *, may_shift: bool) -> Ac
     """
     if bits < 8:
         return _search_embedded(sample, bits)
-    symmetric = _search_symmetric(sample, bits)
+    levels = symmetric_levels(bits)
+    scale, error = search_symmetric(sample, levels)
+    symmetric = ActivationRange(Grid.SYMMETRIC, levels, scale, 0.0, error)
     if not may_shift:
         return symmetric
     shifted = _search_shifted(sample, bits)
     return shifted if shifted.mse < _SHIFT_MUST_GAIN * symmetric.mse else symmetric
 
 
-def search_weight_scale(weight: Tensor, levels: Levels) -> Tensor:
+def search_weight_scale(weight: Tensor, levels: Rounding) -> Tensor:
     """Scale per output channel with the least squared error under round to nearest.
 
     Args:
@@ -203,12 +216,12 @@ def search_weight_scale(weight: Tensor, levels: Levels) -> Tensor:
     return torch.cat([_search_rows(part, levels) for part in parts])
 
 
-def _search_rows(rows: Tensor, levels: Levels) -> Tensor:
-    full = _positive(torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo))
+def _search_rows(rows: Tensor, levels: Rounding) -> Tensor:
+    full = positive(torch.maximum(rows.amax(1) / levels.hi, rows.amin(1) / levels.lo))
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for share in torch.linspace(1.0, 0.3, 57).tolist():
         scale = full * share
-        codes = torch.clamp(torch.round(rows / scale.unsqueeze(1)), levels.lo, levels.hi)
+        codes = levels.round_(rows / scale.unsqueeze(1))
         error = (codes * scale.unsqueeze(1) - rows).square().sum(1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from ospq_export.errors import InputError
-from ospq_export.formats.base import Format
-from ospq_export.formats.choice import Choice
+from ospq_export.formats.base import Format, Role
+from ospq_export.formats.choice import Choice, Operands
 from ospq_export.graph.capture import operator_names
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.rewrite import is_padded, parameter
@@ -54,30 +54,52 @@ def _is_unpadded(node: fx.Node) -> bool:
 
 @dataclass
 class _Site:
-    """A tensor to be quantized and who reads it quantized."""
+    """A tensor to be quantized to one kind of format, and who reads it so."""
 
     name: str
+    tensor: fx.Node
     format: Format
     may_shift: bool
     readers: list[fx.Node]
 
 
-def _activation_sites(graph: fx.Graph, names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, _Site]:
-    cuts, ends = set(cut_points(graph)), _ends(names)
-    sites: dict[fx.Node, _Site] = {}
+def _role(node: fx.Node) -> Role:
+    if node.target is aten.matmul.default:
+        return Role.ATTENTION
+    return Role.LINEAR if node.target is aten.linear.default else Role.CONVOLUTION
+
+
+def _operands(names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, Operands]:
+    """The formats of every quantizable operator."""
+    ends, found = _ends(names), {}
     for node, name in names.items():
+        role = _role(node)
+        first, second = (operand.meta["val"].shape for operand in node.args[:2])  # type: ignore[union-attr]
+        inner = first[-1] if role is Role.ATTENTION else second[1:].numel()
+        found[node] = formats.operands(name, role, inner, is_end=node in ends)
+    return found
+
+
+def _activation_sites(
+    graph: fx.Graph, names: dict[fx.Node, str], operands: dict[fx.Node, Operands]
+) -> list[_Site]:
+    """Readers that want integers of several widths share the widest; other kinds have a quantizer of their own."""
+    cuts = set(cut_points(graph))
+    sites: dict[tuple[fx.Node, str], _Site] = {}
+    for node, name in names.items():
+        wanted = operands[node].activation
+        if wanted is None:
+            continue
         is_matmul = node.target is aten.matmul.default
-        wanted = formats.end_activation if node in ends else formats.activation
         for label, operand in zip(("lhs", "rhs") if is_matmul else ("input",), node.args, strict=False):
             assert isinstance(operand, fx.Node)
             tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
-            site = sites.setdefault(
-                tensor, _Site(f"{name}.{label}", wanted, not _comes_from_matmul(tensor), [])
-            )
+            new = _Site(f"{name}.{label}", tensor, wanted, not _comes_from_matmul(tensor), [])
+            site = sites.setdefault((tensor, wanted.family), new)
             site.format = max(site.format, wanted, key=lambda f: f.bits)
             site.may_shift = site.may_shift and _is_unpadded(node)
             site.readers.append(reader or node)
-    return sites
+    return list(sites.values())
 
 
 def _ends(names: dict[fx.Node, str]) -> set[fx.Node]:
@@ -108,11 +130,15 @@ def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph
     result = QuantizedGraph(fx.GraphModule(module, graph, class_name="QuantizedNetwork"))
     # Names and sites are computed on the untouched graph: cut points and names must not see the quantizers.
     names = operator_names(module.graph)
-    for tensor, site in _activation_sites(module.graph, names, formats).items():
+    operands = _operands(names, formats)
+    result.substituted = {
+        name: operands[node].reason for node, name in names.items() if operands[node].reason
+    }
+    for site in _activation_sites(module.graph, names, operands):
         quantizer = ActivationQuantizer(site.name, site.format, site.may_shift)
         result.activations[site.name] = quantizer
-        _insert(result.module, quantizer, copies[tensor], [copies[r] for r in site.readers])
-    _insert_weights(result, names, copies, formats)
+        _insert(result.module, quantizer, copies[site.tensor], [copies[r] for r in site.readers])
+    _insert_weights(result, names, copies, operands)
     _insert_biases(result, names, copies)
     result.module.recompile()
     return result
@@ -137,7 +163,10 @@ def _insert(
 
 
 def _insert_weights(
-    result: QuantizedGraph, names: dict[fx.Node, str], copies: dict[fx.Node, fx.Node], formats: Choice
+    result: QuantizedGraph,
+    names: dict[fx.Node, str],
+    copies: dict[fx.Node, fx.Node],
+    operands: dict[fx.Node, Operands],
 ) -> None:
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node, name in names.items():
@@ -149,8 +178,9 @@ def _insert_weights(
                 )
             readers.setdefault(weight, []).append(node)
     for weight, nodes in readers.items():
-        constant = str(weight.target)
-        wanted = formats.end_weight if nodes[0] in _ends(names) else formats.weight
+        constant, wanted = str(weight.target), operands[nodes[0]].weight
+        if wanted is None:
+            continue
         value = result.module.get_buffer(constant)
         quantizer = WeightQuantizer(f"{names[nodes[0]]}.weight", wanted, constant, value)
         result.weights[quantizer.name] = quantizer

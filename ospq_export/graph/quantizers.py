@@ -56,8 +56,10 @@ class ActivationQuantizer(nn.Module):
     def start_learning(self, *, logarithmic: bool, offsets: bool = False) -> list[nn.Parameter]:
         """Make the scale learnable, as scale + delta or scale * exp(delta), and an offset, in steps of the scale.
 
-        All deltas start at 0.
+        All deltas start at 0. A format whose scales are computed from the values has nothing to learn.
         """
+        if not self.format.learns_scale:
+            return []
         self.delta = nn.Parameter(torch.zeros_like(self.scale))
         self.logarithmic = logarithmic
         if not offsets or not self.format.has_offset:
@@ -134,11 +136,13 @@ class WeightQuantizer(nn.Module):
     Attributes:
         format: of the codes.
         scale: float32, of the format's `granularity.scale_shape`, in the units of the weight.
+        tensor_scale: float32 scalar where the format has one, else None; see `Scales`.
         codes: of the format's `storage`, the weight's shape; what is deployed.
         soft: the softly rounded weight where a caller computes it for a whole slice at once; else it is computed from V.
     """
 
     scale: Tensor
+    tensor_scale: Tensor | None
     codes: Tensor
 
     def __init__(self, name: str, format_: Format, constant: str, weight: Tensor) -> None:
@@ -146,6 +150,8 @@ class WeightQuantizer(nn.Module):
         self.name, self.format, self.constant = name, format_, constant
         shape = format_.granularity.scale_shape(weight.shape)
         self.register_buffer("scale", torch.ones(shape, device=weight.device))
+        tensor_scale = torch.ones((), device=weight.device) if format_.has_tensor_scale else None
+        self.register_buffer("tensor_scale", tensor_scale)
         self.register_buffer("codes", torch.zeros_like(weight, dtype=format_.storage))
         self.mode = Mode.FLOAT
         self.v: nn.Parameter | None = None
@@ -154,7 +160,10 @@ class WeightQuantizer(nn.Module):
 
     def round_to_nearest(self, weight: Tensor) -> None:
         """Search the scale and take the nearest codes."""
-        self.scale.copy_(self.format.search_scale(weight))
+        found = self.format.search_scale(weight)
+        self.scale.copy_(found.scale)
+        if self.tensor_scale is not None and found.tensor_scale is not None:
+            self.tensor_scale.copy_(found.tensor_scale)
         self.codes.copy_(self.format.encode(self.format.nearest(weight, self.spread_scale())))
 
     def spread_scale(self) -> Tensor:
@@ -212,12 +221,16 @@ class CorrectedBias(nn.Module):
 
 @dataclass
 class QuantizedGraph:
-    """A captured network with quantizers in it; the float network is the same module in Mode.FLOAT."""
+    """A captured network with quantizers in it; the float network is the same module in Mode.FLOAT.
+
+    `substituted` says of operators why they have not the format that was chosen for their role.
+    """
 
     module: fx.GraphModule
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     weights: dict[str, WeightQuantizer] = field(default_factory=dict)
     biases: dict[str, CorrectedBias] = field(default_factory=dict)
+    substituted: dict[str, str] = field(default_factory=dict)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch every quantizer."""
@@ -228,7 +241,7 @@ class QuantizedGraph:
         for a in self.activations.values():
             yield from (a.scale, a.offset)
         for w in self.weights.values():
-            yield from (w.scale, w.codes)
+            yield from w.buffers()
         for b in self.biases.values():
             yield b.value
 

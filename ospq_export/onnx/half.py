@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE
+
 FP16_MAX = 65504.0
 # FP16 rounds by 2**-11; an error of a constant, over its largest magnitude, above this is lost range, not rounding.
 _ROUNDING = 2.0**-10
@@ -26,6 +28,7 @@ KEEPS_FLOAT32 = frozenset(
         *("RMSNormalization", "LpNormalization", "Softmax", "LogSoftmax", "CumSum", "Resize"),
         *("ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalAveragePool", "AveragePool"),
         *("Pow", "Sqrt", "Exp", "Log", "Reciprocal", "QuantizeLinear", "DequantizeLinear"),
+        DYNAMIC_QUANTIZE,
     }
 )
 

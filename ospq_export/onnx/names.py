@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator that quantizes to E2M1 in blocks, with scales that it computes."""
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _CODES = ".codes"
 
@@ -53,8 +55,8 @@ def _name_quantizer_constants(graph: Any) -> None:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
         if codes.name.endswith(_CODES):
             owner = codes.name.removesuffix(_CODES)
-            _rename(graph, node.inputs[1], f"{owner}.scale")
-            _rename(graph, node.inputs[2], f"{owner}.zero_point")
+            for value, part in zip(node.inputs[1:], ("scale", "zero_point"), strict=False):
+                _rename(graph, value, f"{owner}.{part}")
 
 
 def _separate_zero_points(graph: Any) -> None:
@@ -66,8 +68,10 @@ def _separate_zero_points(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in graph:
-        codes, zero = (node.inputs[0], node.inputs[2]) if node.op_type == "DequantizeLinear" else (None, None)
-        if codes is None or zero is None or not codes.is_initializer() or len(zero.uses()) == 1:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3 or not node.inputs[0].is_initializer():
+            continue
+        codes, zero = node.inputs[0], node.inputs[2]
+        if zero is None or len(zero.uses()) == 1:
             continue
         name = f"{codes.name.removesuffix(_CODES)}.zero_point"
         if name in graph.initializers:

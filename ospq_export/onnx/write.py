@@ -19,7 +19,7 @@ from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.onnx import serialize
-from ospq_export.onnx.names import describe_inner_only, hide_outputs, name_everything
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE, describe_inner_only, hide_outputs, name_everything
 
 # The lowest that every format has; see `formats.integer` for why it is no higher.
 OPSET = 20
@@ -162,9 +162,10 @@ def _tidy(model: Any, metadata: Mapping[str, str], keep: Collection[str]) -> Non
 
 
 def check_deployable(proto: Any, where: Path) -> None:
-    """Hold a file to what TensorRT and ONNX Runtime need: standard domains, signed codes, zero points written out and 0.
+    """Hold a file to what TensorRT and ONNX Runtime need: operators they know, signed codes, zero points written out and 0.
 
     A file whose metadata says that its activations are uint8 has a zero point of 128 there, and is for ONNX Runtime alone.
+    Codes in blocks, and the scales of blocks, have no zero point.
 
     Raises:
         InputError: it has something else; this is a defect of the export, said before anybody deploys the file.
@@ -172,18 +173,22 @@ def check_deployable(proto: Any, where: Path) -> None:
     from onnx import TensorProto, numpy_helper
 
     constants = {t.name: t for t in proto.graph.initializer}
+    scales = {n.input[1] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
     uint8 = any(p.key == ACTIVATION_LAYOUT and p.value == "uint8" for p in proto.metadata_props)
-    allowed = {TensorProto.INT8: 0, TensorProto.INT4: 0} | ({TensorProto.UINT8: UINT8_ZERO} if uint8 else {})
+    signed = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN)
+    allowed = dict.fromkeys(signed, 0) | ({TensorProto.UINT8: UINT8_ZERO} if uint8 else {})
     problem = None
     for node in proto.graph.node:
-        if node.domain not in _STANDARD_DOMAINS:
+        if node.domain not in _STANDARD_DOMAINS and node.op_type != DYNAMIC_QUANTIZE:
             problem = f"operator {node.domain}::{node.op_type}"
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        # Four-bit floats in blocks, and the scales of blocks, are symmetric by nature and have two inputs.
+        in_blocks = any(a.name == "block_size" for a in node.attribute) or node.output[0] in scales
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or (in_blocks and len(node.input) == 2):
             continue
         zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
         wanted = None if zero_point is None else allowed.get(zero_point.data_type)
         if zero_point is None or wanted is None or (numpy_helper.to_array(zero_point) != wanted).any():
-            problem = f"{node.name} without an int8 zero_point of 0"
+            problem = f"{node.name} without a signed zero_point of 0"
     if problem is not None:
         raise InputError(
             f"the exported file cannot be deployed: {problem}", where=where, fix="report this model"

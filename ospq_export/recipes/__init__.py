@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ospq_export.errors import InputError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Too long a number and too deep a list are no TOMLDecodeError.
 _UNREADABLE = (ValueError, RecursionError)
+_BITS = {"weights": "weight_bits", "activations": "activation_bits", "ends": "first_last_bits"}
 _GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
 
 
@@ -104,14 +105,25 @@ class Recipe(_Section):
 
     name: str
     description: str = ""
-    weight_bits: int = Field(ge=2, le=8)
-    activation_bits: int = Field(ge=2, le=8)
-    first_last_bits: int = Field(ge=2, le=8, description="of the first and last quantizable operator")
-    weight_format: str | None = Field(
-        default=None, description="number format; None: integers of weight_bits"
+    weight_bits: int | None = Field(default=None, ge=2, le=8)
+    activation_bits: int | None = Field(default=None, ge=2, le=8)
+    first_last_bits: int | None = Field(
+        default=None, ge=2, le=8, description="of the first and last quantizable operator"
     )
-    activation_format: str | None = Field(default=None, description="None: integers of activation_bits")
-    first_last_format: str | None = Field(default=None, description="None: integers of first_last_bits")
+    weights: str | None = Field(
+        default=None, description="number format, or float; None: integers of weight_bits"
+    )
+    activations: str | None = Field(default=None, description="None: integers of activation_bits")
+    attention: str | None = Field(
+        default=None, description="of products of two activations; None: that of activations"
+    )
+    ends: str | None = Field(
+        default=None,
+        description="of the first and last quantizable operator; None: integers of first_last_bits",
+    )
+    overrides: dict[str, str] = Field(
+        default={}, description="formats by patterns of operator names; the last one that fits counts"
+    )
     slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
         description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
     )
@@ -123,18 +135,42 @@ class Recipe(_Section):
     reconstruction: Reconstruction
     pilot: Pilot
 
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        for name, bits in _BITS.items():
+            if getattr(self, name) is None and getattr(self, bits) is None:
+                raise ValueError(f"{name} has to be given, or {bits}")
+        return self
+
     def formats(self) -> Choice:
-        """The formats of weights, activations and the two ends.
+        """The formats of the operators.
 
         Raises:
-            InputError: there is no format of a name.
+            InputError: there is no format of a name, or two do not go together.
         """
-        from ospq_export.formats.choice import choice
+        from ospq_export.formats.choice import Choice
 
-        return choice(
-            self.weight_format or f"int{self.weight_bits}",
-            self.activation_format or f"int{self.activation_bits}",
-            self.first_last_format or f"int{self.first_last_bits}",
+        weight, activation, end = (
+            getattr(self, name) or f"int{getattr(self, bits)}" for name, bits in _BITS.items()
+        )
+        overrides = tuple(self.overrides.items())
+        choice = Choice(weight, activation, self.attention or activation, end, overrides)
+        choice.check()
+        return choice
+
+    def named_formats(self) -> dict[str, str]:
+        """What the recipe says of formats, as it says it: bits, or names."""
+        keys = [key for pair in _BITS.items() for key in pair] + ["attention"]
+        return {key: str(getattr(self, key)) for key in keys if getattr(self, key) is not None}
+
+    def summary(self) -> str:
+        """Weights and activations in short: "W4A8", or the formats' names."""
+        choice = self.formats()
+        short = [name.removeprefix("int") for name in (choice.weight, choice.activation)]
+        if all(part.isdigit() for part in short):
+            return "W{}A{}".format(*short)
+        return (
+            choice.weight if choice.weight == choice.activation else f"{choice.weight}, {choice.activation}"
         )
 
 

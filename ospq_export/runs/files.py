@@ -62,6 +62,11 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_file(name: str) -> str:
+    """What stands in for an ONNX file that ONNX Runtime cannot run, where one is needed."""
+    return f"{name.removesuffix('.onnx')}_check.onnx"
+
+
 def data_file(path: Path) -> Path:
     """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
     return path.with_name(f"{path.name}.data")

@@ -23,7 +23,7 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.serialize import rebuild
 from ospq_export.graph.slicing import Slice
-from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, GRAPH, QUANTIZED_TENSORS
+from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, GRAPH, QUANTIZED_TENSORS, check_file
 from ospq_export.runs.manifest import Manifest, QuantizerRecord, check_files, read_manifest
 from ospq_export.runs.tensors import read_tensors
 
@@ -69,6 +69,20 @@ class Run:
                 f"the run has no {name}", where=self.path, fix=f"run `ospq-export export {self.path}` first"
             )
         return self.path / name
+
+    def runnable(self, name: str) -> Path:
+        """What ONNX Runtime runs for an exported file: the file itself, or the one that was made for checking it.
+
+        Raises:
+            InputError: the run has no such file.
+        """
+        path, check = self.file(name), check_file(name)
+        return self.file(check) if check in self.manifest.files else path
+
+    def unoptimized(self) -> tuple[str, ...]:
+        """Optimisations of ONNX Runtime's that make something invalid of the formats of this run."""
+        formats = (record.read_format() for record in self.manifest.quantizers)
+        return tuple(sorted({name for format_ in formats for name in format_.onnxruntime_without}))
 
     def calibration_digests(self) -> frozenset[str]:
         """Digests of the images that the run was calibrated on, see `image_digests`.
@@ -191,6 +205,8 @@ def quantizer_tensors(quantizers: Sequence[ActivationQuantizer | WeightQuantizer
         tensors[f"{quantizer.name}.scale"] = quantizer.scale
         if isinstance(quantizer, WeightQuantizer):
             tensors[f"{quantizer.name}.codes"] = quantizer.codes
+            if quantizer.tensor_scale is not None:
+                tensors[f"{quantizer.name}.tensor_scale"] = quantizer.tensor_scale
         else:
             tensors[f"{quantizer.name}.offset"] = quantizer.offset
     return tensors
@@ -237,7 +253,7 @@ def load_quantizer(
         raise damaged(f"{record.name}: {error}", path) from error
     for key, value in quantizer_tensors([quantizer]).items():
         found = _fitting(tensors, key, value, path)
-        if found.is_floating_point():
+        if not key.endswith(".codes"):
             _check_finite(key, found, path)
         # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
         value.set_(found.to(value.device))  # type: ignore[call-overload]

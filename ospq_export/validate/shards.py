@@ -103,7 +103,7 @@ def locate(
         slices=[(s.name, s.end) for s in slices],
         slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
     )
-    return [_locate(run.file(name), reference, sample, device) for name in files]
+    return [_locate(run.runnable(name), reference, sample, device) for name in files]
 
 
 def _locate(path: Path, reference: Reference, sample: FloatArray, device: str) -> Location:

@@ -258,7 +258,7 @@ LAYER = (
 
 def test_log_and_inspector_agree():
     (layer,) = layers_from_log(["something else", LAYER])
-    assert layer.is_quantized and layer.multiplies and not layer.is_attention
+    assert layer.format and layer.multiplies and not layer.is_attention
     assert (layer.inputs, layer.constants, layer.outputs) == (("Int8",), ("Int8", "Float"), ("Half",))
     assert layer.onnx == ("a/MatMul", "a/DQ") and layers_from_log(["no plan"]) == []
     entry = {

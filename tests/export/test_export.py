@@ -336,5 +336,5 @@ def test_undeployable_files_are_refused(tmp_path, zero_point):
         [helper.make_tensor_value_info("y", TensorProto.INT8, [1])],
         constants,
     )
-    with pytest.raises(InputError, match="quantizer without an int8 zero_point of 0"):
+    with pytest.raises(InputError, match="quantizer without a signed zero_point of 0"):
         check_deployable(helper.make_model(graph), tmp_path)

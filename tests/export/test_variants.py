@@ -24,7 +24,7 @@ from ospq_export.engines.products import Product
 from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.stage import Extras
+from ospq_export.export.jobs import Extras
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.onnx.lint import lint

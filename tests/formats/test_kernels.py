@@ -41,8 +41,8 @@ def second_slice(small_vit, observed_vit, noise):
 
 def whole(x, scale, levels, offset, kept, grad, via=lambda f: f):
     """Value and gradients of fake quantization as one expression."""
-    out = via(kernels.whole_forward)(x, scale, offset, kept, levels.lo, levels.hi)
-    return out, *via(kernels.whole_backward)(grad, x, scale, offset, kept, levels.lo, levels.hi)
+    out = via(kernels.whole_forward)(x, scale, offset, kept, levels)
+    return out, *via(kernels.whole_backward)(grad, x, scale, offset, kept, levels)
 
 
 def by_autograd(x, scale, levels, offset, kept, grad):
@@ -96,7 +96,7 @@ def test_without_a_compiler_it_runs_all_the_same(monkeypatch, caplog):
     try:
         function = kernels.compiled(kernels.whole_forward)
         for _ in range(2):
-            out = function(torch.tensor([0.7, 9.0]), torch.tensor(0.5), None, None, -8, 7)
+            out = function(torch.tensor([0.7, 9.0]), torch.tensor(0.5), None, None, q.symmetric_levels(4))
             assert out.tolist() == [0.5, 3.5]
     finally:
         kernels.compiled.cache_clear()

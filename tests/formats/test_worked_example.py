@@ -19,7 +19,7 @@ from ospq_export.errors import InputError
 from ospq_export.export import lower
 from ospq_export.export.lower.graph import highest_opset
 from ospq_export.export.lower.graph import lower as lowered
-from ospq_export.formats.choice import _modules, choice, named
+from ospq_export.formats.choice import Choice, _modules, named
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
@@ -60,7 +60,7 @@ def blocks(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 @pytest.mark.usefixtures("example")
 def test_from_search_to_onnx_runtime(small_vit, noise, tmp_path):
-    network = insert_quantizers(small_vit, choice(NAME, "int8", "int8"))
+    network = insert_quantizers(small_vit, Choice(NAME, "int8", "int8", "int8"))
     observe(network, noise, batch_size=16, seed=0)
     inner = [w for w in network.weights.values() if w.format.name == NAME]
     assert len(inner) == len(network.weights) - 2, "all but both ends"
@@ -97,7 +97,7 @@ def test_from_search_to_onnx_runtime(small_vit, noise, tmp_path):
 
 @pytest.mark.usefixtures("example")
 def test_the_recipe_chooses_it_and_a_record_brings_it_back():
-    weight = load_recipe("w4a8", [f"weight_format={NAME}"]).formats().weight
+    weight = named(load_recipe("w4a8", [f"weights={NAME}"]).formats().weight, weight=True)
     record = weight.record()
     assert record["format"] == NAME and weight.read(record) == weight
     with pytest.raises(InputError, match=f"no format '{NAME}' for activations"):
@@ -106,4 +106,4 @@ def test_the_recipe_chooses_it_and_a_record_brings_it_back():
 
 def test_it_is_gone_without_its_modules():
     with pytest.raises(InputError, match=f"no format '{NAME}'"):
-        load_recipe("w4a8", [f"weight_format={NAME}"]).formats()
+        load_recipe("w4a8", [f"weights={NAME}"]).formats()

@@ -20,7 +20,7 @@ from ospq_export.data import Batch, resolve_data_config
 from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.stage import Extras
+from ospq_export.export.jobs import Extras
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 from ospq_export.onnx import serialize

@@ -17,6 +17,7 @@ def test_packaged_recipes_load_under_their_names():
     bits = {
         name: (load_recipe(name).weight_bits, load_recipe(name).activation_bits)
         for name in packaged_recipes()
+        if load_recipe(name).weights is None
     }
     assert bits == {"paper-w4a4": (4, 4), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6), "w8a8": (8, 8)}
 
@@ -122,5 +123,5 @@ def test_files(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_recipe(str(broken))
     broken.write_text('name = "incomplete"')
-    with pytest.raises(InputError, match="weight_bits"):
+    with pytest.raises(InputError, match="Field required"):
         load_recipe(str(broken))

@@ -13,7 +13,7 @@ from torch import nn
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
-from ospq_export.export.stage import Extras
+from ospq_export.export.jobs import Extras
 from ospq_export.runs.files import sha256
 from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate, write_documents

@@ -67,7 +67,7 @@ def _in_graph_order(piece: fx.GraphModule) -> list[tuple[fx.Node, ActivationQuan
         if node.op != "call_module":
             continue
         module = piece.get_submodule(str(node.target))
-        if isinstance(module, ActivationQuantizer) and id(module) in own:
+        if isinstance(module, ActivationQuantizer) and module.format.learns_scale and id(module) in own:
             found.setdefault(id(module), (node, module))
     return list(found.values())
 

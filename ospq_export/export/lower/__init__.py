@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 from torch import Tensor, fx
 
 from ospq_export.formats.base import Format
-from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
+from ospq_export.graph.quantizers import ActivationQuantizer, QuantizedGraph, WeightQuantizer
 
 
 class Builder(Protocol):
@@ -44,3 +45,11 @@ class Lowering(Protocol):
 def lowering_of(format_: Format) -> Lowering:
     """The lowering of a format."""
     return cast(Lowering, importlib.import_module(f"{__package__}.{format_.family}"))
+
+
+def finishers(network: QuantizedGraph) -> list[Callable[[Any], None]]:
+    """What turns the translated graph of a network into that of its formats: the `finish` of the modules that have one."""
+    activations = [a.format for a in network.activations.values()]
+    families = {f.family: None for f in (*activations, *(w.format for w in network.weights.values()))}
+    modules = (importlib.import_module(f"{__package__}.{family}") for family in families)
+    return [module.finish for module in modules if hasattr(module, "finish")]

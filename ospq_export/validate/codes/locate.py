@@ -139,8 +139,9 @@ class Locator:
             if codes is None:
                 return None
             self.equal[quantizer.name].add(quantizer, value, codes)
-            levels = quantizer.format.decode(codes).double()
-            return quantizer.format.dequantize(levels, quantizer.scale, quantizer.used_offset)
+            format_ = quantizer.format
+            scales = format_.activation_scales(value, quantizer.scale)
+            return format_.dequantize(format_.decode(codes).double(), scales, quantizer.used_offset)
 
         def on_end(name: str, value: Tensor) -> Tensor | None:
             given = self._given(name, tensors)

@@ -117,13 +117,13 @@ class CodeDifferences:
 
     def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
         """Compare the codes that x should have with deployed ones."""
-        unrounded = quantizer.format.unrounded(x, quantizer.scale, quantizer.used_offset)
-        steps, excess = quantizer.format.steps_apart(unrounded, deployed)
+        format_, levels = quantizer.format, quantizer.format.decode(deployed)
+        steps, excess = format_.steps_apart(x, quantizer.scale, quantizer.used_offset, levels)
         self.total += steps.numel()
         self.differing += int((steps != 0).sum())
         self.max_step = max(self.max_step, int(steps.max()))
         self.excess = max(self.excess, float(excess.max()))
-        counts = np.array(quantizer.format.histogram(deployed))
+        counts = np.array(format_.histogram(deployed))
         self.histogram = counts if self.histogram is None else self.histogram + counts
 
     @property

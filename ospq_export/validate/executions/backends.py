@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -68,10 +69,19 @@ class OnnxRuntimeBackend:
     """
 
     def __init__(
-        self, name: str, path: Path, *, optimize: bool, provider: str = "cpu", threads: int | None = None
+        self,
+        name: str,
+        path: Path,
+        *,
+        optimize: bool,
+        provider: str = "cpu",
+        threads: int | None = None,
+        without: Sequence[str] = (),
     ) -> None:
         self.name, self.path = name, path
-        self.session = open_session(path, path, optimize=optimize, provider=provider, threads=threads)
+        self.session = open_session(
+            path, path, optimize=optimize, provider=provider, threads=threads, without=without
+        )
         self.input = self.session.get_inputs()[0]
         batch = self.input.shape[0]
         self.fixed_batch = batch if isinstance(batch, int) else None
@@ -82,6 +92,8 @@ class OnnxRuntimeBackend:
             "file": path.name,
             "bytes": str(stored_bytes(path)),
         }
+        if optimize and without:
+            self.detail["optimisations"] = f"all but {', '.join(without)}"
         if _needs_exact_kernels(optimize, provider):
             self.detail["session options"] = f"{PRECISE_KERNELS}=1"
 
@@ -142,7 +154,13 @@ def _needs_exact_kernels(optimize: bool, provider: str) -> bool:
 
 
 def open_session(
-    model: Path | bytes, where: Path, *, optimize: bool, provider: str, threads: int | None = None
+    model: Path | bytes,
+    where: Path,
+    *,
+    optimize: bool,
+    provider: str,
+    threads: int | None = None,
+    without: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """Open a file, or a model in memory, on the provider that is asked for and on no other.
 
@@ -152,6 +170,7 @@ def open_session(
         optimize: all of ONNX Runtime's graph optimisations, or none.
         provider: "cpu", "cuda" or "tensorrt".
         threads: intra-op threads; None takes as many as torch has.
+        without: names of optimisations that are left out.
 
     Raises:
         InputError: the file cannot be loaded, or the provider is not there or fell back.
@@ -173,6 +192,7 @@ def open_session(
             model if isinstance(model, bytes) else str(model),
             options,
             providers=[wanted],
+            disabled_optimizers=list(without),
             provider_options=[{} if provider == "cpu" else {"device_id": str(local_rank())}],
         )
     except Exception as error:

@@ -92,8 +92,10 @@ class Execution:
         if self.runtime is Runtime.ENGINE:
             return EngineBackend(self.name, engine_file(run.path))
         if self.file is not None:
-            path, provider = run.file(self.file), self.provider_on(device)
-            return OnnxRuntimeBackend(self.name, path, optimize=self.optimize, provider=provider)
+            path, provider, without = run.runnable(self.file), self.provider_on(device), run.unoptimized()
+            return OnnxRuntimeBackend(
+                self.name, path, optimize=self.optimize, provider=provider, without=without
+            )
         if self.role is Role.FLOAT:
             return TorchBackend(self.name, run.float_network(), device)
         if self.float_type == "fp16":

@@ -243,8 +243,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "run": run.path.name,
         "model": run.manifest.model.name,
         "recipe": recipe.name,
-        "weight_bits": recipe.weight_bits,
-        "activation_bits": recipe.activation_bits,
+        "formats": recipe.summary(),
         "files": run.manifest.files,
     }
 

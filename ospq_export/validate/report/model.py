@@ -35,8 +35,7 @@ class _RunIdentity(Record):
     run: str
     model: str
     recipe: str
-    weight_bits: int
-    activation_bits: int
+    formats: str
     files: dict[str, str]
 
 
