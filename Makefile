@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench-gpu lint format clean
+.PHONY: help install demo test run-tests test-fast bench-gpu lint format clean
 
 help:
 	@echo "make demo       calibrate, export and validate the packaged network, on the CPU; ends with the report's path"
@@ -36,7 +36,11 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/ospq-export demo
 
-test: lint
+# The type check keeps one core busy for a minute: it runs beside the first tests.
+test: $(STAMP)
+	+$(MAKE) --no-print-directory -j2 lint run-tests
+
+run-tests: $(STAMP)
 	$(PYTEST)
 
 test-fast: $(STAMP)

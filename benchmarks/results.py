@@ -42,11 +42,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "w4a8": ("w4a8", []),
     "w4a4": ("w4a4", []),
     "w3a3": ("w4a4", W3A3),
+    "fp8": ("fp8", []),
+    "nvfp4": ("nvfp4", []),
 }
 # Float minus deployed Top-1, in points, that the project set itself.
 GOALS = {
-    "demo": {"w8a8": 0.1, "w6a6": 0.2, "w4a8": 0.3, "w4a4": 1.0, "w3a3": 4.0},
-    "dinov2": {"w8a8": 0.3, "w6a6": 1.0, "w4a8": 1.5, "w4a4": 8.0},
+    "demo": {"w8a8": 0.1, "w6a6": 0.2, "w4a8": 0.3, "w4a4": 1.0, "w3a3": 4.0, "fp8": 0.1, "nvfp4": 0.3},
+    "dinov2": {"w8a8": 0.3, "w6a6": 1.0, "w4a8": 1.5, "w4a4": 8.0, "fp8": 0.3, "nvfp4": 0.8},
 }
 
 

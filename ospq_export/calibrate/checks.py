@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, fx, nn
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, listed
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, is_temporary, sha256
 from ospq_export.runs.manifest import Manifest, check_files, differences, read_manifest
@@ -128,6 +128,14 @@ def float_products(captured: fx.GraphModule) -> list[str]:
             ", ..." if len(found) > 5 else "",
         )
     return found
+
+
+def say_substituted(substituted: dict[str, str]) -> dict[str, str]:
+    """Warn of operators that have not the format of their role, reason by reason; the same operators."""
+    for reason in dict.fromkeys(substituted.values()):
+        names = [name for name, why in substituted.items() if why == reason]
+        log.warning("%s: another format than its role's, because %s", listed(names), reason)
+    return substituted
 
 
 def check_images(images: Tensor) -> int:

@@ -21,6 +21,7 @@ from ospq_export.calibrate.checks import (
     check_processes,
     float_products,
     locked,
+    say_substituted,
 )
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.equalize import count_sites, equalize
@@ -126,6 +127,7 @@ def calibrate(
             notes=origin.notes,
             distinct=distinct,
             float_products=float_products(captured),
+            substituted=say_substituted(network.substituted),
         )
         manifest = Manifest(
             status="calibrating",

@@ -135,6 +135,7 @@ class CalibrationRecord(_Record):
         threads: that computed; sums are split among them, so that another number gives other last digits.
         distinct: how many of the images differ from all others.
         float_products: operators that multiply and add but have no quantized form.
+        substituted: operators that have not the format of their role, with the reason.
     """
 
     images: int
@@ -148,6 +149,7 @@ class CalibrationRecord(_Record):
     notes: dict[str, int] = {}
     distinct: int | None = None
     float_products: list[str] = []
+    substituted: dict[str, str] = {}
 
 
 class Manifest(_Record):

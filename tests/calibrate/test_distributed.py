@@ -180,13 +180,13 @@ def untimed(records):
 @pytest.mark.slow
 def test_two_processes_validate_as_one_does(tmp_path, finished_runs):
     one, two = (shutil.copytree(finished_runs["w4a4"], tmp_path / name) for name in ("one", "two"))
-    alone, shared = validated(tmp_path, one, 210, 1), validated(tmp_path, two, 210, 2)
+    alone, shared = validated(tmp_path, one, 370, 1), validated(tmp_path, two, 370, 2)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert shared.returncode == 0, shared.stderr[-3000:]
     assert shared.stdout.count("verdict of one process:") == 2, "the other process is told"
     assert shared.stdout.count("report:") == 1, "one process writes and prints"
     first, second = (json.loads((path / "report.json").read_text()) for path in (one, two))
-    assert second["images"] == first["images"] == 210
+    assert second["images"] == first["images"] == 370
     for name in ("backends", "comparisons"):
         assert untimed(second[name]) == untimed(first[name])
     # How many images are sampled depends on the number of batches in a share.

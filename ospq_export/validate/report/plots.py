@@ -171,14 +171,15 @@ def histogram_plot(worst: Sequence[QuantizerComparison | WeightComparison], name
     for axes, quantizer in zip(grid[:, 0], worst, strict=True):
         counts = np.asarray(quantizer.histogram)
         used = np.flatnonzero(counts)
-        low, high = (int(used[0]), int(used[-1])) if len(used) else (0, 255)
-        edges = np.arange(low, high + 2) - 128.5
+        low, high = (int(used[0]), int(used[-1])) if len(used) else (0, len(counts) - 1)
+        # Levels are counted from zero, which lies in the middle: of integers these are the codes.
+        edges = np.arange(low, high + 2) - len(counts) // 2 - 0.5
         axes.stairs(counts[low : high + 1] / max(counts.sum(), 1) * 100, edges, fill=True, color=_SERIES[0])
         axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
         axes.set(ylabel="%", yscale="log")
         _plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
-    grid[-1, 0].set(xlabel="code")
+    grid[-1, 0].set(xlabel="code (levels counted from zero)")
     return _svg(figure, name)
 
 
