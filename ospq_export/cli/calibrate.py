@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import class_choice, data_settings, model_spec, say
+from ospq_export.cli.options import check_recipe, class_choice, data_settings, model_spec, say
 from ospq_export.world.room import check_apart
 from ospq_export.world.threads import use_threads
 
@@ -27,6 +27,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Run directory to write; must be new, empty or interrupted.")],
     recipe: options.RecipeOption = "w8a8",
     overrides: options.SetOption = None,
+    target: options.TargetOption = None,
     model_kwargs: options.ModelKwargsOption = "",
     checkpoint: options.CheckpointOption = None,
     checkpoint_key: options.CheckpointKeyOption = None,
@@ -60,6 +61,7 @@ def calibrate(
     from ospq_export.recipes import load_recipe
 
     chosen = load_recipe(recipe, overrides or [])
+    check_recipe(chosen, target)
     check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)

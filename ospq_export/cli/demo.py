@@ -10,7 +10,7 @@ import typer
 from ospq_export.cli import options
 from ospq_export.cli.calibrate import run_calibrate
 from ospq_export.cli.export import run_export
-from ospq_export.cli.options import say
+from ospq_export.cli.options import check_recipe, say
 from ospq_export.cli.validate import run_validate
 from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
@@ -23,6 +23,7 @@ def demo(
     model: Annotated[Literal["vit", "swin"], typer.Option(help="Packaged network.")] = "vit",
     recipe: options.RecipeOption = "w8a8",
     overrides: options.SetOption = None,
+    target: options.TargetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/demo-MODEL-RECIPE.")] = None,
     limit: Annotated[
         int | None,
@@ -42,6 +43,7 @@ def demo(
     from ospq_export.runs.run import Run
 
     chosen = load_recipe(recipe, overrides or [])
+    check_recipe(chosen, target)
     spec = demo_spec(model)
     folder = out or Path("runs") / f"demo-{model}-{chosen.name}"
     if not _is_finished(folder, chosen, seed):

@@ -10,7 +10,8 @@ import typer
 from ospq_export.cli import options
 from ospq_export.cli.options import say
 from ospq_export.engines.products import Product
-from ospq_export.errors import InputError
+from ospq_export.engines.targets import capabilities_to_build, check_formats, find_target
+from ospq_export.errors import InputError, damaged
 from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, SIDECAR
 from ospq_export.world.threads import use_threads
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ospq_export.engines.build import BuildSettings
     from ospq_export.engines.record import EngineRecord
     from ospq_export.export.jobs import Extras
+    from ospq_export.formats.base import Format
 
 
 def export(
@@ -59,9 +61,12 @@ def export(
     profile: Annotated[
         str | None, typer.Option(help="Engine with a dynamic batch: min, opt, max, '1,8,32'.")
     ] = None,
+    target: options.TargetOption = None,
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(help="Target such as SM89; repeat for several. Default: this machine's GPU."),
+        typer.Option(
+            help="GPUs such as SM89; repeat for several. Default: those of --target, or this machine's."
+        ),
     ] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, MiB.")] = None,
     timing_cache: Annotated[
@@ -96,6 +101,7 @@ def export(
         uint8_activations=uint8,
     )
     batches = None if profile is None else _batches(profile)
+    hardware = None if target is None else find_target(target)
     if engine is None:
         of_engine = {
             "--profile": profile,
@@ -108,6 +114,8 @@ def export(
         given = ", ".join(name for name, value in of_engine.items() if value)
         if given:
             raise InputError("only an engine has these", where=given, fix="give --engine")
+        if hardware is not None:
+            check_formats(hardware, _formats(run))
         run_export(run, batch_size, quiet, extras, overwrite=overwrite)
         return
     from ospq_export.engines.build import BuildSettings
@@ -117,7 +125,7 @@ def export(
     settings = BuildSettings(
         product=engine,
         profile=batches,
-        compute_capabilities=tuple(compute_capability or ()),
+        compute_capabilities=capabilities_to_build(engine, _formats(run), hardware, compute_capability or ()),
         version_compatible=version_compatible,
         hardware_compatibility=hardware_compatibility,
         workspace_mib=workspace,
@@ -128,6 +136,16 @@ def export(
     check_target(run / ENGINE, settings, overwrite=replace)
     deploy = None if batches is not None else batch_size or 1
     run_export(run, batch_size, quiet, extras, deploy, overwrite=overwrite, engine=settings)
+
+
+def _formats(run: Path) -> list[Format]:
+    from ospq_export.runs.manifest import read_manifest
+
+    manifest = read_manifest(run)
+    try:
+        return [record.read_format() for record in manifest.quantizers]
+    except InputError as error:
+        raise damaged(str(error), run) from error
 
 
 def _batches(text: str) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ospq_export.engines.targets import TARGETS, check_formats, find_target
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from ospq_export.data import ClassChoice
     from ospq_export.models.record import ModelSpec
+    from ospq_export.recipes import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="ImageNet-style folder: one sub-folder per class.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
@@ -72,12 +74,25 @@ RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate
 RecipeOption = Annotated[
     str, typer.Option(help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, paper-w4a4) or a TOML file.")
 ]
+TargetOption = Annotated[
+    str | None, typer.Option(help=f"Hardware that has to have all formats: {', '.join(TARGETS)}.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Override a recipe value, e.g. reconstruction.iterations=2000."
     ),
 ]
+
+
+def check_recipe(recipe: Recipe, target: str | None) -> None:
+    """Refuse a recipe with formats that the target does not have.
+
+    Raises:
+        InputError: it has one, or there is no such target.
+    """
+    if target is not None:
+        check_formats(find_target(target), recipe.formats().formats())
 
 
 def model_spec(

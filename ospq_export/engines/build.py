@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from ospq_export.engines.products import Message, Product, load, recorder
+from ospq_export.engines.products import Message, Product, known_capabilities, load, recorder
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -183,7 +183,7 @@ def target_members(settings: BuildSettings) -> list[Any]:
             fix="leave it out, or use `engine` tensorrt-rtx",
         )
     if not wanted and not torch.cuda.is_available():
-        known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")] if has_targets else []
+        known = known_capabilities(settings.product)
         raise InputError(
             "there is no GPU here to build for",
             where="`compute_capability`",

@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.engines.build import BuildSettings, build
-from ospq_export.engines.products import Product, load, recorder
+from ospq_export.engines.products import Product, known_capabilities, load, recorder
+from ospq_export.engines.targets import gpu_here, target_of
 from ospq_export.errors import reason_of
 
 
@@ -88,8 +89,10 @@ def _torch_cuda() -> str:
     total = float(torch.ones(8, device="cuda").sum())
     if total != 8:
         raise RuntimeError(f"the GPU sums eight ones to {total}")
+    target = target_of(gpu_here() or "")
+    formats = f": {target.name}, {', '.join(target.formats)}" if target is not None else ""
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}{formats}"
 
 
 def tiny_model() -> bytes:
@@ -155,7 +158,7 @@ def _build_tiny(product: Product, targets: tuple[str, ...]) -> bytes:
 
 def _builds(product: Product) -> str:
     trt = load(product)
-    targets = [n for n in dir(getattr(trt, "ComputeCapability", None)) if n.startswith("SM")]
+    targets = known_capabilities(product)
     plan = _build_tiny(product, tuple(targets[-1:]))
     known = f", targets {', '.join(targets)}" if targets else ""
     return f"{product} {trt.__version__}, an engine of {len(plan)} bytes{known}"

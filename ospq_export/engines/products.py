@@ -46,6 +46,15 @@ def load(product: Product) -> Any:
         ) from error
 
 
+def known_capabilities(product: Product) -> list[str]:
+    """The compute capabilities that the product builds for by name; none where it builds for this machine's GPU only.
+
+    Raises:
+        InputError: the product cannot be loaded.
+    """
+    return [name for name in dir(getattr(load(product), "ComputeCapability", None)) if name.startswith("SM")]
+
+
 @functools.cache
 def recorder(product: Product) -> Any:
     """The one logger that the product wants per process; its `messages` are the log since they were last cleared."""

@@ -85,6 +85,23 @@ class Choice:
             found.append(format_)
         return Operands(None if role is Role.ATTENTION else found[0], found[1], reason)
 
+    def formats(self) -> list[Format]:
+        """All formats that operands of some network can have, with those that take over where one refuses.
+
+        Raises:
+            InputError: there is no format of a name.
+        """
+        both = (self.end, *(kind for _, kind in self.overrides))
+        weights, activations = (self.weight, *both), (self.activation, self.attention, *both)
+        found = []
+        for names, is_weight in ((weights, True), (activations, False)):
+            for name in dict.fromkeys(names):
+                kind: str | None = None if name == FLOAT else name
+                while kind is not None:
+                    found.append(named(kind, weight=is_weight))
+                    kind = found[-1].fallback
+        return found
+
     def check(self) -> None:
         """Hold every name to the formats that there are, and weights to activations that hardware multiplies with them.
 
