@@ -69,6 +69,8 @@ class Choice:
             weight = activation = forced[-1]
         elif role is Role.ATTENTION and not is_end:
             activation = self.attention
+        if role is Role.ATTENTION:
+            weight = FLOAT
         found, reason = [], ""
         for kind, is_weight in ((weight, True), (activation, False)):
             format_ = None if kind == FLOAT else named(kind, weight=is_weight)
@@ -83,7 +85,7 @@ class Choice:
                 assert format_.fallback is not None
                 format_, reason = named(format_.fallback, weight=is_weight), refused
             found.append(format_)
-        return Operands(None if role is Role.ATTENTION else found[0], found[1], reason)
+        return Operands(*found, reason)
 
     def formats(self) -> list[Format]:
         """All formats that operands of some network can have, with those that take over where one refuses.
