@@ -17,7 +17,6 @@ from ospq_export.export.jobs import Extras, Job, jobs_of
 from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
-from ospq_export.formats.integer import Integer
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.onnx.write import OPSET, translate, write_translated
@@ -108,7 +107,7 @@ def _write(run: Run, jobs: Sequence[Job], folder: Path, advance: Callable[[], No
     # ONNX Runtime loads the weights a few times over: the networks make room first.
     del writer
     gc.collect()
-    if all(isinstance(record.read_format(), Integer) for record in run.manifest.quantizers):
+    if run.has_integers_only:
         kernels = integer_kernels(folder / QUANTIZED_ONNX)
         described["onnxruntime"] = kernels.model_dump(mode="json")
         _warn_of_saturation(kernels, files)

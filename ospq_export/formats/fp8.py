@@ -24,7 +24,8 @@ class Fp8(Format):
     """E4M3 codes, symmetric by nature: no offset, no zero point."""
 
     family = "fp8"
-    storage = torch.float8_e4m3fn
+    # The bits: a floating-point buffer would become another type with the rest of a module.
+    storage = torch.uint8
     engine_type = "FP8"
     opset = 20
     # It makes a MatMulIntegerToFloat of FP8 operands, which its own type inference refuses.
@@ -48,6 +49,10 @@ class Fp8(Format):
         """See `Minifloat.neighbours`."""
         return self.levels.neighbours(x / scale)
 
+    def encode(self, levels: Tensor) -> Tensor:
+        """The bits of E4M3, uint8."""
+        return levels.to(torch.float8_e4m3fn).view(self.storage)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Levels of codes, float32: by their bits, which is many times faster than torch's conversion on a CPU."""
         bits = codes.view(torch.int8).int()
@@ -55,7 +60,7 @@ class Fp8(Format):
 
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes are numbers: E4M3 has a NaN."""
-        return codes.dtype == self.storage and bool(((codes.view(torch.uint8) & 0x7F) != 0x7F).all())
+        return codes.dtype == self.storage and bool(((codes & _MAGNITUDE) != _MAGNITUDE).all())
 
     def ranks(self, levels: Tensor) -> Tensor:
         """See `Minifloat.ranks`."""

@@ -159,8 +159,9 @@ class Nvfp4Activation(_Nvfp4):
         self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As for other formats; where a last digit decides between two block scales, with the one that fits better."""
-        by_side = [super().steps_apart(x, scale * (1.0 + side), offset, levels) for side in (-_EDGE, _EDGE)]
-        (steps, excess), (others, other_excess) = by_side
+        compare = super().steps_apart
+        steps, excess = compare(x, scale * (1.0 - _EDGE), offset, levels)
+        others, other_excess = compare(x, scale * (1.0 + _EDGE), offset, levels)
         groups = [e.unflatten(-1, (-1, BLOCK_SIZE)).amax(-1, keepdim=True) for e in (excess, other_excess)]
         first = (groups[0] <= groups[1]).expand(*groups[0].shape[:-1], BLOCK_SIZE).flatten(-2)
         return torch.where(first, steps, others), torch.where(first, excess, other_excess)

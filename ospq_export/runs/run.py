@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, damaged
+from ospq_export.formats.integer import Integer
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
     ActivationQuantizer,
@@ -78,6 +79,11 @@ class Run:
         """
         path, check = self.file(name), check_file(name)
         return self.file(check) if check in self.manifest.files else path
+
+    @property
+    def has_integers_only(self) -> bool:
+        """Whether every quantizer's format is one of the integers."""
+        return all(isinstance(record.read_format(), Integer) for record in self.manifest.quantizers)
 
     def unoptimized(self) -> tuple[str, ...]:
         """Optimisations of ONNX Runtime's that make something invalid of the formats of this run."""

@@ -21,10 +21,10 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
         names: of the executions.
 
     Returns:
-        Nothing where the processor's kernels are exact: then no file is looked at.
+        Nothing where the processor's kernels are exact, or where products are not all of integers: then no file is looked at.
     """
     processor = examine_processor()
-    if not processor.saturates:
+    if not processor.saturates or not run.has_integers_only:
         return []
     from ospq_export.onnx.kernels import integer_kernels
 

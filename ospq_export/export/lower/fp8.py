@@ -39,7 +39,8 @@ def weight(build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> f
     scale = build.attribute(f"{quantizer.name}.scale", quantizer.scale)
     zeros = torch.zeros_like(quantizer.scale, dtype=_E4M3)
     zero_point = build.attribute(f"{quantizer.name}.zero_point", zeros)
-    codes = build.attribute(f"{quantizer.name}.codes", quantizer.codes.t() if transposed else quantizer.codes)
+    stored = quantizer.codes.view(_E4M3)
+    codes = build.attribute(f"{quantizer.name}.codes", stored.t() if transposed else stored)
     return build.call(dequantize_linear, codes, scale, zero_point, int(transposed))
 
 

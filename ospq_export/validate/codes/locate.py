@@ -122,7 +122,7 @@ class Locator:
             self.quality[quantizer.name].add(value, quantizer(value))
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is not None:
-                self.free[quantizer.name].add(quantizer, value, codes)
+                self.free[quantizer.name].add(quantizer, value, codes.reshape(value.shape))
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
@@ -138,6 +138,8 @@ class Locator:
             codes = tensors.get(f"{quantizer.name}{CODES}")
             if codes is None:
                 return None
+            # A file may have fewer dimensions where it quantizes.
+            codes = codes.reshape(value.shape)
             self.equal[quantizer.name].add(quantizer, value, codes)
             format_ = quantizer.format
             scales = format_.activation_scales(value, quantizer.scale)
