@@ -12,6 +12,7 @@ from ospq_export.onnx.lint.findings import Finding, refusal, warning
 from ospq_export.onnx.lint.network import CODES, FLOATS, Network, shown
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.own import BLOCK_SCALES, BLOCK_SIZE, DEFAULT_AXIS
+from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
 # First version of ONNX's operators and of its file format, and first compute capability.
 _SINCE: dict[int, tuple[int, int, int]] = {
@@ -25,7 +26,9 @@ def versions(network: Network) -> Iterator[Finding]:
     formats = {pair.format: pair.node for pair in reversed(network.pairs.values())}
     for kind in sorted(formats.keys() & _SINCE.keys()):
         opset, ir_version, capability = _SINCE[kind]
-        if network.graph.opset < opset or network.ir_version < ir_version:
+        # TensorRT's own operators belong to no version of ONNX.
+        standard = formats[kind].op_type in (QUANTIZE, DEQUANTIZE)
+        if standard and (network.graph.opset < opset or network.ir_version < ir_version):
             yield warning(
                 "opset-too-low",
                 formats[kind],
