@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ospq_export.cli.app import app
 from ospq_export.engines.build import BuildSettings, build
-from ospq_export.engines.plan import analyse, layers_from_log
+from ospq_export.engines.plan import PlanLayer, analyse, layers_from_log
 from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.onnx.lint import Severity, lint, predict
@@ -344,6 +344,23 @@ def test_targets_on_the_command_line(tmp_path):
     assert result.exit_code == 1 and "SM89 has no fp4" in result.stdout
     with pytest.raises(InputError, match=r"'8\.9' is no target"):
         lint(tmp_path / "m.onnx", ["8.9"])
+
+
+# Inputs and constants of FP4 products as the builder wrote them: a weight, a weight that it padded, two activations.
+@pytest.mark.parametrize(
+    ("inputs", "constants", "expected"),
+    [
+        (("FP4E2M1", "FP8"), ("FP4E2M1", "Float", "Float", "FP8"), "FP4E2M1"),
+        (("FP4E2M1", "FP4E2M1", "FP8"), ("Float", "Float", "FP8"), "FP4E2M1"),
+        (("FP4E2M1", "FP4E2M1", "FP8", "FP8"), ("Float", "Float"), "FP4E2M1"),
+        (("FP4E2M1", "FP8", "Half"), ("Float",), None),
+    ],
+)
+def test_operands_of_fp4_products_in_plans(inputs, constants, expected):
+    layer = PlanLayer(
+        name="p", kind="gemm", inputs=inputs, constants=constants, outputs=("Half",), onnx=("p",)
+    )
+    assert layer.format == expected
 
 
 NOT_FUSED = {
