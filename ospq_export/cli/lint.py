@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from ospq_export.onnx.lint import Finding
 
 
-def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any number of them.")]) -> None:
+def lint(
+    files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any number of them.")],
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="What an engine will be built for: SM89. Repeatable.")
+    ] = None,
+) -> None:
     """Say what in ONNX files TensorRT refuses, reinterprets or runs in float.
 
     Exit status 2 if one is no ONNX file (the others are still linted), 1 if one has errors, 0 on warnings or nothing.
@@ -27,7 +32,7 @@ def lint(files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any n
     status = 0
     for file in files:
         try:
-            findings = run_lint(file)
+            findings = run_lint(file, compute_capability or ())
         except InputError as error:
             if len(files) == 1:
                 raise

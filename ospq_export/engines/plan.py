@@ -20,7 +20,7 @@ from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
 _DATATYPE = re.compile(r"Datatype: ([A-Za-z0-9]+)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_IN_BLOCKS = "FP4E2M1"
+_IN_BLOCKS, _BLOCK_SCALES = "FP4E2M1", "FP8"
 _PRODUCTS = ("gemm", "correlation", "convolution", "conv", "matrix_multiply", "fc")
 
 
@@ -63,8 +63,9 @@ class PlanLayer(BaseModel):
         if self.is_attention:
             return self.inputs[:3]
         if self.inputs[:1] == (_IN_BLOCKS,):
-            # The scales of its blocks are an input of their own.
-            return (_IN_BLOCKS, *(self.constants[:1] or self.inputs[2:3]))
+            # The scales of its blocks are inputs or constants of their own, behind it or behind the other operand.
+            others = (*self.inputs[1:], *self.constants[:1])
+            return (_IN_BLOCKS, next((kind for kind in others if kind != _BLOCK_SCALES), ""))
         # A product with a constant has its weight first among the constants; scales and biases come after it.
         return self.inputs[:2] if len(self.inputs) > 1 else (*self.inputs[:1], *self.constants[:1])
 

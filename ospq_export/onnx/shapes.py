@@ -28,8 +28,12 @@ def infer_shapes(
     """
     from onnx import shape_inference
 
+    from ospq_export.onnx import own
+
+    structure = hollow(model)
+    own.describe(structure)
     try:
-        return shape_inference.infer_shapes(hollow(model), strict_mode=strict, data_prop=data_prop)
+        return shape_inference.infer_shapes(structure, strict_mode=strict, data_prop=data_prop)
     except shape_inference.InferenceError as error:
         what = f"the ONNX graph's shapes or types contradict each other: {reason_of(error)}"
         raise InputError(what, where=where, fix="export it again") from error

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ospq_export.onnx import own
 from ospq_export.onnx.read import values
 from ospq_export.onnx.shapes import infer_shapes
 
@@ -14,6 +15,8 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 # What lies between an operand and its DequantizeLinear without changing values.
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten", "Slice", "Expand")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+# What else may lie there where it is quantized on the way.
+_QUANTIZED = (*MOVES, QUANTIZE, DEQUANTIZE, *own.QUANTIZERS, *own.DEQUANTIZERS, "Clip", "Sub")
 
 
 class OnnxGraph:
@@ -157,8 +160,11 @@ class OnnxGraph:
 
     def reads_softmax(self, node: Any) -> bool:
         """Whether a product's left operand is a softmax's output, quantized or not: the second half of an attention."""
-        passed = (*MOVES, DEQUANTIZE, QUANTIZE, "Clip", "Sub")
-        return node.op_type == "MatMul" and self.operator(self.behind(node.input[0], passed)) == "Softmax"
+        return node.op_type == "MatMul" and self.operator(self.behind(node.input[0], _QUANTIZED)) == "Softmax"
+
+    def logits(self, node: Any) -> str:
+        """What the softmax reads whose output is a product's left operand (`reads_softmax`)."""
+        return str(self.producer[self.behind(node.input[0], _QUANTIZED)].input[0])
 
 
 def _layer_names(nodes: Any, functions: dict[tuple[str, str], Any]) -> Iterator[tuple[str, str]]:

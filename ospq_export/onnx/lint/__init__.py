@@ -7,17 +7,20 @@ both, by difference: graphs are drawn, the builder compiles them, and what it ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ospq_export.errors import InputError
+from ospq_export.onnx.lint.attention import attention
 from ospq_export.onnx.lint.findings import Finding, Severity, name_of
+from ospq_export.onnx.lint.floats import block_scales, dynamic_quantization, subnormal_scales, versions
 from ospq_export.onnx.lint.network import Network
 from ospq_export.onnx.lint.pairs import datatypes, reshaped_into_branch, scales, zero_points
 from ospq_export.onnx.lint.parser import codes, constants, names, operators, outputs_computed_twice, types
 from ospq_export.onnx.lint.precision import product_kinds
-from ospq_export.onnx.lint.products import attention, doubled, key_transpose, products
+from ospq_export.onnx.lint.products import doubled, key_transpose, products
 from ospq_export.onnx.read import read_model
 
 __all__ = ["RULES", "Finding", "Prediction", "Severity", "lint", "predict"]
@@ -38,6 +41,10 @@ RULES: tuple[Rule, ...] = (
     doubled,
     attention,
     key_transpose,
+    versions,
+    dynamic_quantization,
+    block_scales,
+    subnormal_scales,
 )
 
 
@@ -57,13 +64,20 @@ class Prediction:
     findings: tuple[Finding, ...]
 
 
-def lint(path: Path) -> list[Finding]:
+def lint(path: Path, targets: Sequence[str] = ()) -> list[Finding]:
     """All findings in a file, in the file's order within each rule.
 
+    Args:
+        path: the file.
+        targets: compute capabilities that engines are built for, such as "SM89"; none: those that have the file's formats.
+
     Raises:
-        InputError: the file cannot be read as ONNX, or contradicts itself.
+        InputError: the file cannot be read as ONNX, or contradicts itself; a target has no such form.
     """
-    return _findings(Network(read_model(path), path))
+    for target in targets:
+        if not re.fullmatch(r"SM\d+", target):
+            raise InputError(f"'{target}' is no target", where="`compute_capability`", fix="write SM89, say")
+    return _findings(Network(read_model(path), path, targets))
 
 
 def predict(model: Path | Any) -> Prediction:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onnx import TensorProto
 
+from ospq_export.onnx import own
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
 
-# TensorRT's own operators; the parser looks at the operator's name only, never at its domain.
-_OWN: dict[str, tuple[str, int]] = {
-    "TRT_FP8QuantizeLinear": (QUANTIZE, TensorProto.FLOAT8E4M3FN),
-    "TRT_FP8DequantizeLinear": (DEQUANTIZE, TensorProto.FLOAT8E4M3FN),
-    "TRT_INT4QuantizeLinear": (QUANTIZE, TensorProto.INT4),
-    "TRT_INT4DequantizeLinear": (DEQUANTIZE, TensorProto.INT4),
-}
 CODES: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.INT4: "int4",
@@ -63,6 +59,7 @@ class Network:
     Args:
         model: an `onnx.ModelProto`.
         where: the file that it was read from.
+        targets: what engines are built for, such as "SM89"; none: GPUs that have the file's formats.
 
     Raises:
         InputError: the file's shapes or types contradict each other.
@@ -71,10 +68,12 @@ class Network:
         graph: the ONNX graph.
         pairs: every Q and DQ by its output's name, in the file's order.
         types: element type of every tensor in TensorRT, as far as it is known; float64 is float32 there.
+        ir_version: of the file.
     """
 
-    def __init__(self, model: Any, where: Path | None = None) -> None:
+    def __init__(self, model: Any, where: Path | None = None, targets: Sequence[str] = ()) -> None:
         self.graph = OnnxGraph(model, where)
+        self.ir_version, self.targets = int(model.ir_version), targets
         self.pairs: dict[str, Pair] = {}
         given = self.graph.dtypes.keys() - self.graph.producer.keys()
         self.types = {name: _as_parsed(self.graph.dtypes[name]) for name in given}
@@ -83,10 +82,13 @@ class Network:
 
     def _propagate(self, node: Any) -> None:
         dtypes = self.graph.dtypes
-        own = self._pair(node)
-        if own is not None:
-            self.pairs[node.output[0]] = own
-            self.types[node.output[0]] = own.format if own.quantizes else self._dequantized(own)
+        pair = self._pair(node)
+        if pair is not None:
+            self.pairs[node.output[0]] = pair
+            self.types[node.output[0]] = pair.format if pair.quantizes else self._dequantized(pair)
+            return
+        if node.op_type == DYNAMIC_QUANTIZE:
+            self.types.update(zip(node.output, (own.DYNAMIC_CODES, own.BLOCK_SCALES), strict=False))
             return
         first = next((name for name in node.input if name), "")
         for name in node.output:
@@ -98,9 +100,9 @@ class Network:
     def _pair(self, node: Any) -> Pair | None:
         if len(node.input) < 2:
             return None
-        if node.op_type in _OWN:
-            kind, own = _OWN[node.op_type]
-            return Pair(node, kind == QUANTIZE, own)
+        # The parser looks at the operator's name only, never at its domain.
+        if format_ := own.QUANTIZERS.get(node.op_type) or own.DEQUANTIZERS.get(node.op_type):
+            return Pair(node, node.op_type in own.QUANTIZERS, format_)
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             return None
         quantizes = node.op_type == QUANTIZE
@@ -113,6 +115,12 @@ class Network:
     def _dequantized(self, pair: Pair) -> int:
         written = self.graph.attribute(pair.node, "output_dtype", 0)
         return _as_parsed(written) if written else self.types.get(pair.scale, TensorProto.FLOAT)
+
+    def block_scales(self, pair: Pair) -> Pair | None:
+        """What dequantizes the block scales of FP4 codes, where they are FP8 with one scale themselves; None where not."""
+        inner = self.pairs.get(pair.scale)
+        found = inner is not None and not inner.quantizes and inner.format == TensorProto.FLOAT8E4M3FN
+        return inner if found and pair.format == TensorProto.FLOAT4E2M1 else None
 
     def zero_values(self, name: str) -> Any:
         """A zero point's values as the parser finds them: past Identity and Cast too; None where it does not."""

@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from ospq_export.onnx.lint.findings import Finding, different, refusal, warning
 from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair, shown
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.view import QUANTIZE
 
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "SpaceToDepth", "DepthToSpace"}
@@ -143,7 +144,7 @@ def scales(network: Network) -> Iterator[Finding]:
 def _scale_values(network: Network, pair: Pair) -> Iterator[Finding]:
     values = network.graph.array(pair.scale)
     if values is None:
-        if not network.graph.is_constant(pair.scale):
+        if not network.graph.is_constant(pair.scale) and network.block_scales(pair) is None:
             yield warning(
                 "scale-computed",
                 pair.node,
@@ -153,9 +154,10 @@ def _scale_values(network: Network, pair: Pair) -> Iterator[Finding]:
         return
     numbers = values.astype(np.float64)
     if not (numbers > 0).all():
-        yield refusal(
-            "scale-not-positive", pair.node, "a scale is zero, negative or not a number", "calibrate again"
-        )
+        # The parser does not look at the scale of scales that the engine computes.
+        report = different if network.graph.operator(pair.data) == DYNAMIC_QUANTIZE else refusal
+        what = "a scale is zero, negative or not a number"
+        yield report("scale-not-positive", pair.node, what, "calibrate again")
     elif not np.isfinite(numbers).all():
         yield warning("scale-not-finite", pair.node, "a scale is infinite", "calibrate again")
     if network.types.get(pair.scale) not in (*FLOATS, *CODES):

@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 from ospq_export.onnx.lint.network import PRODUCTS, Network
 from ospq_export.onnx.lint.trace import InFloat, Operand, Tracer, is_layer
+from ospq_export.onnx.own import BLOCK_SIZE
 
 QUANTIZED = ("int8", "fp8", "fp4")
 _Operands = tuple[Operand, ...]
@@ -32,7 +33,7 @@ class ProductKind:
         rule: the rule's name for that.
         reason: why it runs in float.
         culprit: the node that is to blame, if there is one.
-        miscomputed: whether scales in blocks are applied after the sum.
+        miscomputed: whether scales in blocks are applied after the sum, or to other codes than theirs.
     """
 
     node: Any
@@ -70,7 +71,7 @@ def _both_quantized(network: Network, node: Any, operands: _Operands) -> Product
     reason, culprit = _kept_in_float(network, node, operands, allowed)
     if reason:
         return ProductKind(node, "float", operands, reason=reason, culprit=culprit)
-    wrong = any(o.blocked and o.axes - allowed[i] for i, o in enumerate(operands))
+    wrong = any(o.blocked and not o.block and o.axes - allowed[i] for i, o in enumerate(operands))
     rule, refused = _unbuildable(network, node, operands, wrong)
     if refused:
         return ProductKind(node, "float", operands, refused=refused, rule=rule)
@@ -80,7 +81,8 @@ def _both_quantized(network: Network, node: Any, operands: _Operands) -> Product
     format_ = formats.pop()
     if format_ not in QUANTIZED:
         return ProductKind(node, "float", operands, reason=f"there is no product of {format_} by {format_}")
-    return ProductKind(node, format_, operands, miscomputed=wrong)
+    misread = any(o.block not in (0, BLOCK_SIZE) for o in operands)
+    return ProductKind(node, format_, operands, miscomputed=wrong or misread)
 
 
 def _kept_in_float(network: Network, node: Any, operands: _Operands, allowed: _Axes) -> tuple[str, Any]:
@@ -94,6 +96,8 @@ def _kept_in_float(network: Network, node: Any, operands: _Operands, allowed: _A
             "operand 0: its one scale is written with shape [1], which a convolution takes for one of several"
         )
         return what, operands[0].pair.node
+    if any(o.format == "fp4" and o.blocked for o in operands):
+        return _not_in_blocks(network, node, operands), None
     for index, operand in enumerate(operands):
         stray = operand.axes - allowed[index]
         if stray and not operand.blocked:
@@ -104,6 +108,27 @@ def _kept_in_float(network: Network, node: Any, operands: _Operands, allowed: _A
         if operand.computed and node.op_type != "Conv":
             return f"operand {index} has a computed scale", operand.pair.node
     return "", None
+
+
+def _not_in_blocks(network: Network, node: Any, operands: _Operands) -> str:
+    """Why FP4 codes in blocks are multiplied in float; empty where both operands are such and sum over their blocks."""
+    summed = _summed_axes(network, node, operands)
+    for index, operand in enumerate(operands):
+        if operand.format != "fp4" or not operand.blocked:
+            return f"operand {index} is not fp4 in blocks, as the other one is"
+        if not operand.block:
+            return f"operand {index} has block scales that are not FP8 numbers with one scale of their own"
+        if not operand.axes <= summed[index]:
+            return f"operand {index} has blocks along an axis that the product does not sum over"
+    return ""
+
+
+def _summed_axes(network: Network, node: Any, operands: _Operands) -> _Axes:
+    ranks = network.ranks(node)
+    if node.op_type == "MatMul":
+        return frozenset({ranks[0] - 1}), frozenset({max(ranks[1] - 2, 0)})
+    free = _free_axes(network, node, operands)
+    return frozenset(range(ranks[0])) - free[0], frozenset(range(ranks[1])) - free[1]
 
 
 def _enters_unchanged(network: Network, node: Any, operands: _Operands, index: int) -> bool:
@@ -165,6 +190,8 @@ def _unbuildable(network: Network, node: Any, operands: _Operands, wrong: bool) 
     if node.op_type == "Conv" and half and network.shape(operands[1].pair.scale) == [1]:
         what = "a convolution in 16 bits whose weight's one scale is written with shape [1], not []"
         return "scale-shape", what
+    if all(o.format == "fp4" and not o.blocked for o in operands):
+        return "blocks", "fp4 codes that are not in blocks: they end the builder's process"
     if wrong and len(set(network.ranks(node))) > 1:
         return "blocks", "scales in blocks beside an operand of another rank"
     return "", ""

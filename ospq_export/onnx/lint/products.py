@@ -1,15 +1,15 @@
-"""Rules about products: which run in float, which two formats cannot be multiplied, and which attentions are not fused."""
+"""Rules about products: which run in float, which two formats cannot be multiplied, and where K is quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ospq_export.onnx.lint.findings import Finding, different, name_of, refusal, warning
 from ospq_export.onnx.lint.network import Network
 from ospq_export.onnx.lint.precision import ProductKind, product_kinds
 from ospq_export.onnx.lint.trace import MOVES, SAME_ON_CODES, Operand
-from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
+from ospq_export.onnx.own import BLOCK_SIZE
+from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
 
 def products(network: Network) -> Iterator[Finding]:
@@ -65,7 +65,11 @@ def _joined_by_computed(network: Network) -> Iterator[Finding]:
     for node in graph.nodes:
         pairs = [network.pairs.get(graph.behind(name, MOVES | SAME_ON_CODES)) for name in node.input]
         if node.op_type == "Concat" and all(
-            pair and not pair.quantizes and not graph.is_constant(pair.scale) for pair in pairs
+            pair
+            and not pair.quantizes
+            and not graph.is_constant(pair.scale)
+            and network.block_scales(pair) is None
+            for pair in pairs
         ):
             what = "Concat of values that were dequantized with a computed scale"
             yield refusal("scale-computed", node, what, "make the scale a constant")
@@ -105,12 +109,8 @@ def _four_bits(product: ProductKind) -> Iterator[Finding]:
         return
     for operand in quantized:
         if operand.blocked and product.miscomputed:
-            yield different(
-                "int4-blocks" if operand.format == "int4" else "blocks",
-                operand.pair.node,
-                f"{operand.format} blocks beside a quantized operand: the scales are applied after the sum over all blocks",
-                "use one scale per output channel, or leave the other operand float",
-            )
+            if operand.block != BLOCK_SIZE:
+                yield _misread(operand)
         elif operand.format == "int4":
             yield warning(
                 "int4-beside-int8",
@@ -120,49 +120,24 @@ def _four_bits(product: ProductKind) -> Iterator[Finding]:
             )
 
 
+def _misread(operand: Operand) -> Finding:
+    if operand.block:
+        what = f"blocks of {operand.block}: the kernel reads a scale for every {BLOCK_SIZE} codes"
+        return different("blocks", operand.pair.node, what, f"quantize in blocks of {BLOCK_SIZE}")
+    return different(
+        "int4-blocks" if operand.format == "int4" else "blocks",
+        operand.pair.node,
+        f"{operand.format} blocks beside a quantized operand: the scales are applied after the sum over all blocks",
+        "use one scale per output channel, or leave the other operand float",
+    )
+
+
 def doubled(network: Network) -> Iterator[Finding]:
     """No pair directly follows another."""
     for pair in network.pairs.values():
         if pair.quantizes and network.graph.operator(pair.data) == DEQUANTIZE:
             what = f"requantizes what {name_of(network.graph.producer[pair.data])} dequantized"
             yield warning("doubled", pair.node, what, "keep one pair")
-
-
-def attention(network: Network) -> Iterator[Finding]:
-    """What keeps an attention from becoming one Int8 kernel."""
-    graph = network.graph
-    for node in graph.nodes:
-        if not graph.reads_softmax(node):
-            continue
-        if graph.source(node.input[0]).op_type == DEQUANTIZE:
-            before = graph.source(node.input[0], 3)
-            yield from _breaker(node, before, "between the softmax and its quantizer")
-        for reader in _after(graph, node.output[0]):
-            if reader.op_type in ("Clip", "Sub") and _feeds_quantizer(graph, reader):
-                yield from _breaker(node, reader, "between attention and the quantizer behind it")
-
-
-def _breaker(node: Any, between: Any, where: str) -> Iterator[Finding]:
-    if between is not None and between.op_type in ("Clip", "Sub"):
-        yield warning(
-            "attention-not-fused",
-            node,
-            f"{between.op_type} {where}",
-            "8 bits on a symmetric grid need none; fewer bits cost the fusion",
-        )
-
-
-def _after(graph: OnnxGraph, tensor: str) -> Iterator[Any]:
-    """The nodes that read a tensor, past what only moves it."""
-    for reader in graph.readers[tensor]:
-        if reader.op_type in ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze"):
-            yield from _after(graph, reader.output[0])
-        else:
-            yield reader
-
-
-def _feeds_quantizer(graph: OnnxGraph, node: Any) -> bool:
-    return any(reader.op_type == QUANTIZE for reader in _after(graph, node.output[0]))
 
 
 def key_transpose(network: Network) -> Iterator[Finding]:

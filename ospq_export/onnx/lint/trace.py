@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
-from ospq_export.onnx.lint.network import CODES, Network, Pair
+from ospq_export.onnx.lint.network import CODES, FLOATS, Network, Pair
 
 # What only moves values or picks some of them.
 MOVES = {
@@ -34,6 +35,7 @@ class Operand:
         joined: whether constant codes are concatenated to it, which the builder cannot do.
         outside: whether it is dequantized outside of the If whose branch multiplies it, and no layer in the branch changes it.
         computed: whether its scale is.
+        block: how many codes share a scale that is an FP8 number with a scale of its own; 0 where none is.
         scaled: whether it is multiplied by a constant of several elements after it is dequantized.
     """
 
@@ -44,6 +46,7 @@ class Operand:
     constant: bool = False
     joined: bool = False
     outside: bool = False
+    block: int = 0
     scaled: bool = False
     computed: bool = False
 
@@ -84,7 +87,7 @@ class Tracer:
             return self._dequantized(pair)
         if node is None or not node.input:
             return InFloat("is not quantized")
-        if node.op_type in MOVES or self._keeps_type(node) or self._pads(node):
+        if node.op_type in MOVES or self._keeps_codes(node) or self._pads(node):
             return self._moved(node)
         if node.op_type in SAME_ON_CODES:
             return self._same_on_codes(node)
@@ -103,6 +106,11 @@ class Tracer:
         axes = frozenset(i for i, size in enumerate(scale) if size != 1)
         if len(scale) == 1 and axes:
             axes = frozenset({self.network.axis(pair) % len(data)} if data else ())
+        block = 0
+        if data and len(scale) == len(data) and self.network.block_scales(pair) is not None:
+            axis = self.network.axis(pair) % len(data)
+            axes = frozenset({axis})
+            block = graph.attribute(pair.node, "block_size", 0) or data[axis] // max(scale[axis], 1)
         return Operand(
             pair,
             CODES.get(pair.format, "int8"),
@@ -110,7 +118,8 @@ class Tracer:
             blocked=len(scale) > 1,
             constant=graph.is_constant(pair.data),
             outside=any(level.startswith("If:") for level in crossed),
-            computed=not graph.is_constant(pair.scale),
+            block=block,
+            computed=not block and not graph.is_constant(pair.scale),
         )
 
     def _stopped(self, node: Any) -> InFloat:
@@ -118,9 +127,11 @@ class Tracer:
             return InFloat(f"is quantized, but {node.op_type} lies between", node)
         return InFloat("is not quantized")
 
-    def _keeps_type(self, node: Any) -> bool:
-        types = self.network.types
-        return node.op_type == "Cast" and types.get(node.input[0]) == types.get(node.output[0])
+    def _keeps_codes(self, node: Any) -> bool:
+        """Whether a Cast changes nothing, or rounds float32 to 16 bits: TensorRT gives that type to the product instead."""
+        before, after = (self.network.types.get(name) for name in (node.input[0], node.output[0]))
+        narrows = before == TensorProto.FLOAT and after in FLOATS
+        return node.op_type == "Cast" and (narrows or before == after)
 
     def _pads(self, node: Any) -> bool:
         """Whether a Pad adds nothing, or only copies of what is there."""
