@@ -120,10 +120,12 @@ class Nvfp4Weight(_Nvfp4):
         x = weight.detach().unflatten(1, (-1, BLOCK_SIZE))
         start = E4M3.ranks(E4M3.rounded(x.abs().amax(-1) / (E2M1.largest * tensor_scale)))
         stored = E4M3.levels().to(weight.device)
-        best_scale, best_error = torch.empty_like(start), torch.full_like(start, torch.inf)
-        for step in _TRIED:
-            rank = (start + step).clamp_(1, E4M3.top)
-            scale = stored[(rank + E4M3.top).long()] * tensor_scale
+        candidates = [
+            stored[((start + step).clamp_(1, E4M3.top) + E4M3.top).long()] * tensor_scale for step in _TRIED
+        ]
+        # Where no error is finite, that of amax / 6 serves.
+        best_scale, best_error = candidates[_TRIED.index(0)].clone(), torch.full_like(start, torch.inf)
+        for scale in candidates:
             error = E2M1.round_(x / scale.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(x).square_().sum(-1)
             better = error < best_error
             best_scale = torch.where(better, scale, best_scale)
@@ -159,7 +161,8 @@ class Nvfp4Activation(_Nvfp4):
         self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As for other formats; where a last digit decides between two block scales, with the one that fits better."""
-        by_side = [super().steps_apart(x, scale * (1.0 + side), offset, levels) for side in (-_EDGE, _EDGE)]
+        apart = super().steps_apart
+        by_side = [apart(x, scale * (1.0 + side), offset, levels) for side in (-_EDGE, _EDGE)]
         (steps, excess), (others, other_excess) = by_side
         groups = [e.unflatten(-1, (-1, BLOCK_SIZE)).amax(-1, keepdim=True) for e in (excess, other_excess)]
         first = (groups[0] <= groups[1]).expand(*groups[0].shape[:-1], BLOCK_SIZE).flatten(-2)
