@@ -132,6 +132,13 @@ class Nvfp4Weight(_Nvfp4):
             best_error = torch.where(better, error, best_error)
         return Scales(best_scale, tensor_scale)
 
+    def stores(self, scales: Scales) -> bool:
+        """Whether every block's scale is a number of E4M3 times the tensor scale."""
+        scale, tensor_scale = scales
+        if tensor_scale is None or not bool(tensor_scale > 0):
+            return False
+        return bool((E4M3.rounded(scale / tensor_scale) * tensor_scale == scale).all())
+
 
 @dataclass(frozen=True)
 class Nvfp4Activation(_Nvfp4):
