@@ -10,7 +10,7 @@ from ospq_export.recipes import load_recipe, packaged_recipes
 
 
 def test_packaged_recipes_load_under_their_names():
-    assert packaged_recipes() == ["paper-w4a4", "w4a4", "w4a8", "w6a6", "w8a8"]
+    assert packaged_recipes() == ["fp8", "nvfp4", "paper-w4a4", "w4a4", "w4a8", "w6a6", "w8a8"]
     for name in packaged_recipes():
         recipe = load_recipe(name)
         assert recipe.name == name and recipe.description
