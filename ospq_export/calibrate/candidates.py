@@ -89,18 +89,25 @@ class Region:
         module, consumer = self.network.module, self.consumers[node]
         weight_node = node.args[1]
         assert isinstance(weight_node, fx.Node) and isinstance(node.args[0], fx.Node)
-        quantizer = module.get_submodule(str(weight_node.target))
-        assert isinstance(quantizer, WeightQuantizer)
         weight, bias = weight_of(module, consumer.node), bias_of(module, consumer.node)
         moved = scaled_weight(weight, column_values(change.shift, consumer, 0.0)).flatten(1).sum(1)
         new = scaled_weight(weight, column_values(change.scale, consumer, 1.0)).float()
-        quantizer.round_to_nearest(new)
-        quantizer.mode = Mode.QUANTIZE
-        rounded = quantizer(new)
-        quantizer.mode = Mode.FLOAT
+        rounded = self._rounded(weight_node, new)
         corrected = None if bias is None else (bias.double() + moved).float()
         rest = node.args[3:]
         return node.target(env[node.args[0]], rounded, corrected, *rest)  # type: ignore[operator]
+
+    def _rounded(self, node: fx.Node, weight: Tensor) -> Tensor:
+        """The weight on a scale searched anew; as it is where it stays float."""
+        if node.op != "call_module":
+            return weight
+        quantizer = self.network.module.get_submodule(str(node.target))
+        assert isinstance(quantizer, WeightQuantizer)
+        quantizer.round_to_nearest(weight)
+        quantizer.mode = Mode.QUANTIZE
+        rounded: Tensor = quantizer(weight)
+        quantizer.mode = Mode.FLOAT
+        return rounded
 
     def _quantize(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         """Run an activation quantizer on a range searched anew; a weight's is left to its consumer."""

@@ -243,6 +243,10 @@ class Format(ABC):
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes are codes of this format."""
 
+    def stores(self, scales: Scales) -> bool:
+        """Whether scales of a weight are what the format stores of them; positive ones."""
+        return True
+
     @abstractmethod
     def ranks(self, levels: Tensor) -> Tensor:
         """Values in units of the levels on a line where the levels are integers, zero is 0 and rounding changes at halves."""

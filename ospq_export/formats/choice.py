@@ -113,10 +113,9 @@ class Choice:
         for name in (self.attention, self.end, *(kind for _, kind in self.overrides)):
             if name != FLOAT:
                 named(name, weight=False)
-        if FLOAT in (self.weight, self.activation):
-            return
-        weight, activation = named(self.weight, weight=True), named(self.activation, weight=False)
-        if weight.engine_type != activation.engine_type:
+        pair = ((self.weight, True), (self.activation, False))
+        weight, activation = (None if n == FLOAT else named(n, weight=is_weight) for n, is_weight in pair)
+        if weight and activation and weight.engine_type != activation.engine_type:
             raise InputError(
                 f"no hardware multiplies {weight.name} weights with {activation.name} activations",
                 where="`weights`, `activations`",

@@ -63,8 +63,9 @@ class Minifloat:
 
     def round_(self, x: Tensor) -> Tensor:
         """Round values to levels, in place; NaN stays NaN."""
-        steps = self.steps(x)
-        return x.div_(steps).round_().mul_(steps).clamp_(self.lo, self.hi)
+        # Clipped first: an infinity has no step.
+        steps = self.steps(x.clamp_(self.lo, self.hi))
+        return x.div_(steps).round_().mul_(steps)
 
     def rounded(self, x: Tensor) -> Tensor:
         """The nearest levels; float32, new."""
@@ -72,7 +73,8 @@ class Minifloat:
 
     def neighbours(self, x: Tensor) -> Neighbours:
         """The level at or below each value and the next one above it; both the end's where x lies outside."""
-        x = x.contiguous()
+        # No farther beyond the end than the next step.
+        x = x.clamp(2 * self.lo, 2 * self.hi).contiguous()
         steps = self.steps(x)
         lower = torch.floor(x / steps) * steps
         # Above a negative power of two the levels lie closer than below it.

@@ -120,15 +120,24 @@ class Nvfp4Weight(_Nvfp4):
         x = weight.detach().unflatten(1, (-1, BLOCK_SIZE))
         start = E4M3.ranks(E4M3.rounded(x.abs().amax(-1) / (E2M1.largest * tensor_scale)))
         stored = E4M3.levels().to(weight.device)
-        best_scale, best_error = torch.empty_like(start), torch.full_like(start, torch.inf)
-        for step in _TRIED:
-            rank = (start + step).clamp_(1, E4M3.top)
-            scale = stored[(rank + E4M3.top).long()] * tensor_scale
+        candidates = [
+            stored[((start + step).clamp_(1, E4M3.top) + E4M3.top).long()] * tensor_scale for step in _TRIED
+        ]
+        # Where no error is finite, that of amax / 6 serves.
+        best_scale, best_error = candidates[_TRIED.index(0)].clone(), torch.full_like(start, torch.inf)
+        for scale in candidates:
             error = E2M1.round_(x / scale.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(x).square_().sum(-1)
             better = error < best_error
             best_scale = torch.where(better, scale, best_scale)
             best_error = torch.where(better, error, best_error)
         return Scales(best_scale, tensor_scale)
+
+    def stores(self, scales: Scales) -> bool:
+        """Whether every block's scale is a number of E4M3 times the tensor scale."""
+        scale, tensor_scale = scales
+        if tensor_scale is None or not bool(tensor_scale > 0):
+            return False
+        return bool((E4M3.rounded(scale / tensor_scale) * tensor_scale == scale).all())
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def _activation_sites(
             new = _Site(f"{name}.{label}", tensor, wanted, not _comes_from_matmul(tensor), [])
             site = sites.setdefault((tensor, wanted.family), new)
             site.format = max(site.format, wanted, key=lambda f: f.bits)
-            site.may_shift = site.may_shift and _is_unpadded(node)
+            # An offset becomes part of a bias by way of the quantized weight.
+            site.may_shift &= _is_unpadded(node) and operands[node].weight is not None
             site.readers.append(reader or node)
     return list(sites.values())
 
@@ -119,6 +120,9 @@ def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph
 
     Returns:
         The network with quantizers in Mode.FLOAT; node names of `module` are kept.
+
+    Raises:
+        InputError: an override cannot be, every operator stays float, or a weight is computed from the images.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -139,7 +143,9 @@ def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph
         result.activations[site.name] = quantizer
         _insert(result.module, quantizer, copies[site.tensor], [copies[r] for r in site.readers])
     _insert_weights(result, names, copies, operands)
-    _insert_biases(result, names, copies)
+    if not result.activations and not result.weights:
+        raise InputError("every operator stays float", where="`weights`, `activations`", fix="give a format")
+    _insert_biases(result, {n: name for n, name in names.items() if operands[n].weight is not None}, copies)
     result.module.recompile()
     return result
 

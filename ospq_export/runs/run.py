@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, damaged
+from ospq_export.formats.base import Scales
 from ospq_export.formats.integer import Integer
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import (
@@ -254,9 +255,13 @@ def load_quantizer(
 ) -> None:
     """Set one quantizer; see `load_quantizers`."""
     try:
-        quantizer.format = record.read_format()
+        format_ = record.read_format()
     except InputError as error:
         raise damaged(f"{record.name}: {error}", path) from error
+    if type(format_) is not type(quantizer.format):
+        chosen = quantizer.format.name
+        raise damaged(f"{record.name} is recorded as {format_.name}, the recipe chose {chosen}", path)
+    quantizer.format = format_
     for key, value in quantizer_tensors([quantizer]).items():
         found = _fitting(tensors, key, value, path)
         if not key.endswith(".codes"):
@@ -265,5 +270,9 @@ def load_quantizer(
         value.set_(found.to(value.device))  # type: ignore[call-overload]
     if not bool((quantizer.scale > 0).all()):
         raise damaged(f"{record.name}.scale is not positive", path)
-    if isinstance(quantizer, WeightQuantizer) and not quantizer.format.holds(quantizer.codes):
-        raise damaged(f"{record.name}.codes are not all {quantizer.format.name}", path)
+    if isinstance(quantizer, ActivationQuantizer):
+        return
+    if not format_.holds(quantizer.codes):
+        raise damaged(f"{record.name}.codes are not all {format_.name}", path)
+    if not format_.stores(Scales(quantizer.scale, quantizer.tensor_scale)):
+        raise damaged(f"{record.name}.scale is not what {format_.name} can store", path)
