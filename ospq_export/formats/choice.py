@@ -71,7 +71,8 @@ class Choice:
             activation = self.attention
         if role is Role.ATTENTION:
             weight = FLOAT
-        found, reason = [], ""
+        found: list[Format | None] = []
+        reason = ""
         for kind, is_weight in ((weight, True), (activation, False)):
             format_ = None if kind == FLOAT else named(kind, weight=is_weight)
             refused = "" if format_ is None else format_.refuses(role, inner)
@@ -85,7 +86,7 @@ class Choice:
                 assert format_.fallback is not None
                 format_, reason = named(format_.fallback, weight=is_weight), refused
             found.append(format_)
-        return Operands(*found, reason)
+        return Operands(found[0], found[1], reason)
 
     def formats(self) -> list[Format]:
         """All formats that operands of some network can have, with those that take over where one refuses.

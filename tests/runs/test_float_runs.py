@@ -120,7 +120,7 @@ def at(name, place, value):
         (
             "fp8",
             lambda t: t.update({f"{FC1}.codes": t[f"{FC1}.codes"].view(torch.int8)}),
-            "expected torch.float8",
+            "expected torch.uint8",
         ),
         ("fp8", lambda t: t.pop(f"{FC1}.codes"), "found nothing"),
         ("nvfp4", at(f"{FC1}.codes", 3, 5), f"{FC1}.codes are not all nvfp4"),
