@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.formats.choice import engine_types
+from ospq_export.onnx.lint.attention import FP8_KEYS
 from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
@@ -128,6 +129,7 @@ def _onnx_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_ONNX_LAYER.findall(text)))
 
 
+_UNKNOWN = "the builder chose separate kernels"
 # What the fused Int8 attention kernel was seen to take.
 MAX_SEQUENCE, HEAD_SIZES = 512, (16, 32, 64)
 
@@ -174,7 +176,7 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
     formats = Counter(str(ran[n.name].format) for n in products if n.name not in not_quantized)
     attentions = [node for node in products if graph.reads_softmax(node)]
     fused = {name for layer in layers if layer.is_attention and layer.format for name in layer.onnx}
-    not_fused = {n.name: _why_not_fused(graph, n) for n in attentions if n.name not in fused}
+    not_fused = {n.name: _why_not_fused(graph, n, ran.get(n.name)) for n in attentions if n.name not in fused}
     return Fusion(
         gemms=len(products),
         quantized_gemms=len(products) - len(not_quantized),
@@ -196,8 +198,11 @@ def _why_float(graph: OnnxGraph, node: Any, layer: PlanLayer | None) -> str:
     return f"the builder chose {ran}"
 
 
-def _why_not_fused(graph: OnnxGraph, node: Any) -> str:
+def _why_not_fused(graph: OnnxGraph, node: Any, layer: PlanLayer | None) -> str:
     value = graph.shapes.get(node.input[1], [])
+    if layer is not None and layer.format == "FP8":
+        few = len(value) >= 2 and 0 < value[-2] < FP8_KEYS
+        return f"{value[-2]} keys: the FP8 kernel takes {FP8_KEYS} or more" if few else _UNKNOWN
     if len(value) >= 2 and value[-1] not in (0, *HEAD_SIZES):
         return f"head size {value[-1]}: the kernel takes {', '.join(map(str, HEAD_SIZES))}"
     if len(value) >= 2 and value[-2] > MAX_SEQUENCE:
@@ -207,4 +212,4 @@ def _why_not_fused(graph: OnnxGraph, node: Any) -> str:
     before = graph.source(node.input[0], 3)
     if before is not None and before.op_type in ("Clip", "Sub"):
         return f"{before.op_type} between the softmax and its quantizer (fewer than 8 bits)"
-    return "the builder chose separate kernels"
+    return _UNKNOWN
