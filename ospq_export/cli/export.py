@@ -143,7 +143,7 @@ def _formats(run: Path) -> list[Format]:
 
     manifest = read_manifest(run)
     try:
-        return [record.read_format() for record in manifest.quantizers]
+        return list(manifest.formats().values())
     except InputError as error:
         raise damaged(str(error), run) from error
 

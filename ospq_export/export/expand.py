@@ -13,10 +13,9 @@ import numpy as np
 
 from ospq_export.formats.minifloat import E2M1, E4M3
 from ospq_export.onnx import serialize
-from ospq_export.onnx.names import DYNAMIC_QUANTIZE
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE, TENSORRT_DOMAIN, constant, drop_unread
 
 PURPOSE = {"purpose": "for checking only: what the file beside it computes, in float operators"}
-_DOMAIN = "trt"
 _F32 = np.float32
 
 
@@ -25,7 +24,7 @@ def needs_expansion(model: Any) -> bool:
     import onnx_ir as ir
 
     types = (value.dtype for node in model.graph for value in node.inputs if value is not None)
-    return ir.DataType.FLOAT4E2M1 in types or any(node.domain == _DOMAIN for node in model.graph)
+    return ir.DataType.FLOAT4E2M1 in types or any(node.domain == TENSORRT_DOMAIN for node in model.graph)
 
 
 def write_expanded(source: Path, target: Path) -> None:
@@ -61,8 +60,8 @@ class _Expansion:
                 self._dynamic(node)
             elif node.op_type == "DequantizeLinear" and self._in_smaller_type(node):
                 self._constant(node) if node.inputs[0].is_initializer() else self._dequantize(node)
-        self.model.opset_imports.pop(_DOMAIN, None)
-        self._drop_unread()
+        self.model.opset_imports.pop(TENSORRT_DOMAIN, None)
+        drop_unread(self.graph)
 
     def _in_smaller_type(self, node: Any) -> bool:
         """Whether a DequantizeLinear belongs to a block: its codes, or the scales of the codes."""
@@ -77,24 +76,22 @@ class _Expansion:
         if size:
             axis = node.attributes.get_int("axis", 1)
             scale = np.repeat(scale, size, axis=axis).take(range(codes.shape[axis]), axis=axis)
-        self._replace(node, self._held(f"{node.outputs[0].name}.real", codes * scale))
+        self._replace(node, constant(self.graph, f"{node.outputs[0].name}.real", codes * scale))
 
     def _dynamic(self, node: Any) -> None:
         """Blocks' largest magnitude, their scale rounded to E4M3, the values over it rounded to E2M1."""
         x, tensor_scale = node.inputs
         size = node.attributes.get_int("block_size", 16)
         self.place, self.prefix = node, node.outputs[0].name
-        grouped = self._call("Reshape", x, self._held("blocks", np.array([0, 0, -1, size])))
-        largest = self._call(
-            "ReduceMax", self._call("Abs", grouped), self._held("last", np.array([-1])), keepdims=1
-        )
+        grouped = self._call("Reshape", x, self._shape(0, 0, -1, size))
+        largest = self._call("ReduceMax", self._call("Abs", grouped), self._shape(-1), keepdims=1)
         ratio = self._call("Div", largest, self._call("Mul", tensor_scale, self._number(E2M1.largest)))
         clipped = self._call("Clip", ratio, self._number(E4M3.smallest), self._number(E4M3.largest))
         e4m3 = self._call("Cast", clipped, to=int(self.ir.DataType.FLOAT8E4M3FN))
         stored = self._call("Cast", e4m3, to=int(self.ir.DataType.FLOAT))
         rounded = self._rounded(self._call("Div", grouped, self._call("Mul", stored, tensor_scale)))
-        flat = self._call("Reshape", rounded, self._held("values", np.array([0, 0, -1])))
-        scales = self._call("Squeeze", stored, self._held("last", np.array([-1])))
+        flat = self._call("Reshape", rounded, self._shape(0, 0, -1))
+        scales = self._call("Squeeze", stored, self._shape(-1))
         self._replace(node, flat, scales)
 
     def _rounded(self, x: Any) -> Any:
@@ -116,9 +113,9 @@ class _Expansion:
         if not size:
             self._replace(node, self._call("Mul", codes, scale))
             return
-        grouped = self._call("Reshape", codes, self._held("blocks", np.array([0, 0, -1, size])))
-        real = self._call("Mul", grouped, self._call("Unsqueeze", scale, self._held("last", np.array([-1]))))
-        self._replace(node, self._call("Reshape", real, self._held("values", np.array([0, 0, -1]))))
+        grouped = self._call("Reshape", codes, self._shape(0, 0, -1, size))
+        real = self._call("Mul", grouped, self._call("Unsqueeze", scale, self._shape(-1)))
+        self._replace(node, self._call("Reshape", real, self._shape(0, 0, -1)))
 
     def _call(self, operator: str, *inputs: Any, **attributes: int) -> Any:
         node = self.ir.node(operator, inputs, attributes)
@@ -128,13 +125,11 @@ class _Expansion:
         return node.outputs[0]
 
     def _number(self, value: float) -> Any:
-        return self._held(f"number.{value:g}", np.array(value, _F32))
+        return constant(self.graph, f"expanded.number_{value:g}", np.array(value, _F32))
 
-    def _held(self, name: str, array: Any) -> Any:
-        if name not in self.graph.initializers:
-            value = self.ir.val(name, const_value=self.ir.tensor(array, name=name))
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+    def _shape(self, *sizes: int) -> Any:
+        """A shape, or a list of axes."""
+        return constant(self.graph, f"expanded.sizes_{'_'.join(map(str, sizes))}", np.array(sizes))
 
     def _replace(self, node: Any, *values: Any) -> None:
         for old, new in zip(node.outputs, values, strict=True):
@@ -144,7 +139,3 @@ class _Expansion:
                 new.dtype, new.shape = self.ir.DataType.FLOAT, old.shape
             old.replace_all_uses_with(new)
         self.graph.remove(node, safe=True)
-
-    def _drop_unread(self) -> None:
-        for name in [n for n, value in self.graph.initializers.items() if not value.uses()]:
-            del self.graph.initializers[name]

@@ -106,9 +106,8 @@ def _int4_job(run: Run, batch_size: int | None) -> Job:
 
 
 def _check_integers(run: Run) -> None:
-    other = {r.name: f for r in run.manifest.quantizers if not isinstance(f := r.read_format(), Integer)}
-    if other:
-        name, format_ = next(iter(other.items()))
+    other = ((n, f) for n, f in run.manifest.formats().items() if not isinstance(f, Integer))
+    for name, format_ in other:
         raise InputError(
             f"{name} has {format_.name} codes, which have no uint8 form",
             where="`uint8_activations`",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ospq_export.data.config import DataConfig
+from ospq_export.onnx.names import constant, drop_unread
 from ospq_export.onnx.write import UINT8_ZERO
 
 # 4-bit types of Q/DQ exist from here on.
@@ -35,18 +36,9 @@ def store_int4(model: Any, weights: Set[str]) -> None:
         codes.const_value = ir.tensor(codes.const_value.numpy().astype(ml_dtypes.int4), name=codes.name)
         codes.type = ir.TensorType(ir.DataType.INT4)
         zeros = np.zeros(zero_point.const_value.shape.numpy(), ml_dtypes.int4)
-        node.replace_input_with(2, _constant(model.graph, f"{zero_point.name}.int4", zeros))
-    _drop_unread(model.graph)
+        node.replace_input_with(2, constant(model.graph, f"{zero_point.name}.int4", zeros))
+    drop_unread(model.graph)
     model.graph.opset_imports[""] = INT4_OPSET
-
-
-def _constant(graph: Any, name: str, array: Any) -> Any:
-    """The constant of that name; it is made where there is none."""
-    import onnx_ir as ir
-
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-    return graph.initializers[name]
 
 
 def shift_activations(model: Any) -> None:
@@ -67,10 +59,10 @@ def shift_activations(model: Any) -> None:
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
         if codes.is_initializer():
             continue
-        node.replace_input_with(2, _constant(model.graph, "activation.zero_point", zero_point))
+        node.replace_input_with(2, constant(model.graph, "activation.zero_point", zero_point))
         codes.type = ir.TensorType(ir.DataType.UINT8)
     _retype_moves(model.graph)
-    _drop_unread(model.graph)
+    drop_unread(model.graph)
 
 
 def _retype_moves(graph: Any) -> None:
@@ -82,11 +74,6 @@ def _retype_moves(graph: Any) -> None:
         source = node.inputs[0] if node.inputs else None
         if source is not None and source.dtype == types.UINT8 and node.outputs[0].dtype == types.INT8:
             node.outputs[0].type = ir.TensorType(types.UINT8)
-
-
-def _drop_unread(graph: Any) -> None:
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
 
 
 def take_uint8(model: Any, data: DataConfig) -> None:
@@ -112,8 +99,8 @@ def take_uint8(model: Any, data: DataConfig) -> None:
     steps: list[tuple[str, list[Any], dict[str, Any]]] = [
         ("Cast", [], {"to": int(ir.DataType.FLOAT)}),
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
-        ("Sub", [_constant(graph, "preprocessing.mean", mean)], {}),
-        ("Div", [_constant(graph, "preprocessing.std", std)], {}),
+        ("Sub", [constant(graph, "preprocessing.mean", mean)], {}),
+        ("Div", [constant(graph, "preprocessing.std", std)], {}),
     ]
     value, first = raw, graph[0]
     for operator, constants, attributes in steps:

@@ -82,6 +82,14 @@ class Rounding(Protocol):
         """The nearest levels of x, ties to even, in place."""
         raise NotImplementedError
 
+    def neighbours(self, x: Tensor) -> Neighbours:
+        """The level at or below each value and the next one above it; both the end's where x lies outside."""
+        raise NotImplementedError
+
+    def ranks(self, x: Tensor) -> Tensor:
+        """Values on a line where the levels are integers, zero is 0 and rounding changes at halves."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Neighbours:
@@ -181,18 +189,18 @@ class Format(ABC):
         """
         return ""
 
-    @abstractmethod
     def search_scale(self, weight: Tensor) -> Scales:
-        """The scales of a weight with the least squared error under rounding to nearest."""
+        """The scales of a weight with the least squared error under rounding to nearest; only of a weight's format."""
+        raise NotImplementedError
 
-    @abstractmethod
     def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
-        """The deployable range of an activation with the least mean squared error on a sample.
+        """The deployable range of an activation with the least mean squared error on a sample; only of an activation's format.
 
         Args:
             sample: what `search.compress` returned.
             may_shift: whether an offset can be deployed.
         """
+        raise NotImplementedError
 
     def activation_scales(self, x: Tensor, scale: Tensor) -> Tensor:
         """The scales that an activation's levels are multiplied by, broadcasting with x: of blocks, or the scale itself."""
@@ -201,15 +209,15 @@ class Format(ABC):
     def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """clip((x - offset) / scale, lo, hi): in units of the levels, not rounded; scale broadcasts with x."""
         shifted = x if offset is None else x - offset
-        return torch.clamp(shifted / scale, self.levels.lo, self.levels.hi)
+        return torch.clamp(shifted / self.activation_scales(x, scale), self.levels.lo, self.levels.hi)
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """The nearest levels of x, ties to even; float32, the shape of x; scale broadcasts with x."""
-        return self.levels.round_((x if offset is None else x - offset) / scale)
+        return self.levels.round_((x if offset is None else x - offset) / self.activation_scales(x, scale))
 
-    @abstractmethod
     def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
         """The levels around x; scale broadcasts with x."""
+        return self.levels.neighbours(x / scale)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | None, kept: Tensor | None) -> Tensor:
         """The real values of the nearest levels, differentiable; elements may be left float.
@@ -247,10 +255,6 @@ class Format(ABC):
         """Whether scales of a weight are what the format stores of them; positive ones."""
         return True
 
-    @abstractmethod
-    def ranks(self, levels: Tensor) -> Tensor:
-        """Values in units of the levels on a line where the levels are integers, zero is 0 and rounding changes at halves."""
-
     def steps_apart(
         self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -267,8 +271,9 @@ class Format(ABC):
             than the half step that rounding takes, where at most 0 is right.
         """
         unrounded = self.unrounded(x, scale, offset)
-        wanted, found = self.ranks(unrounded), self.ranks(levels)
-        return (self.ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5
+        ranks = self.levels.ranks
+        wanted, found = ranks(unrounded), ranks(levels)
+        return (ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5
 
     @abstractmethod
     def histogram(self, codes: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample, Scales
+from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
 from ospq_export.formats.minifloat import E4M3, Minifloat, rank_histogram
 from ospq_export.formats.search import search_symmetric, search_weight_scale
 
@@ -45,10 +45,6 @@ class Fp8(Format):
         scale, error = search_symmetric(sample, self.levels)
         return Range(self, scale, 0.0, error)
 
-    def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
-        """See `Minifloat.neighbours`."""
-        return self.levels.neighbours(x / scale)
-
     def encode(self, levels: Tensor) -> Tensor:
         """The bits of E4M3, uint8."""
         return levels.to(torch.float8_e4m3fn).view(self.storage)
@@ -61,10 +57,6 @@ class Fp8(Format):
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes are numbers: E4M3 has a NaN."""
         return codes.dtype == self.storage and bool(((codes & _MAGNITUDE) != _MAGNITUDE).all())
-
-    def ranks(self, levels: Tensor) -> Tensor:
-        """See `Minifloat.ranks`."""
-        return self.levels.ranks(levels)
 
     def histogram(self, codes: Tensor) -> list[int]:
         """How often each of -448 .. 448 occurs."""

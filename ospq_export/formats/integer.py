@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Neighbours, Range, Sample, Scales
+from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
 from ospq_export.formats.search import (
     INT8_MAX,
     INT8_MIN,
@@ -64,19 +64,9 @@ class Integer(Format):
         format_ = Integer(self.bits, found.levels, self.granularity, found.grid)
         return Range(format_, found.scale, found.offset, found.mse)
 
-    def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
-        """floor(x/s) and the next integer, both taken into the levels."""
-        scaled = x / scale
-        floor, (lo, hi) = torch.floor(scaled), (self.levels.lo, self.levels.hi)
-        return Neighbours(floor.clamp(lo, hi), (floor + 1.0).clamp(lo, hi), scaled - floor)
-
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes lie in [lo, hi]."""
         return bool(codes.min() >= self.levels.lo) and bool(codes.max() <= self.levels.hi)
-
-    def ranks(self, levels: Tensor) -> Tensor:
-        """The integers themselves."""
-        return levels
 
     def histogram(self, codes: Tensor) -> list[int]:
         """How often each of -128 .. 127 occurs."""

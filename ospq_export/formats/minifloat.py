@@ -6,6 +6,8 @@ own type, where every level, every step and every division by a power of two is 
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,7 @@ class Minifloat:
     @property
     def edge(self) -> float:
         """How far beyond the last level a value still lies within its rounding: half a step."""
-        return float(self.steps(torch.tensor(self.largest))) / 2
+        return 2.0 ** (math.frexp(self.largest)[1] - 1 - self.mantissa) / 2
 
     @property
     def smallest(self) -> float:
@@ -97,7 +99,7 @@ class Minifloat:
         ranks = torch.where(normal, within + octave * 2.0**self.mantissa, within)
         return torch.copysign(ranks, x)
 
-    @property
+    @functools.cached_property
     def top(self) -> int:
         """Rank of the largest level."""
         return int(self.ranks(torch.tensor(self.largest)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import Format, Granularity, Neighbours, Range, Role, Sample, Scales
+from ospq_export.formats.base import Format, Granularity, Range, Role, Sample, Scales
 from ospq_export.formats.kernels import blocks, lerp_mask
 from ospq_export.formats.minifloat import E2M1, E4M3, Minifloat, rank_histogram
 from ospq_export.formats.search import positive
@@ -61,10 +61,6 @@ class _Nvfp4(Format):
             return f"{role.value} has no FP4 kernel"
         return f"its inner dimension {inner} is no multiple of {BLOCK_SIZE}" if inner % BLOCK_SIZE else ""
 
-    def neighbours(self, x: Tensor, scale: Tensor) -> Neighbours:
-        """See `Minifloat.neighbours`."""
-        return self.levels.neighbours(x / scale)
-
     def encode(self, levels: Tensor) -> Tensor:
         """Twice the levels, int8."""
         return (levels * 2.0).to(self.storage)
@@ -77,10 +73,6 @@ class _Nvfp4(Format):
         """Whether all codes are levels, doubled."""
         levels = self.decode(codes)
         return bool((self.levels.rounded(levels) == levels).all())
-
-    def ranks(self, levels: Tensor) -> Tensor:
-        """See `Minifloat.ranks`."""
-        return self.levels.ranks(levels)
 
     def histogram(self, codes: Tensor) -> list[int]:
         """How often each of -6 .. 6 occurs."""
@@ -96,12 +88,6 @@ class _Nvfp4(Format):
         if record != self.record():
             raise ValueError(f"nvfp4 with {record}")
         return self
-
-    def search_scale(self, weight: Tensor) -> Scales:
-        raise NotImplementedError
-
-    def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -155,14 +141,6 @@ class Nvfp4Activation(_Nvfp4):
         """See `block_scales`; every element has its block's."""
         found = block_scales(x.unflatten(-1, (-1, BLOCK_SIZE)), scale)
         return found.expand(*found.shape[:-1], BLOCK_SIZE).flatten(-2)
-
-    def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """In units of the levels, taken into their range."""
-        return (x / self.activation_scales(x, scale)).clamp_(self.levels.lo, self.levels.hi)
-
-    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """The nearest levels."""
-        return self.levels.round_(x / self.activation_scales(x, scale))
 
     def steps_apart(
         self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor

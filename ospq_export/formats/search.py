@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from ospq_export.formats.base import Rounding, Sample
+from ospq_export.formats.base import Neighbours, Rounding, Sample
 
 INT8_MIN, INT8_MAX = -128, 127
 # [-127, 127]: an `embedded` grid never touches -128, so that its negative is an int8 grid as well.
@@ -50,6 +50,15 @@ class Levels:
     def round_(self, x: Tensor) -> Tensor:
         """The nearest levels, ties to even, in place."""
         return x.round_().clamp_(self.lo, self.hi)
+
+    def neighbours(self, x: Tensor) -> Neighbours:
+        """floor(x) and the next integer, both taken into the levels."""
+        floor = torch.floor(x)
+        return Neighbours(floor.clamp(self.lo, self.hi), (floor + 1.0).clamp(self.lo, self.hi), x - floor)
+
+    def ranks(self, x: Tensor) -> Tensor:
+        """The integers themselves."""
+        return x
 
     @property
     def saturates_int8(self) -> bool:

@@ -1,6 +1,7 @@
 """Insertion of quantizers into a captured graph.
 
-One tensor has one quantizer, shared by all quantizable operators that read it; every other reader sees the float tensor.
+One tensor has one quantizer for each kind of format, shared by all quantizable operators that read it so; every other reader sees
+the float tensor.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ospq_export.onnx.names import DYNAMIC_QUANTIZE
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE, drop_unread
 
 FP16_MAX = 65504.0
 # FP16 rounds by 2**-11; an error of a constant, over its largest magnitude, above this is lost range, not rounding.
@@ -58,9 +58,7 @@ class _Half:
         for index, value in enumerate(outputs):
             if value.dtype == self.half:
                 self.graph.outputs[index] = self._restored(value)
-        read = {value.name for node in self.graph for value in node.inputs if value is not None}
-        for name in [name for name in self.graph.initializers if name not in read]:
-            del self.graph.initializers[name]
+        drop_unread(self.graph)
 
     def _is_real(self, value: Any) -> bool:
         return value is not None and value.dtype in (self.float, self.half)

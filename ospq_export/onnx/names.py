@@ -13,10 +13,25 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
+TENSORRT_DOMAIN, DYNAMIC_QUANTIZE = "trt", "TRT_FP4DynamicQuantize"
 """TensorRT's operator that quantizes to E2M1 in blocks, with scales that it computes."""
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _CODES = ".codes"
+
+
+def constant(graph: Any, name: str, array: Any) -> Any:
+    """The constant of that name in an onnx_ir graph; it is made where there is none."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
+
+
+def drop_unread(graph: Any) -> None:
+    """Take constants that no node reads out of an onnx_ir graph."""
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
 
 
 def name_everything(model: Any, keep: Collection[str]) -> None:

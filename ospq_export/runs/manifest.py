@@ -180,6 +180,14 @@ class Manifest(_Record):
     versions: dict[str, str]
     files: dict[str, str]
 
+    def formats(self) -> dict[str, Format]:
+        """The format of every quantizer, by its name.
+
+        Raises:
+            InputError: a record describes none.
+        """
+        return {record.name: record.read_format() for record in self.quantizers}
+
     def identity(self) -> dict[str, object]:
         """What must not change between an interrupted run and its continuation."""
         dumped = self.model_dump(mode="json")

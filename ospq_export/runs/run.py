@@ -84,11 +84,11 @@ class Run:
     @property
     def has_integers_only(self) -> bool:
         """Whether every quantizer's format is one of the integers."""
-        return all(isinstance(record.read_format(), Integer) for record in self.manifest.quantizers)
+        return all(isinstance(format_, Integer) for format_ in self.manifest.formats().values())
 
     def unoptimized(self) -> tuple[str, ...]:
         """Optimisations of ONNX Runtime's that make something invalid of the formats of this run."""
-        formats = (record.read_format() for record in self.manifest.quantizers)
+        formats = self.manifest.formats().values()
         return tuple(sorted({name for format_ in formats for name in format_.onnxruntime_without}))
 
     def calibration_digests(self) -> frozenset[str]:

@@ -1,10 +1,12 @@
 """NVFP4 as ONNX: FLOAT4E2M1 codes in blocks of 16, with scales that are themselves FLOAT8E4M3FN and dequantized first.
 
-Activations are quantized by an operator of TensorRT's: written in ONNX's own operators, its builder refuses them.
+Activations are quantized by an operator of TensorRT's, the form that it documents. Written in ONNX's own operators, its builder
+was seen to compile one form and to refuse another.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from ospq_export.export.lower import Builder
 from ospq_export.formats.minifloat import E4M3
 from ospq_export.formats.nvfp4 import BLOCK_SIZE
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
-from ospq_export.onnx.names import DYNAMIC_QUANTIZE
+from ospq_export.onnx.names import DYNAMIC_QUANTIZE, TENSORRT_DOMAIN
 
 _ONNX_E4M3, _IR_VERSION = 17, 11
 _BLOCKS: dict[str, Any] = {"axis": -1, "block_size": BLOCK_SIZE}
@@ -27,7 +29,7 @@ def quantize_dynamically(x: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tenso
     The codes have the type of `WeightQuantizer.codes` until `finish` gives them theirs.
     """
     codes, scales = torch.onnx.ops.symbolic_multi_out(
-        f"trt::{DYNAMIC_QUANTIZE}",
+        f"{TENSORRT_DOMAIN}::{DYNAMIC_QUANTIZE}",
         (x, tensor_scale),
         {**_BLOCKS, "scale_type": _ONNX_E4M3},
         dtypes=(torch.int8, torch.float8_e4m3fn),
@@ -58,13 +60,9 @@ def activation(build: Builder, x: fx.Node, quantizer: ActivationQuantizer) -> tu
     """Dynamic quantization, DQ of the scales and of the codes; around it the shape that the parser takes."""
     tensor_scale = build.attribute(f"{quantizer.name}.scale", quantizer.scale)
     both = build.call(quantize_dynamically, build.call(three_dimensions, x), tensor_scale)
-    codes, scales = (build.call(_item, both, index) for index in (0, 1))
+    codes, scales = (build.call(operator.getitem, both, index) for index in (0, 1))
     values = build.call(dequantize, codes, scales, tensor_scale)
     return codes, build.call(restored, values, x)
-
-
-def _item(pair: Any, index: int) -> Any:
-    return pair[index]
 
 
 def weight(build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> fx.Node:
