@@ -25,6 +25,17 @@ class Family:
         """All keyword arguments of `timm.create_model`."""
         return {"num_classes": 10, **self.kwargs}
 
+    def enlarged(self) -> Family:
+        """The same with images of twice the side, where that is below 128 pixels: enough tokens for an FP8 attention."""
+        if self.side >= 128:
+            return self
+        sizes = {
+            k: (2 * self.side, 2 * self.side) if isinstance(v, tuple) else 2 * self.side
+            for k, v in self.kwargs.items()
+            if k == "img_size"
+        }
+        return Family(self.name, 2 * self.side, {**self.kwargs, **sizes})
+
 
 def _vit(name: str, side: int = 64, **kwargs: Any) -> Family:
     return Family(name, side, {"depth": 2, "img_size": side, **kwargs})

@@ -4,7 +4,7 @@
     python benchmarks/models.py --again "Swin v2"
 
 Each: capture, round to nearest at W8A8 and W4A4, export, ONNX Runtime against the fake-quantized network, TensorRT-RTX parse and
-build of the FP16 file (W8A8). Weights are random. A row per family in benchmarks/rows/models.jsonl:
+build of the FP16 file (W8A8); the same at FP8 and NVFP4. Weights are random. A row per family in benchmarks/rows/models.jsonl:
 an interrupted run goes on.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from families import FAMILIES, Family
 from lib import onnx_tools
 from lib.networks import Quantized, quantize, random_images
-from lib.onnx_tools import TARGET
+from lib.onnx_tools import FLOAT_TARGETS, TARGET
 from lib.rows import DOCS, MODELS, make_parser, origin, table
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -29,7 +30,9 @@ from ospq_export.engines.plan import Fusion
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import Choice, integers
 from ospq_export.models.timm import ModelSpec
+from ospq_export.recipes import load_recipe
 from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.executions.backends import open_session
 from ospq_export.validate.executions.probes import open_probed
 
 DOCUMENT = DOCS / "models.md"
@@ -57,14 +60,26 @@ class Comparison(BaseModel):
     excess: float
 
 
+class Compiled(BaseModel):
+    """A floating-point recipe: ONNX Runtime as in `Comparison`, what the FP16 file was compiled to, the failure or ""."""
+
+    model_config = ConfigDict(frozen=True)
+
+    deployed: float | None = None
+    fusion: Fusion | None = None
+    substituted: dict[str, int] = {}
+    failure: str = ""
+
+
 class Result(BaseModel):
-    """What became of one family: comparisons by bit width, what its engine was compiled to, the first failure or ""."""
+    """What became of one family: comparisons by bit width, what its engines were compiled to, the first failure or ""."""
 
     model_config = ConfigDict(frozen=True)
 
     label: str
     comparisons: dict[str, Comparison] = {}
     fusion: Fusion | None = None
+    floats: dict[str, Compiled] = {}
     failure: str = ""
     seconds: float = 0.0
     machine: str = ""
@@ -100,6 +115,36 @@ def check(label: str, family: Family) -> Result:
     )
 
 
+def check_float(family: Family, recipe: str) -> Compiled:
+    """One network in a floating-point recipe, as `check` does it, on larger images."""
+    family = family.enlarged()
+    images = random_images(IMAGES, (3, family.side, family.side))
+    step, deployed, fusion, substituted = "capture", None, None, Counter[str]()
+    try:
+        quantized = quantized_family(family, load_recipe(recipe).formats(), images)
+        substituted.update(quantized.network.substituted.values())
+        step = "export and ONNX Runtime"
+        deployed = float_difference(quantized, images)
+        step = f"TensorRT-RTX for {FLOAT_TARGETS[recipe]}"
+        fusion = compiled(quantized, FLOAT_TARGETS[recipe])
+        failure = ""
+    except Exception as error:
+        failure = f"{step}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return Compiled(deployed=deployed, fusion=fusion, substituted=dict(substituted), failure=failure)
+
+
+def float_difference(quantized: Quantized, images: Tensor) -> float:
+    """Mean squared difference of ONNX Runtime's logits from the fake-quantized network's, over quantization's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = quantized.write_runnable(Path(folder) / "model.onnx")
+        session = open_session(file, file, optimize=False, provider="cpu")
+        found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.inference_mode():
+        fake, original = quantized.network.module(images), quantized.captured(images)
+    error = (original - fake).double().square().mean().clamp_min(1e-20)
+    return float((torch.from_numpy(found) - fake).double().square().mean() / error)
+
+
 def quantized_family(family: Family, bits: Choice, images: Tensor) -> Quantized:
     """Round to nearest, ranges from the images (N, 3, H, W) float32."""
     spec = ModelSpec(name=family.name, kwargs=family.arguments)
@@ -132,12 +177,12 @@ def compare(quantized: Quantized, images: Tensor) -> Comparison:
     )
 
 
-def compiled(quantized: Quantized) -> Fusion:
-    """What the FP16 file's engine was compiled to."""
+def compiled(quantized: Quantized, target: str = TARGET) -> Fusion:
+    """What the FP16 file's engine was compiled to, for a compute capability."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
-        return onnx_tools.compiled(file, Path(folder)).fusion
+        return onnx_tools.compiled(file, Path(folder), target).fusion
 
 
 def _row(result: Result) -> list[str]:
@@ -166,6 +211,21 @@ _HEADER = [
     "fused attentions",
     "whole path",
 ]
+_FLOAT_HEADER = [
+    "family",
+    *(
+        f"{recipe}: {what}"
+        for recipe in FLOAT_TARGETS
+        for what in ("ORT", "products", "fused attentions", "whole path")
+    ),
+]
+_FLOAT_INTRO = """## FP8 and NVFP4
+
+The same networks with the recipes' formats, rounded to nearest, on images of twice the side where that was below 128 pixels: the
+builder's FP8 attention takes 32 keys or more. The files were built for {targets}. *ORT*: as above, for
+`model.onnx`, or at NVFP4 for the file for checking that lies beside it. *products*: how many multiply in each format, as the
+builder calls it; at NVFP4, linears over whole blocks of 16 run on FP4, everything else on FP8.
+"""
 _INTRO = """# Models
 
 timm families at reduced size (fewer blocks, small images, random weights), each captured, quantized to nearest, exported, run in
@@ -190,11 +250,28 @@ def write_page() -> None:
     whole = sum(not result.failure for result in results)
     machines = "; ".join(dict.fromkeys(result.machine for result in results))
     text = _INTRO.format(target=TARGET, machine=machines, whole=whole, count=len(results))
-    DOCUMENT.write_text(text + "\n" + table(_HEADER, [_row(r) for r in results]) + "\n" + _dropped(results))
+    targets = ", ".join(f"{target} ({recipe})" for recipe, target in FLOAT_TARGETS.items())
+    floats = table(_FLOAT_HEADER, [_float_row(r) for r in results if r.floats])
+    parts = [text, table(_HEADER, [_row(r) for r in results]), _FLOAT_INTRO.format(targets=targets), floats]
+    DOCUMENT.write_text("\n".join([*parts, _dropped(results)]))
+
+
+def _float_row(result: Result) -> list[str]:
+    cells = [result.label]
+    for recipe in FLOAT_TARGETS:
+        seen = result.floats.get(recipe, Compiled(failure="not tried"))
+        cells.append("-" if seen.deployed is None else f"{seen.deployed:.3f}")
+        if seen.fusion is None:
+            cells += ["-", "-", seen.failure]
+        else:
+            attentions = onnx_tools.fusion_cells(seen.fusion)[1]
+            cells += [f"{onnx_tools.formats_cell(seen.fusion)} of {seen.fusion.gemms}", attentions, "yes"]
+    return cells
 
 
 def _dropped(results: list[Result]) -> str:
     fused = [(result.label, result.fusion) for result in results if result.fusion is not None]
+    fused += [(f"{r.label}, {name}", f.fusion) for r in results for name, f in r.floats.items() if f.fusion]
     rows = [
         row for label, f in fused for row in onnx_tools.reasons(label, {**f.not_quantized, **f.not_fused})
     ]
@@ -210,11 +287,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for label in args.families or FAMILIES:
-        if args.again or MODELS.find(label=label) is None:
+        row = None if args.again else MODELS.find(label=label)
+        if row is None:
             result = check(label, FAMILIES[label])
-            MODELS.put({**result.model_dump(mode="json"), **origin()})
+            row = {**result.model_dump(mode="json"), **origin()}
+            MODELS.put(row)
             Console(width=250).print(_row(result), f"{result.seconds} s")
             gc.collect()
+        known = row.get("floats", {})
+        for recipe in FLOAT_TARGETS:
+            if recipe not in known:
+                known[recipe] = check_float(FAMILIES[label], recipe).model_dump(mode="json")
+                MODELS.put({**row, "floats": known})
+                Console(width=250).print(_float_row(Result.model_validate({**row, "floats": known})))
+                gc.collect()
         write_page()
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/reconstruction.py                        # the three slices on the CPU
     python benchmarks/reconstruction.py --device cuda --batch-size 64 --iterations 2000
-    python benchmarks/reconstruction.py --table                # prints the table of docs/performance.md
+    python benchmarks/reconstruction.py --formats fp8 nvfp4    # the engine in these formats against itself at W4A4
+    python benchmarks/reconstruction.py --table                # prints the tables of docs/performance.md
 
 Both loops run in one process on the same slice, images, ranges and settings, a few steps of one and a few steps of the other in
 turn, so that what else the machine does slows both alike. Afterwards both slices are hardened and must reach the same loss.
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from lib.floor import Clock, Machine, PlainLoop, synchronize, unrecorded, work_of
-from lib.rows import RECONSTRUCTION, make_parser, origin
+from lib.rows import FORMAT_SPEED, RECONSTRUCTION, make_parser, origin
 from lib.rows import table as markdown
 
 from ospq_export.calibrate.objectives import objective_class
@@ -31,7 +32,7 @@ from ospq_export.calibrate.reconstruct.activations import SliceData, forward
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor, weight_quantizers
 from ospq_export.demo import demo_spec
-from ospq_export.formats.choice import integers
+from ospq_export.formats.choice import Choice, integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.insertion import insert_quantizers
@@ -42,6 +43,7 @@ from ospq_export.recipes import Reconstruction, load_recipe
 
 _TOLERANCE = 0.05
 _ROUNDS = 20
+_W4A4 = integers(4, 4)
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def clock_of(args: argparse.Namespace) -> Clock:
     return time.process_time if args.cpu_time else time.perf_counter
 
 
-def prepare(case: Case, images: int, device: torch.device) -> tuple[torch.fx.GraphModule, SliceData]:
-    """The slice with searched ranges and nearest codes, and its data: float input on both sides."""
+def prepare(
+    case: Case, images: int, device: torch.device, formats: Choice = _W4A4
+) -> tuple[torch.fx.GraphModule, SliceData]:
+    """The slice with searched ranges and nearest codes, and its data."""
     torch.manual_seed(0)
     captured = capture(create_model(case.spec), case.input_size).to(device)
-    network = insert_quantizers(captured, integers(4, 4))
+    network = insert_quantizers(captured, formats)
     network.module.to(device)
     x = torch.randn(images, *case.input_size, generator=torch.Generator().manual_seed(1))
     observe(network, x[:8], batch_size=8, seed=0, values_per_tensor=1 << 14)
@@ -171,6 +175,55 @@ def measure(name: str, args: argparse.Namespace, machine: Machine) -> dict[str, 
     }
 
 
+def compare_formats(name: str, recipe: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: the engine's steps at W4A4 and in a recipe's formats, on the same slice and with the same settings."""
+    case, device = CASES[name], torch.device(args.device)
+    iterations = args.iterations or case.iterations
+    settings = load_recipe(
+        "w4a4", [f"reconstruction.iterations={iterations}", f"reconstruction.batch_size={args.batch_size}"]
+    ).reconstruction
+    learners = []
+    for formats in (_W4A4, load_recipe(recipe).formats()):
+        piece, data = prepare(case, 2 * args.batch_size, device, formats)
+        objective: Objective = objective_class(settings)(settings, weight_quantizers(piece))
+        objective.normalise_by(Reconstructor(settings, device).error(piece, data, objective)[1])
+        torch.manual_seed(0)
+        learners.append(Learner(piece, data, objective, settings, device))
+    integer, other = race(learners[0].step, learners[1].step, iterations, device, clock_of(args))
+    return {
+        "slice": name,
+        "formats": recipe,
+        "device": device.type,
+        "title": case.title,
+        "threads": torch.get_num_threads(),
+        "clock": "processor" if args.cpu_time else "wall",
+        "batch_size": args.batch_size,
+        "iterations": iterations,
+        "integer_per_second": 1.0 / statistics.median(integer),
+        "per_second": 1.0 / statistics.median(other),
+        "ratio": statistics.median(i / o for i, o in zip(integer, other, strict=True)),
+        **origin(args.device),
+    }
+
+
+def formats_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    header = ["slice", "machine", "batch", "formats", "W4A4 it/s", "it/s", "ratio"]
+    cells = [
+        [
+            r["title"],
+            f"{r['machine']}, {r['threads']} threads, {r['clock']} time",
+            r["batch_size"],
+            r["formats"],
+            f"{r['integer_per_second']:.2f}",
+            f"{r['per_second']:.2f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in rows
+    ]
+    return markdown(header, cells)
+
+
 def _work(piece: torch.fx.GraphModule, batch: SliceData, learner: Learner, settings: Reconstruction) -> Any:
     weights = sum(w.codes.numel() for w in weight_quantizers(piece))
     inputs = (batch.quantized_input[0], batch.images)
@@ -215,6 +268,7 @@ def main() -> None:
     """Command line; exit status 1 where the two loops reach different losses."""
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--formats", nargs="*", default=[], help="recipes whose formats to compare with W4A4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
@@ -235,7 +289,12 @@ def main() -> None:
     if args.cpu_time and (args.threads > 1 or args.device != "cpu"):
         parser.error("--cpu-time needs --threads 1 and the CPU")
     torch.set_num_threads(args.threads)
-    if not args.table:
+    for name in args.only if args.formats else ():
+        for recipe in args.formats:
+            row = compare_formats(name, recipe, args)
+            FORMAT_SPEED.put(row)
+            print(formats_table([row]), flush=True)
+    if not args.table and not args.formats:
         machine = Machine.measured(torch.device(args.device), clock_of(args))
         print(f"peak {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
         for name in args.only:
@@ -244,6 +303,7 @@ def main() -> None:
             print(table([row]), flush=True)
     rows = RECONSTRUCTION.rows()
     print(table(rows))
+    print(formats_table(FORMAT_SPEED.rows()))
     if not all(row["same_loss"] for row in rows):
         raise SystemExit("the two loops reach different losses")
 

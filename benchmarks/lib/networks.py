@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
@@ -14,7 +15,9 @@ from torch.utils._pytree import tree_map
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import Batch, DataConfig, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
-from ospq_export.export.lower.graph import lower, probe_names
+from ospq_export.export.expand import needs_expansion, write_expanded
+from ospq_export.export.lower import finishers
+from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.variants import shift_activations
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture
@@ -23,6 +26,7 @@ from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.models.timm import ModelSpec, create_model, parse_model_kwargs
 from ospq_export.onnx.half import to_half
 from ospq_export.onnx.write import ACTIVATION_LAYOUT, write_onnx
+from ospq_export.runs.files import check_file
 
 _VALUES_PER_TENSOR = 1 << 14
 
@@ -52,6 +56,7 @@ class Quantized:
         """
         shifted = activations == "uint8"
         probes = probe_names(self.network, [])
+        changes = (*([to_half] if half else []), *([shift_activations] if shifted else []))
         write_onnx(
             lower(self.network, probes),
             path,
@@ -59,8 +64,17 @@ class Quantized:
             batch_size=batch_size,
             metadata={ACTIVATION_LAYOUT: "uint8"} if shifted else {},
             probes=list(probes.values()),
-            passes=((to_half,) if half else ()) + ((shift_activations,) if shifted else ()),
+            opset=highest_opset(self.network),
+            passes=(*finishers(self.network), *changes),
         )
+
+    def write_runnable(self, path: Path) -> Path:
+        """The FP32 file with a dynamic batch, or that for checking which ONNX Runtime runs in its place; returns which."""
+        self.write(path, half=False, batch_size=None)
+        if not needs_expansion(onnx_ir.load(path)):
+            return path
+        write_expanded(path, path.with_name(check_file(path.name)))
+        return path.with_name(check_file(path.name))
 
     def write_float(self, path: Path, *, batch_size: int | None = 1) -> None:
         """The float network in FP32."""

@@ -28,10 +28,19 @@ def compiled(file: Path, folder: Path, target: str = TARGET) -> EngineRecord:
     return build_engine(file, folder / "model.engine", settings, overwrite=True)
 
 
+# Which compute capability a float recipe is compiled for: the first that multiplies all its formats.
+FLOAT_TARGETS = {"fp8": "SM89", "nvfp4": "SM120"}
+
+
 def fusion_cells(fusion: Fusion) -> tuple[str, str]:
-    """How many products run on Int8, and how many attentions in one kernel."""
+    """How many products run quantized, and how many attentions in one kernel."""
     products = percent(fusion.quantized_gemms, fusion.gemms)
     return products, percent(fusion.fused_attentions, fusion.attentions)
+
+
+def formats_cell(fusion: Fusion) -> str:
+    """How many products multiply in each format."""
+    return ", ".join(f"{count} {name}" for name, count in fusion.formats.items()) or "-"
 
 
 def reasons(label: str, dropped: Mapping[str, str]) -> list[list[str]]:

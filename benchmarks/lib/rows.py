@@ -132,6 +132,7 @@ PEERS = Table("peers", ("network",))
 TOOLS = Table("tools", ("run", "tool"))
 # The device as torch calls it: a second processor's row takes the place of the first one's.
 RECONSTRUCTION = Table("reconstruction", ("slice", "device", "threads", "precision"))
+FORMAT_SPEED = Table("format_speed", ("slice", "formats", "device"))
 PAPER = Table("paper", ("device",))
 MEMORY = Table("memory", ("model", "images", "budget"))
 LARGE = Table("large", ("width",))
@@ -140,7 +141,7 @@ LINT = Table("lint", ("target", "seeds"))
 
 TABLES = (
     *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
-    *(RECONSTRUCTION, PAPER, MEMORY, LARGE, CONTENTION, LINT),
+    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT),
 )
 
 

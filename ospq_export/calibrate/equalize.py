@@ -15,14 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from ospq_export.calibrate import center
 from ospq_export.calibrate.candidates import Change, Channels, Region
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.equalization import Site, find_sites, rescale
 from ospq_export.graph.insertion import insert_quantizers
+from ospq_export.graph.keys import find_keys
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.runs.manifest import EqualizedSite
 
-Method = Literal["smooth", "shift", "repq"]
+Method = Literal["center", "smooth", "shift", "repq"]
 # A change must lower the error by this share, or the site stays as it is: what the sample cannot tell is left alone.
 _MUST_GAIN = 0.02
 
@@ -46,8 +48,8 @@ def equalize(
         captured: from `capture`; its constants change, its structure does not.
         images: float32 (N, C, H, W), normalised, on any device; a few dozen are enough.
         formats: of the quantizers that will be inserted.
-        method: "smooth": factors searched; "shift": factors and shifts; "repq": RepQ-ViT's form for every
-            LayerNorm, unsearched.
+        method: "center": keys only, see `center_keys`; "smooth": factors searched; "shift": factors and shifts;
+            "repq": RepQ-ViT's form for every LayerNorm, unsearched.
         seed: of the choice of values that ranges are searched on.
         values_per_tensor: how many values of a tensor a range is searched on.
         advance: called after each site.
@@ -55,18 +57,20 @@ def equalize(
     Returns:
         One record per site, in graph order.
     """
+    device = next(captured.buffers()).device
+    if method == center.CHOICE:
+        return center.center_keys(captured, images.to(device), formats, advance)
     sites = [s for s in find_sites(captured.graph) if method != "repq" or s.is_norm]
     network = insert_quantizers(captured, formats)
     search = _Search(network, sites, method, values_per_tensor, seed, advance)
-    device = next(network.module.buffers()).device
     with torch.no_grad():
         search.run(images.to(device))
     return search.records
 
 
-def count_sites(captured: fx.GraphModule) -> int:
+def count_sites(captured: fx.GraphModule, method: Method) -> int:
     """How often `equalize` calls `advance`, at most."""
-    return len(find_sites(captured.graph))
+    return len((find_keys if method == center.CHOICE else find_sites)(captured.graph))
 
 
 class _Search(fx.Interpreter):

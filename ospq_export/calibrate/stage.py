@@ -174,7 +174,7 @@ def _equalize(
 ) -> list[EqualizedSite]:
     if recipe.equalization == "none":
         return []
-    advance = stepper(progress, "equalize", count_sites(captured))
+    advance = stepper(progress, "equalize", count_sites(captured, recipe.equalization))
     sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
     return equalize(captured, sample, recipe.formats(), recipe.equalization, seed=seed, advance=advance)
 

@@ -15,6 +15,8 @@ from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sam
 from ospq_export.formats.minifloat import E4M3, Minifloat, rank_histogram
 from ospq_export.formats.search import search_symmetric, search_weight_scale
 
+# Levels repeat from one power of two to the next, so where values cluster, as in images, the place within one decides.
+_SHARES = torch.logspace(1, -4, 321, base=2.0)
 # Shifted into a float32's fields, an E4M3's exponent is too small by the difference of their biases, 127 - 7.
 _SIGN, _MAGNITUDE, _BIAS = -0x80000000, 0x7F, 2.0**120
 
@@ -41,8 +43,8 @@ class Fp8(Format):
         return Scales(search_weight_scale(weight, self.levels))
 
     def search_range(self, sample: Sample, *, may_shift: bool) -> Range:
-        """See `search.search_symmetric`."""
-        scale, error = search_symmetric(sample, self.levels)
+        """See `search.search_symmetric`; scales up to twice the one that maps the largest value to 448."""
+        scale, error = search_symmetric(sample, self.levels, _SHARES)
         return Range(self, scale, 0.0, error)
 
     def encode(self, levels: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ _TAIL = 512
 _SMALLEST_SCALE, _SCALE_OF_ZEROS = 1e-18, 1e-8
 _GROUPS = 4096
 _ELEMENTS_AT_ONCE = 1 << 18
-_SHRINK_STEPS = 64
 # A shifted grid costs a subtraction in the deployed network, so it has to earn its place.
 _SHIFT_MUST_GAIN = 0.9
 
@@ -141,16 +140,21 @@ def positive(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.clamp_min(_SMALLEST_SCALE), _SCALE_OF_ZEROS)
 
 
-def _shrinkage(device: torch.device) -> Tensor:
-    """Candidate ranges as shares of the full one, denser (in ratio) than uniform near zero, for heavy tails."""
-    return torch.logspace(0, -2.2, _SHRINK_STEPS, device=device)
+# Candidate ranges as shares of the full one, denser (in ratio) than uniform near zero, for heavy tails.
+_SHARES = torch.logspace(0, -2.2, 64)
 
 
-def search_symmetric(sample: Sample, levels: Rounding) -> tuple[float, float]:
-    """The scale with the least mean squared error on the sample, without an offset, and that error."""
+def search_symmetric(sample: Sample, levels: Rounding, shares: Tensor = _SHARES) -> tuple[float, float]:
+    """The scale with the least mean squared error on the sample, without an offset, and that error.
+
+    Args:
+        sample: what `compress` returned.
+        levels: of the codes.
+        shares: float32 (candidates,), the ranges that are tried as shares of the full one.
+    """
     low, high = sample.values.min(), sample.values.max()
     full = positive(torch.maximum(high / levels.hi, low / levels.lo))
-    scale, _, error = _least(sample, levels, full * _shrinkage(full.device))
+    scale, _, error = _least(sample, levels, full * shares.to(full.device))
     return scale, error
 
 
@@ -160,7 +164,7 @@ def _search_embedded(sample: Sample, bits: int) -> ActivationRange:
     low, high = min(0.0, float(sample.values.min())), max(0.0, float(sample.values.max()))
     full = float(positive(torch.tensor((high - low) / steps, dtype=torch.float64)))
     # Few levels on one side of zero need a larger step than the full range does, so the ladder starts at twice that.
-    ladder = 2.0 * full * _shrinkage(sample.values.device)
+    ladder = 2.0 * full * _SHARES.to(sample.values.device)
     scales = torch.cat([ladder, ladder.new_tensor([full])])
     starts = torch.arange(max(-steps, EMBEDDED_MIN), min(0, EMBEDDED_MAX - steps) + 1, device=scales.device)
     if starts.numel() > 32:

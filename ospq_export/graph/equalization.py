@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.graph.labels import PADDING, Label, concrete, flat, passed_on
+from ospq_export.graph.labels import PADDING, channel_axis, flat, numbered, passed_on
 from ospq_export.graph.rewrite import argument, is_padded, parameter
 
 aten = torch.ops.aten
@@ -69,10 +69,14 @@ def find_sites(graph: fx.Graph) -> list[Site]:
 
     Constants that several operators read are never touched: their producers are no sites, their readers fix the channels.
     """
-    # How many operator arguments read each constant.
-    reads = Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
-    sites = (_Tracer(graph, node, reads).trace() for node in graph.nodes if _is_producer(node, reads))
+    reads = constant_reads(graph)
+    sites = (_Tracer(graph, node, reads).trace() for node in graph.nodes if is_producer(node, reads))
     return [site for site in sites if bool(site.free.any())]
+
+
+def constant_reads(graph: fx.Graph) -> Counter[str]:
+    """How many operator arguments read each constant."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
 
 
 def _weight_index(node: fx.Node) -> int:
@@ -80,7 +84,8 @@ def _weight_index(node: fx.Node) -> int:
     return 2 if node.target is aten.layer_norm.default else 1
 
 
-def _is_producer(node: fx.Node, reads: Counter[str]) -> bool:
+def is_producer(node: fx.Node, reads: Counter[str]) -> bool:
+    """Whether a layer_norm, linear or convolution has constants of its own."""
     if node.target is aten.layer_norm.default:
         if len(node.args[1]) != 1:  # type: ignore[arg-type]
             return False
@@ -99,15 +104,10 @@ class _Tracer:
         index = _weight_index(producer)
         weight, bias = parameter(producer, index), parameter(producer, index + 1)
         assert weight is not None
-        channels = int(weight.meta["val"].shape[0])
-        axis = 1 if producer.target is aten.conv2d.default else -1
-        free = torch.ones(channels, dtype=torch.bool)
-        self.site = Site(producer, axis, free, torch.full((channels,), bias is not None))
-        shape = [concrete(size) for size in producer.meta["val"].shape]
-        view = [1] * len(shape)
-        view[axis] = channels
-        numbers = torch.arange(channels, dtype=torch.int32).view(view).expand(shape)
-        self.labels: dict[fx.Node, Any] = {producer: Label(numbers, True)}
+        axis = channel_axis(producer)
+        free = torch.ones(int(weight.meta["val"].shape[0]), dtype=torch.bool)
+        self.site = Site(producer, axis, free, torch.full_like(free, bias is not None))
+        self.labels: dict[fx.Node, Any] = {producer: numbered(producer, axis)}
 
     def trace(self) -> Site:
         """Visit everything that the channels reach, until nothing is free or all are consumed."""

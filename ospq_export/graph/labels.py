@@ -54,6 +54,19 @@ class Label:
     shifts: bool
 
 
+def channel_axis(producer: fx.Node) -> int:
+    """Where the channels lie in the output of a layer_norm, linear or convolution."""
+    return 1 if producer.target is aten.conv2d.default else -1
+
+
+def numbered(producer: fx.Node, axis: int) -> Label:
+    """The channels of a node's output, along an axis, by number."""
+    shape = [concrete(size) for size in producer.meta["val"].shape]
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    return Label(torch.arange(shape[axis], dtype=torch.int32).view(view).expand(shape), True)
+
+
 def flat(label: Any) -> list[Label]:
     """The labels of a tensor, or of each of several."""
     return label if isinstance(label, list) else [label]
@@ -129,6 +142,11 @@ def _sums_to_one(node: fx.Node) -> bool:
         if node.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
             return False
         node = source
+    return is_row_softmax(node)
+
+
+def is_row_softmax(node: fx.Node) -> bool:
+    """Whether it is a softmax over its last axis."""
     return node.target in _SOFTMAX and node.args[1] in (-1, node.meta["val"].dim() - 1)
 
 

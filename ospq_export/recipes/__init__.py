@@ -127,8 +127,9 @@ class Recipe(_Section):
     slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
         description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
     )
-    equalization: Literal["none", "smooth", "shift", "repq"] = Field(
-        description="what is moved out of activations beforehand: factors, factors and shifts, or RepQ-ViT's form"
+    equalization: Literal["none", "center", "smooth", "shift", "repq"] = Field(
+        description="what is moved out of activations beforehand: what softmax cancels of keys, factors, factors and shifts, "
+        "or RepQ-ViT's form"
     )
     calibration_images: int = Field(ge=1)
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")

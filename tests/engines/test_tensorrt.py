@@ -21,7 +21,8 @@ from ospq_export.engines.plan import layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product
 from ospq_export.engines.record import EngineRecord, build_engine
 from ospq_export.errors import InputError
-from ospq_export.export.lower.graph import lower
+from ospq_export.export.lower import finishers
+from ospq_export.export.lower.graph import highest_opset, lower
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
@@ -53,8 +54,7 @@ def quantized_file(path, name, kwargs, bits=8, batch_size=1):
     )
     observe(network, torch.randn(1, *size), batch_size=1, seed=0, values_per_tensor=4096)
     network.set_mode(Mode.QUANTIZE)
-    write_onnx(lower(network), path, input_size=size, batch_size=batch_size, metadata={}, passes=(to_half,))
-    return path
+    return written(network, path, size, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +107,71 @@ def captured_demo(name):
     return capture(create_model(demo_spec(name)), (1, 28, 28))
 
 
+def settings_for(*capabilities):
+    return BuildSettings(Product.TENSORRT_RTX, compute_capabilities=capabilities)
+
+
+def demo_file(folder, name, recipe):
+    network = insert_quantizers(captured_demo(name), load_recipe(recipe).formats())
+    observe(network, torch.randn(8, 1, 28, 28), batch_size=8, seed=0, values_per_tensor=4096)
+    network.set_mode(Mode.QUANTIZE)
+    return written(network, folder / "m.onnx", (1, 28, 28))
+
+
+def written(network, path, size, batch_size=1):
+    passes = (*finishers(network), to_half)
+    options = {"opset": highest_opset(network), "passes": passes, "metadata": {}}
+    write_onnx(lower(network), path, input_size=size, batch_size=batch_size, **options)
+    return path
+
+
 @pytest.mark.slow
 @RTX
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 @pytest.mark.parametrize(("name", "gemms", "attentions"), [("vit", 74, 12), ("swin", 52, 8)])
 def test_the_packaged_networks_at_every_recipe(tmp_path, name, gemms, attentions, recipe):
-    chosen = load_recipe(recipe)
-    bits = integers(chosen.weight_bits, chosen.activation_bits, chosen.first_last_bits)
-    network = insert_quantizers(captured_demo(name), bits)
-    observe(network, torch.randn(8, 1, 28, 28), batch_size=8, seed=0, values_per_tensor=4096)
-    network.set_mode(Mode.QUANTIZE)
-    file = tmp_path / "m.onnx"
-    write_onnx(lower(network), file, input_size=(1, 28, 28), batch_size=1, metadata={}, passes=(to_half,))
-    fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
+    fusion = build_engine(demo_file(tmp_path, name, recipe), tmp_path / "m.engine", SETTINGS).fusion
     assert fusion.gemms == fusion.quantized_gemms == gemms
     assert fusion.attentions == attentions
-    assert fusion.fused_attentions == (attentions if chosen.activation_bits == 8 else 0), fusion.not_fused
+    assert fusion.fused_attentions == (attentions if recipe == "w8a8" else 0), fusion.not_fused
     assert len(fusion.not_fused) == attentions - fusion.fused_attentions
+
+
+# The Swin's last two attentions have 16 keys; the FP8 kernel takes 32 or more.
+@pytest.mark.slow
+@RTX
+@pytest.mark.parametrize(
+    ("name", "recipe", "formats", "fused"),
+    [
+        ("vit", "fp8", {"FP8": 74}, 12),
+        ("vit", "nvfp4", {"FP4E2M1": 48, "FP8": 26}, 12),
+        ("swin", "fp8", {"FP8": 52}, 6),
+        ("swin", "nvfp4", {"FP4E2M1": 34, "FP8": 18}, 6),
+    ],
+)
+def test_the_packaged_networks_in_floating_point(tmp_path, name, recipe, formats, fused):
+    file = demo_file(tmp_path, name, recipe)
+    for target in ("SM89", "SM120") if recipe == "fp8" else ("SM120",):
+        engine = tmp_path / f"{target}.engine"
+        fusion = build_engine(file, engine, settings_for(target)).fusion
+        assert (fusion.formats, fusion.not_quantized) == (formats, {})
+        assert fusion.fused_attentions == fused
+        assert set(fusion.not_fused.values()) <= {"16 keys: the FP8 kernel takes 32 or more"}
+
+
+@RTX
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+def test_no_product_of_a_colour_network_stays_float(tmp_path, recipe):
+    model, kwargs, attentions = NETWORKS["vit"]
+    torch.manual_seed(0)
+    captured = capture(create_model(ModelSpec(name=model, kwargs={**kwargs, "img_size": 96})), (3, 96, 96))
+    network = insert_quantizers(captured, load_recipe(recipe).formats())
+    observe(network, torch.randn(1, 3, 96, 96), batch_size=1, seed=0, values_per_tensor=4096)
+    network.set_mode(Mode.QUANTIZE)
+    file = written(network, tmp_path / "m.onnx", (3, 96, 96))
+    fusion = build_engine(file, tmp_path / "m.engine", settings_for("SM120")).fusion
+    assert not fusion.not_quantized and not fusion.not_fused and fusion.fused_attentions == attentions
+    assert fusion.formats == ({"FP8": 8} if recipe == "fp8" else {"FP4E2M1": 4, "FP8": 4})
 
 
 @pytest.mark.slow

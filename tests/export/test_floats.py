@@ -202,6 +202,36 @@ def test_the_deployed_swin_itself_in_the_reference_evaluator(swin):
     assert_close(in_reference(swin), swin.expected())
 
 
+class Stem(torch.nn.Module):
+    """A convolution over an image of three channels, and a head."""
+
+    def __init__(self, kernel, stride, padding, bias=True):
+        super().__init__()
+        self.proj = torch.nn.Conv2d(3, 8, kernel, stride, padding, bias=bias)
+        self.fc, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.fc(self.proj(x).flatten(2).mean(2)).relu())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "bias", "kinds"),
+    [
+        ((4, 2), (4, 2), 0, True, []),
+        (4, 4, 0, False, []),
+        (3, 2, 1, True, ["Conv"]),
+        (4, 2, 0, True, ["Conv"]),
+        (5, 5, 0, True, ["Conv"]),
+    ],
+)
+def test_patches_of_three_channels_are_a_linear(tmp_path, kernel, stride, padding, bias, kinds):
+    torch.manual_seed(0)
+    captured = capture(Stem(kernel, stride, padding, bias).eval(), (3, 16, 24))
+    one = Written(captured, torch.randn(6, 3, 16, 24), FP8, tmp_path)
+    assert [n.op_type for n in one.model.graph.node if n.op_type == "Conv"] == kinds
+    np.testing.assert_allclose(one.run(optimize=False), one.expected(), rtol=1e-4, atol=1e-5)
+
+
 def test_what_falls_back_and_why():
     for name in ("nvfp4", "fp8"):
         plain = Choice(name, name, name, name).operands("fc", Role.LINEAR, 64, is_end=False)

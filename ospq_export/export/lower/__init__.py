@@ -25,7 +25,12 @@ class Builder(Protocol):
 
 
 class Lowering(Protocol):
-    """How a format is written as ONNX: a module of this package that is called as the format's `family`."""
+    """How a format is written as ONNX: a module of this package that is called as the format's `family`.
+
+    `CONVOLVED_CHANNELS`: convolutions over a multiple of so many channels have kernels.
+    """
+
+    CONVOLVED_CHANNELS: int
 
     def activation(
         self, build: Builder, x: fx.Node, quantizer: ActivationQuantizer

@@ -12,6 +12,8 @@ from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 
 _symbolic = torch.onnx.ops.symbolic
 _E4M3 = torch.float8_e4m3fn
+# Seen of TensorRT-RTX 1.7; it computes others in float.
+CONVOLVED_CHANNELS = 4
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.export.lower import lowering_of
+from ospq_export.export.lower.patches import as_linear, cuts_patches
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import Slice
 
@@ -128,7 +129,10 @@ class _Lowering:
             rest = [fx.node.map_arg(a, self.copies.__getitem__) for a in node.args[3:]]
             dequantized = lowering.weight(self, weight, transposed=False)
             bias_node = None if bias is None else self.attribute(f"{weight.name}.bias_folded", bias)
-            self.copies[node] = self.call(aten.conv2d.default, x, dequantized, bias_node, *rest)
+            if weight.codes.shape[1] % lowering.CONVOLVED_CHANNELS and cuts_patches(node):
+                self.copies[node] = as_linear(self, node, x, dequantized, bias_node)
+            else:
+                self.copies[node] = self.call(aten.conv2d.default, x, dequantized, bias_node, *rest)
             return
         out = self.call(aten.matmul.default, x, lowering.weight(self, weight, transposed=True))
         if bias is not None:

@@ -16,6 +16,7 @@ from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 _INT8 = (INT8_MIN, INT8_MAX, torch.int8)
+CONVOLVED_CHANNELS = 1
 
 
 def activation(build: Builder, x: fx.Node, quantizer: ActivationQuantizer) -> tuple[fx.Node, fx.Node]:

@@ -18,6 +18,7 @@ from ospq_export.formats.nvfp4 import BLOCK_SIZE
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE, TENSORRT_DOMAIN
 
+CONVOLVED_CHANNELS = 1
 _ONNX_E4M3, _IR_VERSION = 17, 11
 _BLOCKS: dict[str, Any] = {"axis": -1, "block_size": BLOCK_SIZE}
 _symbolic = torch.onnx.ops.symbolic
