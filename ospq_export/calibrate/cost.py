@@ -103,7 +103,9 @@ def cost_of(
     if seconds_per_image is not None:
         share = todo / len(slices)
         steps = settings.iterations * min(settings.batch_size, images) * _STEP_IN_PASSES
-        seconds = share * seconds_per_image * (steps + _FIXED_PASSES * images)
+        seconds = (
+            share * seconds_per_image * (steps + _FIXED_PASSES * images + 2 * settings.compensation_images)
+        )
     return Cost(
         slices=todo,
         iterations=todo * settings.iterations,

@@ -138,6 +138,7 @@ class WeightQuantizer(nn.Module):
         scale: float32, of the format's `granularity.scale_shape`, in the units of the weight.
         tensor_scale: float32 scalar where the format has one, else None; see `Scales`.
         codes: of the format's `storage`, the weight's shape; what is deployed.
+        fitted: the weight that is rounded in place of the float network's; see `calibrate.reconstruct.compensation`.
         soft: the softly rounded weight where a caller computes it for a whole slice at once; else it is computed from V.
     """
 
@@ -156,6 +157,7 @@ class WeightQuantizer(nn.Module):
         self.mode = Mode.FLOAT
         self.v: nn.Parameter | None = None
         self.around: Neighbours | None = None
+        self.fitted: Tensor | None = None
         self.soft: Tensor | None = None
 
     def round_to_nearest(self, weight: Tensor) -> None:
@@ -172,7 +174,8 @@ class WeightQuantizer(nn.Module):
 
     def start_learning(self, weight: Tensor) -> nn.Parameter:
         """Make the rounding learnable, starting where W^ = W (AdaRound): h(V) is W's position between its neighbours."""
-        self.around = self.format.neighbours(weight, self.spread_scale())
+        goal = weight if self.fitted is None else self.fitted
+        self.around = self.format.neighbours(goal, self.spread_scale())
         self.v = nn.Parameter(inverse_rectified_sigmoid(self.around.position))
         return self.v
 

@@ -65,6 +65,11 @@ class Reconstruction(_Section):
         ge=0,
         description="images on which each searched scale is first refined by the slice's output error; 0: not at all",
     )
+    compensation_images: int = Field(
+        default=0,
+        ge=0,
+        description="calibration images on which weights are fitted to quantized inputs before they are learned; 0 is none",
+    )
     learning_rate_rounding: float = Field(gt=0, description="Adam's rate on the rounding parameter V")
     learning_rate_scale: float = Field(ge=0, description="Adam's rate on the activation scales, cosine decay")
     scale_parametrization: Literal["linear", "logarithmic"] = Field(

@@ -15,6 +15,7 @@ from ospq_export.calibrate.objectives import objective_class
 from ospq_export.calibrate.objectives.base import MakeObjective, Objective, weight_quantizers
 from ospq_export.calibrate.reconstruct.activations import SliceData, Tensors, forward
 from ospq_export.calibrate.reconstruct.bias import correct_biases, learned_tensors
+from ospq_export.calibrate.reconstruct.compensation import compensate, forget
 from ospq_export.calibrate.reconstruct.learner import Learner
 from ospq_export.calibrate.reconstruct.refinement import refine_scales, refinement_images
 from ospq_export.calibrate.reconstruct.store import Store
@@ -87,11 +88,14 @@ class Reconstructor:
         if settings.refinement_images > 0:
             head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
+        if settings.compensation_images > 0:
+            self._compensate(piece, data, objective)
         losses: list[float] = []
         warning = ""
         if settings.iterations > 0:
             objective.normalise_by(self.error(piece, data, objective)[1])
             losses, warning = self._learn(piece, data, objective, seed)
+        forget(piece)
         after, loss_after = self.error(piece, data, objective)
         kept = math.isfinite(loss_after) and (loss_after <= loss_before or objective.keeps_worse)
         if not kept:
@@ -127,6 +131,14 @@ class Reconstructor:
             _restore(piece, start)
         warning = "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
         return [loss for loss in all_losses if math.isfinite(loss)], warning
+
+    def _compensate(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> None:
+        """Fit the weights to their inputs, where the slice gains by it."""
+        initial, loss = _snapshot(piece), self.error(piece, data, objective)[1]
+        compensate(piece, data.select(slice(0, self.settings.compensation_images)), self.device)
+        if not self.error(piece, data, objective)[1] < loss:
+            forget(piece)
+            _restore(piece, initial)
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ospq_export.calibrate.objectives.base import Objective
 from ospq_export.calibrate.reconstruct.activations import SliceData
+from ospq_export.calibrate.reconstruct.passes import Passes
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, own_quantizers, set_mode
 
 # Multiples of the scale that refinement tries; below one it clips more, above one it rounds more coarsely.
@@ -45,7 +44,7 @@ def refine_scales(piece: fx.GraphModule, data: SliceData, objective: Objective) 
     """
     set_mode(piece, Mode.QUANTIZE)
     with torch.no_grad():
-        passes = _Passes(piece, data.quantized_input, data.images)
+        passes = Passes(piece, data.quantized_input, data.images)
         best = float(objective.raw(passes.finish(), data.target))
         for node, quantizer in _in_graph_order(piece):
             passes.advance(node)
@@ -70,36 +69,3 @@ def _in_graph_order(piece: fx.GraphModule) -> list[tuple[fx.Node, ActivationQuan
         if isinstance(module, ActivationQuantizer) and module.format.learns_scale and id(module) in own:
             found.setdefault(id(module), (node, module))
     return list(found.values())
-
-
-class _Passes(fx.Interpreter):
-    """Forward passes of a slice that share what lies before a node.
-
-    Only the tensors that the rest still reads are kept, so that no more memory is taken than by one pass.
-    """
-
-    def __init__(self, piece: fx.GraphModule, inputs: Sequence[Tensor], images: int) -> None:
-        super().__init__(piece)
-        self._rest = list(piece.graph.nodes)
-        self.args_iter = iter((inputs[0], images, *inputs[1:]))
-        self.advance(next(n for n in self._rest if n.op != "placeholder"))
-
-    def advance(self, until: fx.Node) -> None:
-        """Compute for good what lies before a node of the rest."""
-        while self._rest[0] is not until:
-            self._compute(self._rest.pop(0))
-
-    def finish(self) -> Tensor:
-        """The slice's own tensor at its end; what is computed for it is forgotten."""
-        kept = dict(self.env)
-        *inner, last = self._rest
-        for node in inner:
-            self._compute(node)
-        result = self.run_node(last)
-        self.env = kept
-        return result[0] if isinstance(result, tuple) else result
-
-    def _compute(self, node: fx.Node) -> None:
-        self.env[node] = self.run_node(node)
-        for dead in self.user_to_last_uses.get(node, ()):
-            del self.env[dead]

@@ -208,9 +208,13 @@ def division(recipe: Recipe, images: int) -> tuple[int, int]:
 def refinement_of(settings: Reconstruction) -> Reconstruction:
     """Settings of the refinement that all trials start from."""
     images = min(settings.refinement_images, _PILOT_REFINEMENT)
-    return settings.model_copy(
-        update={"iterations": 0, "refinement_images": images, "bias_correction": False}
-    )
+    changes = {
+        "iterations": 0,
+        "refinement_images": images,
+        "compensation_images": 0,
+        "bias_correction": False,
+    }
+    return settings.model_copy(update=changes)
 
 
 def trial_of(
@@ -224,6 +228,7 @@ def trial_of(
         "iterations": iterations,
         "batch_size": batch_size,
         "refinement_images": 0,
+        "compensation_images": 0,
         "bias_images": 32,
     }
     return settings.model_copy(update=changes)
