@@ -244,7 +244,7 @@ class Format(ABC):
         return levels.to(self.storage)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes, float32; the codes as stored, or as ONNX Runtime returns them."""
+        """Levels of codes, float32, NaN where a code is no number; the codes as stored, or as ONNX Runtime returns them."""
         return codes.float()
 
     @abstractmethod

@@ -115,8 +115,8 @@ class Minifloat:
 
 
 def rank_histogram(kind: Minifloat, levels: Tensor) -> list[int]:
-    """How often each level occurs, in ascending order."""
-    places = kind.ranks(levels.flatten()).long() + kind.top
+    """How often each level occurs, in ascending order; NaN, which a deployed network may give, is none."""
+    places = kind.ranks(levels[~levels.isnan()]).long() + kind.top
     counts: list[int] = torch.bincount(places, minlength=2 * kind.top + 1).tolist()
     return counts
 

@@ -196,3 +196,5 @@ def test_histogram_counts_every_level(name):
     x = np.repeat(levels, np.arange(len(levels)) % 3).astype(np.float32)
     x[x == 0] = -0.0
     assert rank_histogram(kind, torch.from_numpy(x)) == (np.arange(len(levels)) % 3).tolist()
+    x = np.append(x, np.float32("nan"))
+    assert sum(rank_histogram(kind, torch.from_numpy(x))) == len(x) - 1, "NaN is no level"

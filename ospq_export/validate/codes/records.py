@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -116,9 +117,11 @@ class CodeDifferences:
     histogram: NDArray[np.int64] | None = None
 
     def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
-        """Compare the codes that x should have with deployed ones."""
+        """Compare the codes that x should have with deployed ones; one that is no number is as far off as any can be."""
         format_, levels = quantizer.format, quantizer.format.decode(deployed)
         steps, excess = format_.steps_apart(x, quantizer.scale, quantizer.used_offset, levels)
+        ends = format_.levels.ranks(torch.tensor([format_.levels.lo, format_.levels.hi], dtype=torch.float32))
+        steps, excess = (t.nan_to_num(float(ends.diff())) for t in (steps, excess))
         self.total += steps.numel()
         self.differing += int((steps != 0).sum())
         self.max_step = max(self.max_step, int(steps.max()))
