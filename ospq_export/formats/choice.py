@@ -160,7 +160,7 @@ def read(record: dict[str, Any], *, weight: bool) -> Format:
     """
     try:
         return named(str(record.get("format")), weight=weight).read(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"it has no such format: {error}") from error
 
 

@@ -88,8 +88,10 @@ class Integer(Format):
 
     def read(self, record: dict[str, Any]) -> Integer:
         """The format of a record."""
+        if record["axis"] != self.granularity.axis:
+            raise ValueError(f"{self.name} along axis {record['axis']}")
         levels, grid = Levels(int(record["lo"]), int(record["hi"])), Grid(record["grid"])
-        return Integer(self.bits, levels, Granularity(record["axis"]), grid)
+        return Integer(self.bits, levels, self.granularity, grid)
 
 
 def find(name: str, *, weight: bool) -> Integer | None:

@@ -13,6 +13,7 @@ from ospq_export.runs.files import MANIFEST, QUANTIZED_TENSORS
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors, write_tensors
+from ospq_export.validate.codes.records import weight_comparisons
 
 CHOICES = {
     "fp8": ("weights=fp8", "activations=fp8", "ends=fp8"),
@@ -159,6 +160,8 @@ FP8 = {"format": "fp8", "bits": 8, "axis": 0}
         ("nvfp4", FC1, {"format": "nvfp4", "bits": 4, "axis": 1, "block_size": 32}),
         ("nvfp4", "blocks.0.mlp.fc1.input", {**FP8, "axis": None}),
         ("nvfp4", FC1, {"format": "float"}),
+        ("some float", HEAD, {**INT8, "axis": 1}),
+        ("some float", HEAD, {**INT8, "hi": float("inf")}),
     ],
 )
 def test_records_of_another_format_are_refused(runs, tmp_path, name, quantizer, record):
@@ -170,6 +173,38 @@ def test_records_of_another_format_are_refused(runs, tmp_path, name, quantizer, 
     (folder / MANIFEST).write_text(json.dumps(values))
     with pytest.raises(InputError, match=quantizer):
         Run.open(folder).quantized_graph()
+
+
+def sliceless(values):
+    values["slices"].pop()
+
+
+def tensorless(values):
+    del values["files"][QUANTIZED_TENSORS]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(sliceless, "lacks the slice of"), (tensorless, f"lacks {QUANTIZED_TENSORS}")],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(runs, tmp_path, change, message):
+    folder = shutil.copytree(runs("fp8").path, tmp_path / "run")
+    values = json.loads((folder / MANIFEST).read_text())
+    change(values)
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"the manifest {message}"):
+        Run.open(folder)
+
+
+@pytest.mark.parametrize("constant", [None, "nowhere"])
+def test_the_report_refuses_what_it_cannot_compare(runs, tmp_path, constant):
+    folder = shutil.copytree(runs("fp8").path, tmp_path / "run")
+    assert len(weight_comparisons(Run.open(folder))) == 10
+    values = json.loads((folder / MANIFEST).read_text())
+    next(r for r in values["quantizers"] if r["name"] == FC1)["constant"] = constant
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"{FC1}: there is no constant"):
+        weight_comparisons(Run.open(folder))
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])

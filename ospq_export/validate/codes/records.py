@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.graph.quantizers import ActivationQuantizer
+from ospq_export.errors import damaged
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.run import load_quantizer
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.tasks.statistics import Record
 
@@ -154,26 +156,30 @@ def weight_comparisons(run: Run) -> list[WeightComparison]:
     """Every weight of a run, in graph order; from its two tensor files alone.
 
     Raises:
-        InputError: a tensor file cannot be read.
+        InputError: a tensor file is damaged.
     """
-    integers, _ = read_tensors(run.file(QUANTIZED_TENSORS))
+    path = run.file(QUANTIZED_TENSORS)
+    tensors, _ = read_tensors(path)
     floats, _ = read_tensors(run.file(FLOAT_TENSORS))
     result = []
     for record in run.manifest.quantizers:
-        if record.kind != "weight" or record.constant is None:
+        if record.kind != "weight":
             continue
-        codes, weight = integers[f"{record.name}.codes"], floats[record.constant]
-        format_ = record.read_format()
-        scale = format_.granularity.spread(integers[f"{record.name}.scale"], weight.shape)
+        weight, format_, constant = floats.get(record.constant or ""), record.read_format(), record.constant
+        if weight is None or constant is None:
+            raise damaged(f"{record.name}: there is no constant {constant!r}", run.path / FLOAT_TENSORS)
+        quantizer = WeightQuantizer(record.name, format_, constant, weight)
+        load_quantizer(quantizer, record, tensors, path)
+        quantizer.mode = Mode.QUANTIZE
         power = Power()
-        power.add(weight, format_.dequantize(format_.decode(codes), scale))
+        power.add(weight, quantizer(weight))
         result.append(
             WeightComparison(
                 name=record.name,
                 slice=run.manifest.slices[record.slice].name,
                 bits=format_.bits,
                 sqnr=power.decibel,
-                histogram=format_.histogram(codes),
+                histogram=format_.histogram(quantizer.codes),
             )
         )
     return result
