@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import ModuleType
@@ -79,7 +80,7 @@ class Choice:
             if refused and forced:
                 raise InputError(
                     f"{name} cannot have {kind}: {refused}",
-                    where="`overrides`",
+                    where="the recipe's overrides",
                     fix="leave it out of the pattern, or give it another format",
                 )
             if format_ is not None and refused:
@@ -87,6 +88,24 @@ class Choice:
                 format_, reason = named(format_.fallback, weight=is_weight), refused
             found.append(format_)
         return Operands(found[0], found[1], reason)
+
+    def check_patterns(self, operators: Sequence[str]) -> None:
+        """Hold the overrides to the operators of a network.
+
+        Args:
+            operators: their names.
+
+        Raises:
+            InputError: a pattern fits none of them.
+        """
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in operators):
+                near = difflib.get_close_matches(pattern, operators, cutoff=0.0)
+                raise InputError(
+                    f"{pattern!r} fits no operator of this network",
+                    where="the recipe's overrides",
+                    fix=f"the closest are {', '.join(near)}",
+                )
 
     def formats(self) -> list[Format]:
         """All formats that operands of some network can have, with those that take over where one refuses.
