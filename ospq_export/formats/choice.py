@@ -145,7 +145,7 @@ class Choice:
 
 @functools.cache
 def _modules() -> tuple[ModuleType, ...]:
-    """The modules of this package that have formats: those with a function `find`."""
+    """The modules of this package that have formats: those with a function `find`, and the `NAMES` that it knows."""
     names = (f"{formats.__name__}.{module.name}" for module in pkgutil.iter_modules(formats.__path__))
     found: Iterator[ModuleType] = map(importlib.import_module, (n for n in names if n != __name__))
     return tuple(module for module in found if hasattr(module, "find"))
@@ -165,9 +165,10 @@ def named(name: str, *, weight: bool) -> Format:
         found: Format | None = module.find(name, weight=weight)
         if found is not None:
             return found
+    known = (n for module in _modules() for n in module.NAMES if module.find(n, weight=weight))
     raise InputError(
         f"there is no format {name!r} for {'weights' if weight else 'activations'}",
-        fix=f"use int2 to int8, fp8, nvfp4 or {FLOAT}",
+        fix=f"use {', '.join(known)} or {FLOAT}",
     )
 
 

@@ -16,6 +16,7 @@ from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sam
 from ospq_export.formats.minifloat import E4M3, Minifloat, rank_histogram
 from ospq_export.formats.search import search_symmetric, search_weight_scale
 
+NAMES = ("fp8",)
 # All of its bits but the sign; where all are set, the code is NaN.
 _MAGNITUDE = 0x7F
 

@@ -7,7 +7,6 @@ float offset that is subtracted first (`shifted`).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,8 @@ from ospq_export.formats.search import (
     symmetric_levels,
 )
 
-_NAME = re.compile(r"int([2-8])")
+_BITS = {f"int{bits}": bits for bits in range(2, 9)}
+NAMES = tuple(_BITS)
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Integer(Format):
 
 def find(name: str, *, weight: bool) -> Integer | None:
     """The format called `name`, such as "int4": per output channel for weights, per tensor for activations; or None."""
-    match = _NAME.fullmatch(name)
-    if match is None:
+    bits = _BITS.get(name)
+    if bits is None:
         return None
-    bits = int(match[1])
     return Integer(bits, symmetric_levels(bits), Granularity(0) if weight else PER_TENSOR)

@@ -17,6 +17,7 @@ from ospq_export.formats.kernels import blocks, lerp_mask
 from ospq_export.formats.minifloat import E2M1, E4M3, Minifloat, rank_histogram
 from ospq_export.formats.search import positive
 
+NAMES = ("nvfp4",)
 BLOCK_SIZE = 16
 _TOP = E2M1.largest * E4M3.largest
 # Ranks of E4M3 around that of amax / 6: three below it clip the largest value by a quarter or more, six above it bring that
