@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
-from ospq_export.formats.minifloat import E4M3, Minifloat, rank_histogram
+from ospq_export.formats.minifloat import E4M3, Minifloat
 from ospq_export.formats.search import search_symmetric, search_weight_scale
 
 NAMES = ("fp8",)
@@ -67,10 +67,6 @@ class Fp8(Format):
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes are numbers: E4M3 has a NaN."""
         return codes.dtype == self.storage and bool(((codes & _MAGNITUDE) != _MAGNITUDE).all())
-
-    def histogram(self, codes: Tensor) -> list[int]:
-        """How often each of -448 .. 448 occurs."""
-        return rank_histogram(self.levels, self.decode(codes))
 
     def record(self) -> dict[str, Any]:
         """Name and the axis of the scales."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
 from ospq_export.formats.search import (
-    INT8_MAX,
-    INT8_MIN,
     Grid,
     Levels,
     search_activation_range,
@@ -67,13 +65,6 @@ class Integer(Format):
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes lie in [lo, hi]."""
         return bool(codes.min() >= self.levels.lo) and bool(codes.max() <= self.levels.hi)
-
-    def histogram(self, codes: Tensor) -> list[int]:
-        """How often each of -128 .. 127 occurs."""
-        counts: list[int] = torch.bincount(
-            codes.long().flatten() - INT8_MIN, minlength=INT8_MAX - INT8_MIN + 1
-        ).tolist()
-        return counts
 
     def record(self) -> dict[str, Any]:
         """Name, grid, levels, and the axis of the scales."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ospq_export.errors import damaged
+from ospq_export.formats.base import Scales
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
 from ospq_export.runs.run import load_quantizer
@@ -34,7 +35,8 @@ class QuantizerComparison(Record):
         excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
             takes, at most, in steps; about 0 is a rounding edge.
         sqnr: of quantizing this tensor in the fake-quantized network, dB.
-        histogram: how often each code was deployed, in ascending order: of integers -128 .. 127.
+        histogram: how often each level was deployed, in ascending order: of integers -128 .. 127, of FP8 the 253 numbers from
+            -448 to 448, of NVFP4 the 15 from -6 to 6.
     """
 
     name: str
@@ -142,7 +144,8 @@ class WeightComparison(Record):
 
     Attributes:
         sqnr: signal-to-quantization-noise ratio, dB.
-        histogram: how often each code occurs, in ascending order: of integers -128 .. 127.
+        histogram: how often each level occurs; as of a `QuantizerComparison`.
+        scales: of a format with block scales that are stored in a smaller type: how many lie in [2^k, 2^(k+1)), by k.
     """
 
     name: str
@@ -150,6 +153,7 @@ class WeightComparison(Record):
     bits: int
     sqnr: float
     histogram: list[int]
+    scales: dict[int, int]
 
 
 def weight_comparisons(run: Run) -> list[WeightComparison]:
@@ -180,6 +184,7 @@ def weight_comparisons(run: Run) -> list[WeightComparison]:
                 bits=format_.bits,
                 sqnr=power.decibel,
                 histogram=format_.histogram(quantizer.codes),
+                scales=format_.scale_histogram(Scales(quantizer.scale, quantizer.tensor_scale)),
             )
         )
     return result
