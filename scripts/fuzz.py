@@ -1,11 +1,12 @@
 """Damage what the program reads, many times over: it has to work or to say in one line what is wrong, nothing else.
 
     python scripts/fuzz.py --cases 10000 --seed 0
+    python scripts/fuzz.py --cases 2000 --recipe fp8 nvfp4
 
-A small run is made once. Each case damages one of its files (bytes flipped, cut, doubled; a JSON or TOML value replaced by a
-nasty one; hashes forged to match) and reads it as the program does. A case fails where anything but `InputError` is raised,
-where its message is not one line, where reading takes longer than 20 seconds, or where a file appears outside the run directory.
-Exit status 1 where any case failed; every failure is printed with the seed that repeats it.
+A small run is made of each recipe. Each case damages one of its files (bytes flipped, cut, doubled; a JSON or TOML value or a
+tensor's numbers replaced by nasty ones; hashes forged to match) and reads it as the program does. A case fails where anything but
+`InputError` is raised, where its message is not one line, where reading takes longer than 20 seconds, or where a file appears
+outside the run directory. Exit status 1 where any case failed; every failure is printed with the seed that repeats it.
 """
 
 from __future__ import annotations
@@ -20,31 +21,37 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from ospq_export.calibrate import calibrate
-from ospq_export.calibrate.checkpoints import parsed
+from ospq_export.calibrate.checkpoints import restore, save
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.graph.slicing import extract
 from ospq_export.models.timm import ModelSpec, create_model
 from ospq_export.models.weights import load_checkpoint
 from ospq_export.onnx.lint import lint
 from ospq_export.progress import stage_progress, stepper
-from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS
-from ospq_export.runs.manifest import SliceRecord, read_manifest, record_files
+from ospq_export.recipes import load_recipe, packaged_recipes
+from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_ONNX, QUANTIZED_TENSORS, SCALES
+from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.run import Run, load_bias, load_quantizers
 from ospq_export.runs.tensors import read_tensors, write_tensors
+from ospq_export.validate.codes.records import weight_comparisons
+from ospq_export.validate.executions.chosen import check_origin
+from ospq_export.validate.executions.probes import read_proto
 
+RECIPES = ("w4a4", "fp8", "nvfp4")
+# Inner dimensions are multiples of 16: whole blocks of NVFP4.
 SPEC = ModelSpec(
     name="vit_tiny_patch16_224",
     kwargs={
@@ -77,6 +84,8 @@ NASTY: list[Any] = [
     ),
     *("../../outside", "/etc/passwd", "C:\\outside", [[]], {"": {}}, ["a", 1, None], "9" * 5000),
 ]
+FLOATS = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, -1.0, 1e-45, 1e-30, 3e38]
+SLICE = "000.safetensors"
 SECONDS = 20
 
 
@@ -138,24 +147,57 @@ def _json(value: Any) -> bytes:
         sys.setrecursionlimit(limit)
 
 
+def damage_tensors(held: dict[str, Tensor], random_: random.Random) -> dict[str, Tensor]:
+    """Wrong numbers, another type, another shape, a tensor lost or in another's place; of quantizers, most of the time."""
+    ours = [name for name in held if name.endswith((".codes", ".scale", ".tensor_scale", ".offset"))]
+    name = random_.choice(ours if random_.random() < 0.9 else list(held))
+    value, kind = held[name].clone(), random_.randrange(8)
+    if kind < 4:
+        flat = value.view(-1)
+        for _ in range(random_.choice([1, 1, 5])):
+            place = random_.randrange(len(flat))
+            flat[place] = _number(flat[place], random_)
+    elif kind == 4:
+        value = value.to(random_.choice([torch.float16, torch.float64, torch.int8, torch.uint8, torch.bool]))
+    elif kind == 5:
+        value = random_.choice([value[None], value.flatten()[:-1], value.flatten(), value.new_empty(0)])
+    elif kind == 6:
+        return {key: tensor for key, tensor in held.items() if key != name}
+    else:
+        value = held[random_.choice(list(held))].clone()
+    return {**held, name: value}
+
+
+def _number(old: Tensor, random_: random.Random) -> Any:
+    """A nasty number of a tensor's type: codes are any bits, scales any float or a little beside the right one."""
+    if not old.is_floating_point():
+        info = torch.iinfo(old.dtype)
+        return random_.randint(info.min, info.max)
+    return random_.choice([*FLOATS, old * random_.choice([-1.0, 0.5, 1.001, 448.0, 2.0**20])])
+
+
 @dataclass
 class Material:
     """A small finished run, and what reading it needs.
 
     Attributes:
+        recipe: its name.
         folder: the run directory, with a copy of its recipe, weights and a checkpoint of a slice.
         files: the undamaged content by name.
         network: with the run's quantizers, to load damaged ones into.
+        piece: its first slice, to load a damaged checkpoint into.
         model: the float model, to load damaged weights into.
     """
 
+    recipe: str
     folder: Path
     files: dict[str, bytes]
     network: QuantizedGraph
+    piece: fx.GraphModule
     model: nn.Module
 
     @classmethod
-    def make(cls, folder: Path) -> Material:
+    def make(cls, folder: Path, recipe: str = "w4a4") -> Material:
         """Calibrate and export a network with random weights."""
         torch.manual_seed(0)
         model = create_model(SPEC)
@@ -163,18 +205,24 @@ class Material:
         images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
         batch = Batch(images, torch.zeros(8, dtype=torch.int64), [str(i) for i in range(8)])
         short = ["calibration_images=8", "observation_images=8", "reconstruction.batch_size=8"]
-        recipe = load_recipe("w4a4", [*short, "reconstruction.iterations=2"])
-        run = calibrate(model, SPEC, batch, config, recipe, folder)
+        loaded = load_recipe(recipe, [*short, "reconstruction.iterations=2", "slicing=block"])
+        calibrate(model, SPEC, batch, config, loaded, folder)
         export(folder)
         run = Run.open(folder)
-        packaged = Path(sys.modules[load_recipe.__module__].__file__ or "").parent / "w4a4.toml"
+        packaged = Path(sys.modules[load_recipe.__module__].__file__ or "").parent / f"{recipe}.toml"
         shutil.copy(packaged, folder / "recipe.toml")
         torch.save(model.state_dict(), folder / "weights.pt")
         write_tensors(folder / "weights.safetensors", model.state_dict())
-        record = run.manifest.slices[0].model_dump_json()
-        write_tensors(folder / "000.safetensors", {"x": torch.zeros(3)}, {"record": record})
+        network = run.quantized_graph()
+        piece = extract(network.module, run.slices()[0])
+        save(folder / SLICE, piece, run.manifest.slices[0])
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        return cls(folder, files, run.quantized_graph(), model)
+        return cls(recipe, folder, files, network, piece, model)
+
+    @property
+    def networks(self) -> list[str]:
+        """Names of the exported files."""
+        return sorted(name for name in self.files if name.endswith(".onnx"))
 
     def write(self, name: str, content: bytes) -> Path:
         """Put damaged content in place of a file."""
@@ -193,13 +241,16 @@ class Material:
             (self.folder / name).write_bytes(content)
 
     def load(self) -> None:
-        """Open the run and load its tensors into the network, as the later stages do."""
+        """Open the run and load its tensors into the network, as the later stages do, and count its codes, as a report does."""
         run = Run.open(self.folder)
+        run.manifest.recipe.formats()
+        run.unoptimized()
         path = run.file(QUANTIZED_TENSORS)
         tensors, _ = read_tensors(path)
         load_quantizers(self.network, run.manifest.quantizers, tensors, path)
         for bias in self.network.biases.values():
             load_bias(bias, tensors.get(bias.constant), path)
+        weight_comparisons(run)
 
 
 Case = Callable[[Material, random.Random], object]
@@ -230,6 +281,15 @@ def tensors(material: Material, random_: random.Random) -> None:
     read_tensors(material.folder / name)
 
 
+def tensor_values(material: Material, random_: random.Random) -> None:
+    """Whole tensors with wrong numbers, types or shapes, and a matching hash."""
+    path = material.folder / QUANTIZED_TENSORS
+    held, header = read_tensors(path)
+    write_tensors(path, damage_tensors(held, random_), header)
+    material.forge(QUANTIZED_TENSORS)
+    material.load()
+
+
 def scales(material: Material, random_: random.Random) -> None:
     """Damaged scales.json: its hash tells."""
     material.write("scales.json", damage_bytes(material.files["scales.json"], random_))
@@ -238,28 +298,50 @@ def scales(material: Material, random_: random.Random) -> None:
 
 def slice_checkpoint(material: Material, random_: random.Random) -> None:
     """A damaged checkpoint of a slice, as a resumed calibration reads it."""
-    path = material.write("000.safetensors", damage_bytes(material.files["000.safetensors"], random_))
-    _, header = read_tensors(path)
-    parsed(SliceRecord, header.get("record", ""), path)
+    path = material.folder / SLICE
+    if random_.random() < 0.5:
+        material.write(SLICE, damage_bytes(material.files[SLICE], random_))
+    else:
+        held, header = read_tensors(path)
+        write_tensors(path, damage_tensors(held, random_), header)
+    restore(path, material.piece, read_manifest(material.folder).quantizers)
 
 
 def recipe_bytes(material: Material, random_: random.Random) -> None:
     """A damaged recipe file."""
-    load_recipe(str(material.write("recipe.toml", damage_bytes(material.files["recipe.toml"], random_))))
+    path = material.write("recipe.toml", damage_bytes(material.files["recipe.toml"], random_))
+    load_recipe(str(path)).formats()
 
 
 def recipe_override(material: Material, random_: random.Random) -> None:
     """An override with a wrong key or value."""
     key = random_.choice(
-        ["weight_bits", "slicing", "reconstruction.iterations", "reconstruction", "a.b.c", "", "."]
+        [
+            *("weight_bits", "slicing", "reconstruction.iterations", "reconstruction", "a.b.c", "", "."),
+            *("weights", "activations", "attention", "ends", "overrides", "overrides.head"),
+        ]
     )
-    value = random_.choice([str(n) for n in NASTY] + ["[" * random_.choice([1, 5000]), "'", '"""', "1e999"])
-    load_recipe("w4a4", [f"{key}={value}"])
+    names = ["fp8", "nvfp4", "int4", "int9", "float", '{"[" = "nvfp4"}', '{"*" = "float"}']
+    nasty = [str(n) for n in NASTY] + ["[" * random_.choice([1, 5000]), "'", '"""', "1e999"]
+    value = random_.choice(names if random_.random() < 0.3 else nasty)
+    load_recipe(material.recipe, [f"{key}={value}"]).formats()
 
 
 def onnx_file(material: Material, random_: random.Random) -> None:
-    """A damaged QDQ file, linted."""
-    lint(material.write("model.onnx", damage_bytes(material.files["model.onnx"], random_)))
+    """A damaged exported file, linted."""
+    name = random_.choice(material.networks)
+    lint(material.write(name, damage_bytes(material.files[name], random_)))
+
+
+def exported_file(material: Material, random_: random.Random) -> None:
+    """A damaged exported file, half of the time with a matching hash, found and opened as for a validation."""
+    name = random_.choice([*material.networks, SCALES])
+    material.write(name, damage_bytes(material.files[name], random_))
+    if random_.random() < 0.7:
+        material.forge(name)
+    run = Run.open(material.folder)
+    check_origin(run)
+    read_proto(run.runnable(QUANTIZED_ONNX))
 
 
 def weights(material: Material, random_: random.Random) -> None:
@@ -269,8 +351,8 @@ def weights(material: Material, random_: random.Random) -> None:
 
 
 CASES: list[Case] = [
-    *(manifest_bytes, manifest_values, tensors, scales, slice_checkpoint),
-    *(recipe_bytes, recipe_override, onnx_file, weights),
+    *(manifest_bytes, manifest_values, tensors, tensor_values, scales, slice_checkpoint),
+    *(recipe_bytes, recipe_override, onnx_file, exported_file, weights),
 ]
 
 
@@ -309,31 +391,47 @@ def run_case(material: Material, case: Case, seed: int) -> str:
     return f"files appeared: {sorted(map(str, strangers))}" if strangers else outcome
 
 
+def fuzz(material: Material, seeds: Sequence[int], advance: Callable[[], None]) -> Counter[str]:
+    """Run the cases in turn, one per seed; print what failed, and count what came of each."""
+    counts: Counter[str] = Counter()
+    for place, seed in enumerate(seeds):
+        case = CASES[place % len(CASES)]
+        outcome = run_case(material, case, seed)
+        if outcome not in ("read", "refused"):
+            print(f"--- {material.recipe}, {case.__name__}, seed {seed}\n{outcome}")
+            outcome = "failed"
+        counts[f"{case.__name__} {outcome}"] += 1
+        advance()
+    return counts
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--cases", type=int, default=10_000, help="of all recipes together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        default=RECIPES,
+        choices=packaged_recipes(),
+        metavar="NAME",
+        help="what runs to damage",
+    )
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    failures = 0
     with tempfile.TemporaryDirectory() as root, stage_progress() as progress:
-        material = Material.make(Path(root) / "sandbox" / "run")
         advance = stepper(progress, "fuzz", args.cases)
-        for number in range(args.cases):
-            case, seed = CASES[number % len(CASES)], args.seed + number
-            outcome = run_case(material, case, seed)
-            if outcome not in ("read", "refused"):
-                failures += 1
-                print(f"--- {case.__name__}, seed {seed}\n{outcome}")
-                outcome = "failed"
-            counts[f"{case.__name__} {outcome}"] += 1
-            advance()
+        for place, recipe in enumerate(args.recipe):
+            material = Material.make(Path(root) / recipe / "run", recipe)
+            seeds = range(args.seed + place, args.seed + args.cases, len(args.recipe))
+            counts += fuzz(material, seeds, advance)
     print("\n".join(f"{name:<28} {count}" for name, count in sorted(counts.items())))
+    failures = sum(count for name, count in counts.items() if name.endswith("failed"))
     print(f"{args.cases} cases, {failures} failures")
     sys.exit(failures > 0)
 

@@ -9,6 +9,7 @@ from conftest import computed
 from torch import Tensor
 
 from ospq_export.calibrate import calibrate
+from ospq_export.calibrate.checkpoints import no_events
 from ospq_export.data import Batch, resolve_data_config
 from ospq_export.engines.build import BuildSettings
 from ospq_export.engines.products import Product
@@ -60,15 +61,15 @@ SPEC = ModelSpec(
 SHORT = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8"]
 
 
-def tiny(out, *overrides, seed=0, weights=0, images=0, device="cpu"):
+def tiny(out, *overrides, recipe="w4a4", seed=0, weights=0, images=0, device="cpu", events=no_events):
     """Calibrate a network that takes a second or two."""
     torch.manual_seed(weights)
     model = create_model(SPEC)
     config = resolve_data_config(model, SPEC, {})
     data = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(images))
     batch = Batch(data, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(16)])
-    recipe = load_recipe("w4a4", [*SHORT, "reconstruction.iterations=6", *overrides])
-    return calibrate(model, SPEC, batch, config, recipe, out, seed=seed, device=device)
+    chosen = load_recipe(recipe, [*SHORT, "reconstruction.iterations=6", *overrides])
+    return calibrate(model, SPEC, batch, config, chosen, out, seed=seed, device=device, events=events)
 
 
 def finished(out):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -102,10 +103,11 @@ def cost_of(
     seconds = None
     if seconds_per_image is not None:
         share = todo / len(slices)
+        linears = len(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
+        # Once in float and once quantized, half of a slice on average.
+        fitted = min(settings.compensation_images, images) * linears / len(slices)
         steps = settings.iterations * min(settings.batch_size, images) * _STEP_IN_PASSES
-        seconds = (
-            share * seconds_per_image * (steps + _FIXED_PASSES * images + 2 * settings.compensation_images)
-        )
+        seconds = share * seconds_per_image * (steps + _FIXED_PASSES * images + fitted)
     return Cost(
         slices=todo,
         iterations=todo * settings.iterations,

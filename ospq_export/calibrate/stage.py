@@ -31,7 +31,7 @@ from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
-from ospq_export.graph.insertion import insert_quantizers
+from ospq_export.graph.insertion import check_overrides, insert_quantizers
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice
@@ -107,6 +107,7 @@ def calibrate(
         captured = capture(model, data.input_size)
         # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
         described = describe(captured)
+        check_overrides(captured.graph, recipe.formats())
         check_graph(model, captured, pixels)
         if recipe.slicing != "auto":
             # A slicing that does not fit is better said before the observation than after it, and so is what it takes.

@@ -179,11 +179,16 @@ def _check_images(
     from ospq_export.calibrate.checks import check_batch
     from ospq_export.graph.capture import capture
     from ospq_export.graph.granularity import slicing_of
+    from ospq_export.graph.insertion import check_overrides
     from ospq_export.world import room
 
     count = min(found, recipe.calibration_images)
     check_batch(recipe, count)
     room.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
-    if not isinstance(recipe.slicing, str):
-        # Cut points are names in this network's graph; the named slicings fit any.
-        slicing_of(capture(network, config.input_size, share=True).graph, recipe.slicing)
+    # Cut points and overrides are names in this network's graph; the named slicings fit any.
+    named = not isinstance(recipe.slicing, str)
+    if named or recipe.overrides:
+        graph = capture(network, config.input_size, share=True).graph
+        check_overrides(graph, recipe.formats())
+        if named:
+            slicing_of(graph, recipe.slicing)

@@ -74,6 +74,11 @@ class Rounding(Protocol):
         raise NotImplementedError
 
     @property
+    def all(self) -> Sequence[float]:
+        """Every level that a code's type can hold, ascending, with zero in the middle or right behind it."""
+        raise NotImplementedError
+
+    @property
     def edge(self) -> float:
         """How far beyond the last level a value may lie that still is rounded and not clipped."""
         raise NotImplementedError
@@ -181,12 +186,7 @@ class Format(ABC):
         return False
 
     def refuses(self, role: Role, inner: int) -> str:
-        """Why the format cannot take an operand; empty where it can.
-
-        Args:
-            role: of the operator.
-            inner: elements that its products sum over.
-        """
+        """Why an operator whose products sum over `inner` elements cannot have the format; empty where it can."""
         return ""
 
     def search_scale(self, weight: Tensor) -> Scales:
@@ -244,7 +244,7 @@ class Format(ABC):
         return levels.to(self.storage)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes, float32; the codes as stored, or as ONNX Runtime returns them."""
+        """Levels of codes, float32, NaN where a code is no number; the codes as stored, or as ONNX Runtime returns them."""
         return codes.float()
 
     @abstractmethod
@@ -275,9 +275,16 @@ class Format(ABC):
         wanted, found = ranks(unrounded), ranks(levels)
         return (ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5
 
-    @abstractmethod
     def histogram(self, codes: Tensor) -> list[int]:
-        """How often each level that the storage type can hold occurs, in ascending order."""
+        """How often each of `levels.all` occurs; NaN, which a deployed network may give, is none."""
+        levels, kinds = self.decode(codes), len(self.levels.all)
+        places = self.levels.ranks(levels[~levels.isnan()]).long() + kinds // 2
+        counts: list[int] = torch.bincount(places, minlength=kinds).tolist()
+        return counts
+
+    def scale_histogram(self, scales: Scales) -> dict[int, int]:
+        """How many scales of a weight lie in [2^k, 2^(k+1)) as they are stored, by k; empty where float32 holds them."""
+        return {}
 
     @abstractmethod
     def record(self) -> dict[str, Any]:

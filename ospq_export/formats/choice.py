@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import ModuleType
@@ -79,7 +80,7 @@ class Choice:
             if refused and forced:
                 raise InputError(
                     f"{name} cannot have {kind}: {refused}",
-                    where="`overrides`",
+                    where="the recipe's overrides",
                     fix="leave it out of the pattern, or give it another format",
                 )
             if format_ is not None and refused:
@@ -87,6 +88,24 @@ class Choice:
                 format_, reason = named(format_.fallback, weight=is_weight), refused
             found.append(format_)
         return Operands(found[0], found[1], reason)
+
+    def check_patterns(self, operators: Sequence[str]) -> None:
+        """Hold the overrides to the operators of a network.
+
+        Args:
+            operators: their names.
+
+        Raises:
+            InputError: a pattern fits none of them.
+        """
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in operators):
+                near = difflib.get_close_matches(pattern, operators, cutoff=0.0)
+                raise InputError(
+                    f"{pattern!r} fits no operator of this network",
+                    where="the recipe's overrides",
+                    fix=f"the closest are {', '.join(near)}",
+                )
 
     def formats(self) -> list[Format]:
         """All formats that operands of some network can have, with those that take over where one refuses.
@@ -126,7 +145,7 @@ class Choice:
 
 @functools.cache
 def _modules() -> tuple[ModuleType, ...]:
-    """The modules of this package that have formats: those with a function `find`."""
+    """The modules of this package that have formats: those with a function `find`, and the `NAMES` that it knows."""
     names = (f"{formats.__name__}.{module.name}" for module in pkgutil.iter_modules(formats.__path__))
     found: Iterator[ModuleType] = map(importlib.import_module, (n for n in names if n != __name__))
     return tuple(module for module in found if hasattr(module, "find"))
@@ -146,9 +165,10 @@ def named(name: str, *, weight: bool) -> Format:
         found: Format | None = module.find(name, weight=weight)
         if found is not None:
             return found
+    known = (n for module in _modules() for n in module.NAMES if module.find(n, weight=weight))
     raise InputError(
         f"there is no format {name!r} for {'weights' if weight else 'activations'}",
-        fix=f"use int2 to int8, fp8, nvfp4 or {FLOAT}",
+        fix=f"use {', '.join(known)} or {FLOAT}",
     )
 
 
@@ -160,7 +180,7 @@ def read(record: dict[str, Any], *, weight: bool) -> Format:
     """
     try:
         return named(str(record.get("format")), weight=weight).read(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"it has no such format: {error}") from error
 
 

@@ -5,6 +5,7 @@ Codes are those of ONNX's QuantizeLinear to FLOAT8E4M3FN: x divided by the store
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,22 @@ import torch
 from torch import Tensor
 
 from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
-from ospq_export.formats.minifloat import E4M3, Minifloat, rank_histogram
+from ospq_export.formats.minifloat import E4M3, Minifloat
 from ospq_export.formats.search import search_symmetric, search_weight_scale
 
+NAMES = ("fp8",)
 # Levels repeat from one power of two to the next, so where values cluster, as in images, the place within one decides.
 _SHARES = torch.logspace(1, -4, 321, base=2.0)
-# Shifted into a float32's fields, an E4M3's exponent is too small by the difference of their biases, 127 - 7.
-_SIGN, _MAGNITUDE, _BIAS = -0x80000000, 0x7F, 2.0**120
+# All of its bits but the sign; where all are set, the code is NaN.
+_MAGNITUDE = 0x7F
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    """What every byte stands for; float32 (256,)."""
+    # Kept for the next call, which may want gradients where the first one had none.
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,13 @@ class Fp8(Format):
         return levels.to(torch.float8_e4m3fn).view(self.storage)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes, float32: by their bits, which is many times faster than torch's conversion on a CPU."""
-        bits = codes.view(torch.int8).int()
-        return ((bits & _SIGN) | ((bits & _MAGNITUDE) << 20)).view(torch.float32) * _BIAS
+        """Levels of codes, float32, NaN of its two codes: by a table, three times faster than torch's conversion on a CPU."""
+        places = codes.view(torch.uint8).flatten().int()
+        return _numbers(codes.device).index_select(0, places).view(codes.shape)
 
     def holds(self, codes: Tensor) -> bool:
         """Whether all codes are numbers: E4M3 has a NaN."""
         return codes.dtype == self.storage and bool(((codes & _MAGNITUDE) != _MAGNITUDE).all())
-
-    def histogram(self, codes: Tensor) -> list[int]:
-        """How often each of -448 .. 448 occurs."""
-        return rank_histogram(self.levels, self.decode(codes))
 
     def record(self) -> dict[str, Any]:
         """Name and the axis of the scales."""

@@ -7,7 +7,6 @@ float offset that is subtracted first (`shifted`).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from ospq_export.formats.base import PER_TENSOR, Format, Granularity, Range, Sample, Scales
 from ospq_export.formats.search import (
-    INT8_MAX,
-    INT8_MIN,
     Grid,
     Levels,
     search_activation_range,
@@ -25,7 +22,8 @@ from ospq_export.formats.search import (
     symmetric_levels,
 )
 
-_NAME = re.compile(r"int([2-8])")
+_BITS = {f"int{bits}": bits for bits in range(2, 9)}
+NAMES = tuple(_BITS)
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,6 @@ class Integer(Format):
         """Whether all codes lie in [lo, hi]."""
         return bool(codes.min() >= self.levels.lo) and bool(codes.max() <= self.levels.hi)
 
-    def histogram(self, codes: Tensor) -> list[int]:
-        """How often each of -128 .. 127 occurs."""
-        counts: list[int] = torch.bincount(
-            codes.long().flatten() - INT8_MIN, minlength=INT8_MAX - INT8_MIN + 1
-        ).tolist()
-        return counts
-
     def record(self) -> dict[str, Any]:
         """Name, grid, levels, and the axis of the scales."""
         return {
@@ -88,14 +79,15 @@ class Integer(Format):
 
     def read(self, record: dict[str, Any]) -> Integer:
         """The format of a record."""
+        if record["axis"] != self.granularity.axis:
+            raise ValueError(f"{self.name} along axis {record['axis']}")
         levels, grid = Levels(int(record["lo"]), int(record["hi"])), Grid(record["grid"])
-        return Integer(self.bits, levels, Granularity(record["axis"]), grid)
+        return Integer(self.bits, levels, self.granularity, grid)
 
 
 def find(name: str, *, weight: bool) -> Integer | None:
     """The format called `name`, such as "int4": per output channel for weights, per tensor for activations; or None."""
-    match = _NAME.fullmatch(name)
-    if match is None:
+    bits = _BITS.get(name)
+    if bits is None:
         return None
-    bits = int(match[1])
     return Integer(bits, symmetric_levels(bits), Granularity(0) if weight else PER_TENSOR)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,21 +105,13 @@ class Minifloat:
         """Rank of the largest level."""
         return int(self.ranks(torch.tensor(self.largest)))
 
-    def levels(self) -> Tensor:
-        """Every level once, ascending; float32 (2 * top + 1,)."""
+    @functools.cached_property
+    def all(self) -> Sequence[float]:
+        """Every level once, ascending."""
         positive = [self.smallest]
         while positive[-1] < self.largest:
-            last = torch.tensor(positive[-1])
-            positive.append(float(last + self.steps(last)))
-        half = torch.tensor(positive)
-        return torch.cat([-half.flip(0), torch.zeros(1), half])
-
-
-def rank_histogram(kind: Minifloat, levels: Tensor) -> list[int]:
-    """How often each level occurs, in ascending order."""
-    places = kind.ranks(levels.flatten()).long() + kind.top
-    counts: list[int] = torch.bincount(places, minlength=2 * kind.top + 1).tolist()
-    return counts
+            positive.append(positive[-1] + float(self.steps(torch.tensor(positive[-1]))))
+        return (*(-level for level in reversed(positive)), 0.0, *positive)
 
 
 E4M3 = Minifloat(mantissa=3, exponent=-6, largest=448.0)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ospq_export.formats.base import Format, Granularity, Range, Role, Sample, Scales
 from ospq_export.formats.kernels import blocks, lerp_mask
-from ospq_export.formats.minifloat import E2M1, E4M3, Minifloat, rank_histogram
+from ospq_export.formats.minifloat import E2M1, E4M3, Minifloat
 from ospq_export.formats.search import positive
 
+NAMES = ("nvfp4",)
 BLOCK_SIZE = 16
 _TOP = E2M1.largest * E4M3.largest
 # Ranks of E4M3 around that of amax / 6: three below it clip the largest value by a quarter or more, six above it bring that
@@ -74,10 +75,6 @@ class _Nvfp4(Format):
         levels = self.decode(codes)
         return bool((self.levels.rounded(levels) == levels).all())
 
-    def histogram(self, codes: Tensor) -> list[int]:
-        """How often each of -6 .. 6 occurs."""
-        return rank_histogram(self.levels, self.decode(codes))
-
     def record(self) -> dict[str, Any]:
         """Name, axis and size of the blocks."""
         axis, size = self.granularity.axis, self.granularity.block_size
@@ -105,7 +102,7 @@ class Nvfp4Weight(_Nvfp4):
         tensor_scale = positive(weight.abs().amax() / _TOP)
         x = weight.detach().unflatten(1, (-1, BLOCK_SIZE))
         start = E4M3.ranks(E4M3.rounded(x.abs().amax(-1) / (E2M1.largest * tensor_scale)))
-        stored = E4M3.levels().to(weight.device)
+        stored = torch.tensor(E4M3.all, device=weight.device)
         candidates = [
             stored[((start + step).clamp_(1, E4M3.top) + E4M3.top).long()] * tensor_scale for step in _TRIED
         ]
@@ -124,6 +121,14 @@ class Nvfp4Weight(_Nvfp4):
         if tensor_scale is None or not bool(tensor_scale > 0):
             return False
         return bool((E4M3.rounded(scale / tensor_scale) * tensor_scale == scale).all())
+
+    def scale_histogram(self, scales: Scales) -> dict[int, int]:
+        """By the exponents of E4M3, -9 to 8."""
+        scale, tensor_scale = scales
+        assert tensor_scale is not None
+        exponents = torch.frexp(E4M3.rounded(scale / tensor_scale)).exponent - 1
+        found, counts = exponents.unique(return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,6 +41,11 @@ class Levels:
     def __post_init__(self) -> None:
         if not INT8_MIN <= self.lo < self.hi <= INT8_MAX:
             raise ValueError(f"levels [{self.lo}, {self.hi}] do not lie in int8")
+
+    @property
+    def all(self) -> Sequence[float]:
+        """Those of int8."""
+        return range(INT8_MIN, INT8_MAX + 1)
 
     @property
     def edge(self) -> float:

@@ -81,6 +81,17 @@ def _operands(names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, Opera
     return found
 
 
+def check_overrides(graph: fx.Graph, formats: Choice) -> None:
+    """Hold a recipe's overrides to a network; runs are read without, so that older ones stay what they were.
+
+    Raises:
+        InputError: a pattern fits no operator, or asks for a format that one cannot have.
+    """
+    names = operator_names(graph)
+    formats.check_patterns(list(names.values()))
+    _operands(names, formats)
+
+
 def _activation_sites(
     graph: fx.Graph, names: dict[fx.Node, str], operands: dict[fx.Node, Operands]
 ) -> list[_Site]:

@@ -45,7 +45,7 @@ def read_model(path: Path) -> Any:
     _check_size(path)
     try:
         if _is_text(path):
-            model = onnx.load(str(path), load_external_data=False)
+            model = _load(path)
             onnx.checker.check_model(model)
         elif (shapeless := _without_output_shapes(path)) is not None:
             model = shapeless
@@ -53,13 +53,49 @@ def read_model(path: Path) -> Any:
             # By its path: the checker sees the external data then, and serializes nothing. It comes first: what it needs in
             # memory is free again when the file is read.
             onnx.checker.check_model(str(path))
-            model = onnx.load(str(path), load_external_data=False)
+            model = _load(path)
+    except InputError:
+        raise
     except Exception as error:
         # protobuf, the checker and the file system each raise their own types.
         _check_external_data(path)
         raise InputError(f"not a valid ONNX file: {reason_of(error)}", where=path, fix=_AGAIN) from error
     check_external(model, path)
     return model
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    check_text(model, path)
+    return model
+
+
+def check_text(model: Any, path: Path) -> None:
+    """Refuse a model with text that is not UTF-8: protobuf hands it over as bytes, which nobody expects in a name's place.
+
+    Args:
+        model: an `onnx.ModelProto` as read from `path`.
+        path: its file.
+
+    Raises:
+        InputError: there is such text.
+    """
+    waiting = [model]
+    while waiting:
+        message = waiting.pop()
+        for field in message.DESCRIPTOR.fields:
+            # Values of tensors are of other types: they are not touched.
+            if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+                continue
+            held = getattr(message, field.name)
+            if field.type == field.TYPE_MESSAGE:
+                single = hasattr(held, "DESCRIPTOR")
+                waiting.extend(held if not single else [held] if message.HasField(field.name) else [])
+            elif any(isinstance(text, bytes) for text in ([held] if isinstance(held, str | bytes) else held)):
+                what = f"not a valid ONNX file: {field.full_name} is not UTF-8"
+                raise InputError(what, where=path, fix=_AGAIN)
 
 
 def _check_size(path: Path) -> None:
@@ -86,7 +122,7 @@ def _without_output_shapes(path: Path) -> Any:
     """
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = _load(path)
     tensors = [v.type.tensor_type for v in model.graph.output if v.type.HasField("tensor_type")]
     bare = [kind for kind in tensors if not kind.HasField("shape")]
     if not bare:
@@ -109,10 +145,10 @@ def _is_text(path: Path) -> bool:
 
 def _check_external_data(path: Path) -> None:
     """Say what is wrong with external data in words of ours, where that is what the checker found."""
-    import onnx
-
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = _load(path)
+    except InputError:
+        raise
     except Exception:
         # Whatever the reader raises: the file is not ONNX at all, and the caller says so.
         return

@@ -25,7 +25,14 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.serialize import rebuild
 from ospq_export.graph.slicing import Slice
-from ospq_export.runs.files import CALIBRATION_IMAGES, FLOAT_TENSORS, GRAPH, QUANTIZED_TENSORS, check_file
+from ospq_export.runs.files import (
+    CALIBRATION_IMAGES,
+    FLOAT_TENSORS,
+    GRAPH,
+    MANIFEST,
+    QUANTIZED_TENSORS,
+    check_file,
+)
 from ospq_export.runs.manifest import Manifest, QuantizerRecord, check_files, read_manifest
 from ospq_export.runs.tensors import read_tensors
 
@@ -58,6 +65,7 @@ class Run:
                 fix="run the same `calibrate` command again to finish it",
             )
         check_files(path, manifest)
+        _check_complete(path, manifest)
         return cls(path, manifest)
 
     def file(self, name: str) -> Path:
@@ -161,6 +169,15 @@ class Run:
     def fake_quant_network(self) -> nn.Module:
         """The network whose predictions the deployed file must give: `(B, C, H, W) float32 -> logits (B, K) float32`."""
         return self.quantized_graph().module
+
+
+def _check_complete(path: Path, manifest: Manifest) -> None:
+    """Hold a finished run's manifest to itself: tensors are among its files, every quantizer lies in one of its slices."""
+    lost = [name for name in (FLOAT_TENSORS, QUANTIZED_TENSORS) if name not in manifest.files]
+    places = range(len(manifest.slices))
+    lost += [f"the slice of {q.name}" for q in manifest.quantizers if q.slice not in places]
+    if lost:
+        raise damaged(f"the manifest lacks {lost[0]}", path / MANIFEST)
 
 
 def _load_constants(

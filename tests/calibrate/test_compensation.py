@@ -7,7 +7,7 @@ from torch import nn
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import SliceData, forward
-from ospq_export.calibrate.reconstruct.compensation import _Fit, compensate, forget
+from ospq_export.calibrate.reconstruct.compensation import _RIDGES, _Fit, compensate, forget
 from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture
@@ -57,31 +57,42 @@ def test_the_fit_is_the_least_squares_solution(with_bias):
     noisy = x + 0.3 * torch.randn(500, 6, generator=generator) + 0.1
     weight, bias = torch.randn(3, 6, generator=generator), torch.randn(3, generator=generator)
     fit = _Fit(weight, bias)
-    for rows, quantized in zip(x.split(200), noisy.split(200), strict=True):
-        fit.add(rows, quantized)
+    for index, (rows, quantized) in enumerate(zip(x.split(100), noisy.split(100), strict=True)):
+        fit.add(rows, quantized, held_out=index == 4)
     found, found_bias = fit.solve(with_bias=with_bias)
     # The ridge as so many more rows, in numpy's own solver.
     a = np.asarray(noisy, np.float64)
     y = np.asarray(x @ weight.T + bias, np.float64) - (0 if with_bias else np.asarray(bias))
-    ridge = np.sqrt(0.01 * (a**2).sum(0).mean())
-    rows = np.concatenate([np.c_[a, np.ones(500)], ridge * np.c_[np.eye(6), np.zeros(6)]])
-    targets = np.concatenate([y, ridge * np.asarray(weight, np.float64).T])
     columns = slice(None) if with_bias else slice(6)
-    expected = np.linalg.lstsq(rows[:, columns], targets, rcond=None)[0]
+
+    def solution(parts, ridge):
+        kept = np.concatenate([np.r_[0:500].reshape(5, 100)[p] for p in parts])
+        strength = np.sqrt(ridge * (a[kept] ** 2).sum(0).mean())
+        rows = np.concatenate([np.c_[a[kept], np.ones(len(kept))], strength * np.c_[np.eye(6), np.zeros(6)]])
+        targets = np.concatenate([y[kept], strength * np.asarray(weight, np.float64).T])
+        return np.linalg.lstsq(rows[:, columns], targets, rcond=None)[0]
+
+    def held_out(ridge):
+        return ((np.c_[a, np.ones(500)][400:, columns] @ solution(range(4), ridge) - y[400:]) ** 2).sum()
+
+    expected = solution(range(5), min(_RIDGES, key=held_out))
     np.testing.assert_allclose(found.numpy(), expected[:6].T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found_bias.numpy(), expected[6] if with_bias else bias.numpy(), rtol=1e-4)
 
 
-def test_inputs_without_noise_leave_the_weights_as_they_are():
-    x = torch.randn(100, 8)
-    fit = _Fit(torch.randn(4, 8), None)
-    fit.add(x, x)
-    torch.testing.assert_close(fit.solve(with_bias=False)[0], fit.weight, rtol=1e-4, atol=1e-5)
+def test_what_does_not_help_images_held_out_is_left_alone():
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(24, 40, generator=generator), torch.randn(4, 40, generator=generator)
+    fit = _Fit(weight, None)
+    fit.add(x[:12], x[:12] + torch.randn(12, 40, generator=generator), held_out=False)
+    fit.add(x[12:], x[12:], held_out=True)
+    assert fit.solve(with_bias=False) is None
 
 
 def test_inputs_that_are_not_finite_have_no_solution():
     fit = _Fit(torch.randn(4, 8), None)
-    fit.add(torch.randn(10, 8), torch.full((10, 8), torch.nan))
+    for held_out in (True, False):
+        fit.add(torch.full((10, 8), torch.inf), torch.randn(10, 8), held_out=held_out)
     assert fit.solve(with_bias=False) is None
 
 

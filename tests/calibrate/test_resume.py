@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import computed
+from helpers import finished, tiny
 
 from ospq_export.runs.files import CHECKPOINTS, FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS
 from ospq_export.runs.manifest import read_manifest
@@ -27,6 +28,21 @@ COMMAND = [
     ),
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# A calibration of the tiny network that dies while a slice is finished: the third event comes before the third checkpoint.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from helpers import tiny
+
+slices = []
+
+def die(event, facts):
+    slices.extend([facts] if event == "slice" else [])
+    if len(slices) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tiny(Path(sys.argv[1]), *sys.argv[3:], recipe=sys.argv[2], events=die)
+"""
 
 
 def start(out, *extra):
@@ -94,3 +110,25 @@ def test_killed_twice_ends_in_the_same_bytes(tmp_path):
 
     calibrate_whole(killed)
     assert finished_bytes(killed) == finished_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_codes_in_blocks_survive_a_kill(tmp_path):
+    """Checkpoints keep block scales, tensor scales and NVFP4's and FP8's codes as they are."""
+    overrides = ("slicing=atom", "equalization=none", "reconstruction.refinement_images=4")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tiny(whole, *overrides, recipe="nvfp4")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", DYING, str(killed), "nvfp4", *overrides]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert read_manifest(killed).status == "calibrating"
+    assert len(list((killed / CHECKPOINTS).glob("*.safetensors"))) == 2
+    resumed = []
+    tiny(killed, *overrides, recipe="nvfp4", events=lambda event, _: resumed.append(event))
+    manifest, _ = found = finished(killed)
+    assert found == finished(whole)
+    assert resumed.count("slice") == len(manifest["slices"]) - 2 > 0
+    # Both kinds of codes lie in what was restored, and both in what was not.
+    for late in (False, True):
+        formats = {q["format"]["format"] for q in manifest["quantizers"] if (q["slice"] > 1) is late}
+        assert formats == {"nvfp4", "fp8"}

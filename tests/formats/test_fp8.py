@@ -42,6 +42,18 @@ def test_decodes_every_byte():
     np.testing.assert_array_equal(found.view(np.int32), expected.view(np.int32))
     # ONNX Runtime's codes arrive as plain bytes.
     assert np.array_equal(ACTIVATION.decode(torch.from_numpy(NUMBERS.copy())).numpy(), expected)
+    # Two of the bytes are no numbers, and must not pass for some.
+    whole = ACTIVATION.decode(torch.from_numpy(ALL_BYTES.copy()).view(16, 16)).numpy()
+    np.testing.assert_array_equal(whole, ALL_BYTES.view(DTYPE).astype(np.float32).reshape(16, 16))
+    assert np.isnan(whole).sum() == 2
+
+
+def test_decoded_levels_take_gradients_whoever_decoded_first():
+    with torch.inference_mode():
+        ACTIVATION.decode(torch.zeros(2, dtype=torch.uint8))
+    scale = torch.ones((), requires_grad=True)
+    (ACTIVATION.decode(torch.tensor([0x38, 0xB8, 0x40], dtype=torch.uint8)) * scale).sum().backward()
+    assert float(scale.grad) == 2.0
 
 
 def test_codes_survive_the_round_trip():

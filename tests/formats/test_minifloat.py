@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ospq_export.formats.minifloat import E2M1, E4M3, rank_histogram
+from ospq_export.formats.choice import named
+from ospq_export.formats.minifloat import E2M1, E4M3
 
 KINDS = {"E4M3": (E4M3, ml_dtypes.float8_e4m3fn, 8), "E2M1": (E2M1, ml_dtypes.float4_e2m1fn, 4)}
 kinds = pytest.mark.parametrize("name", KINDS)
@@ -61,7 +62,7 @@ def bits(x):
 @kinds
 def test_levels_are_those_of_the_type(name):
     kind, _, _ = KINDS[name]
-    np.testing.assert_array_equal(kind.levels().numpy(), grid(name))
+    np.testing.assert_array_equal(kind.all, grid(name))
     assert kind.top == len(grid(name)) // 2
     assert (kind.lo, kind.hi, kind.smallest) == (grid(name)[0], grid(name)[-1], grid(name)[kind.top + 1])
 
@@ -195,4 +196,7 @@ def test_histogram_counts_every_level(name):
     kind, levels = KINDS[name][0], grid(name)
     x = np.repeat(levels, np.arange(len(levels)) % 3).astype(np.float32)
     x[x == 0] = -0.0
-    assert rank_histogram(kind, torch.from_numpy(x)) == (np.arange(len(levels)) % 3).tolist()
+    format_ = named({"E4M3": "fp8", "E2M1": "nvfp4"}[name], weight=False)
+    assert format_.levels == kind
+    codes = format_.encode(torch.from_numpy(x))
+    assert format_.histogram(codes) == (np.arange(len(levels)) % 3).tolist()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ospq_export.errors import InputError
-from ospq_export.formats.base import Role
+from ospq_export.formats.base import Role, Scales
 from ospq_export.formats.choice import named, read
 from ospq_export.formats.search import compress
 from ospq_export.graph.quantizers import Mode, WeightQuantizer
@@ -241,6 +241,16 @@ def test_codes_are_doubled_levels():
     for code in range(-128, 128):
         assert WEIGHT.holds(torch.tensor([0, code], dtype=torch.int8)) == (code in doubled)
     assert WEIGHT.histogram(codes) == [1] * 7 + [2] + [1] * 7
+    deployed = torch.tensor([6.0, float("nan"), -0.0])
+    assert WEIGHT.histogram(deployed) == [0] * 7 + [1] + [0] * 6 + [1], "NaN is no level"
+
+
+def test_block_scales_are_counted_by_the_powers_of_two_that_are_stored():
+    tensor_scale = torch.tensor(0.3)
+    stored = torch.tensor([[2**-9, 3 * 2**-9, 0.9375, 1.0], [1.875, 2.0, 448.0, 256.0]])
+    found = WEIGHT.scale_histogram(Scales(stored * tensor_scale, tensor_scale))
+    assert found == {-9: 1, -8: 1, -1: 1, 0: 2, 1: 1, 8: 2}
+    assert named("fp8", weight=True).scale_histogram(Scales(torch.ones(3))) == {}
 
 
 def test_neighbours_of_a_weight():

@@ -102,6 +102,10 @@ def test_the_recipe_chooses_it_and_a_record_brings_it_back():
     assert record["format"] == NAME and weight.read(record) == weight
     with pytest.raises(InputError, match=f"no format '{NAME}' for activations"):
         named(NAME, weight=False)
+    for weight, offered in ((True, True), (False, False)):
+        with pytest.raises(InputError, match="there is no format 'int9'") as refused:
+            named("int9", weight=weight)
+        assert (NAME in str(refused.value)) is offered, "where it can be used, and nowhere else"
 
 
 def test_it_is_gone_without_its_modules():

@@ -1,5 +1,7 @@
 """Each lint rule on a file made to break it, held to what NVIDIA's parser and builder really do with that file."""
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -259,3 +261,13 @@ def test_shapes_that_contradict_each_other(tmp_path):
     onnx.checker.check_model(model)
     with pytest.raises(InputError, match=r"contradict each other.*a\.onnx"):
         lint(path)
+
+
+def test_paths_without_number_and_without_end(tmp_path):
+    """Squares of squares: 2^1500 paths from the product back to the input, each of 1500 operators."""
+    count = 1500
+    names = ["x", *(f"t{i}" for i in range(count))]
+    nodes = [helper.make_node("Mul", [a, a], [b], b) for a, b in itertools.pairwise(names)]
+    nodes.append(helper.make_node("MatMul", [names[-1], "w"], ["y"], "product"))
+    path = save(tmp_path / "m.onnx", nodes, {"w": np.ones((4, 4), np.float32)}, [4, 4], [4, 4])
+    assert [f.node for f in lint(path) if f.rule == "product-in-float"] == ["product"]

@@ -16,6 +16,7 @@ from ospq_export.onnx.lint import lint
 from ospq_export.onnx.read import read_model, values
 from ospq_export.onnx.shapes import hollow, infer_shapes
 from ospq_export.onnx.view import OnnxGraph
+from ospq_export.validate.executions.probes import read_proto
 
 WIDE = 300
 
@@ -197,6 +198,27 @@ def test_what_is_no_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(read, "PROTOBUF_BYTES", 100_000)
     with pytest.raises(InputError, match="one protobuf message holds 2"):
         read_model(path)
+
+
+@pytest.mark.parametrize("change", ["producer_name", "graph.name", "node", "initializer", "location"])
+def test_text_that_is_not_utf8(tmp_path: Path, change: str) -> None:
+    model, path = product(), tmp_path / "model.onnx"
+    place = "@@@@@@"
+    if change == "location":
+        external(path, model)
+        place = "w.bin"
+    else:
+        held = {
+            "graph.name": model.graph,
+            "node": model.graph.node[0],
+            "initializer": model.graph.initializer[0],
+        }
+        setattr(held.get(change, model), "producer_name" if change == "producer_name" else "name", place)
+        onnx.save(model, str(path))
+    path.write_bytes(path.read_bytes().replace(place.encode(), b"\x9a" * len(place)))
+    for read_file in (read_model, read_proto):
+        with pytest.raises(InputError, match=r"not a valid ONNX file|not readable"):
+            read_file(path)
 
 
 def test_text_forms(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs with floating-point formats: reopened they are what was calibrated, and what was tampered with is refused."""
 
 import json
+import re
 import shutil
 
 import helpers as q
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from ospq_export.errors import InputError
+from ospq_export.formats.minifloat import E2M1
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import MANIFEST, QUANTIZED_TENSORS
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors, write_tensors
+from ospq_export.validate.codes.records import weight_comparisons
+from ospq_export.validate.report import plots
 
 CHOICES = {
     "fp8": ("weights=fp8", "activations=fp8", "ends=fp8"),
@@ -159,6 +163,8 @@ FP8 = {"format": "fp8", "bits": 8, "axis": 0}
         ("nvfp4", FC1, {"format": "nvfp4", "bits": 4, "axis": 1, "block_size": 32}),
         ("nvfp4", "blocks.0.mlp.fc1.input", {**FP8, "axis": None}),
         ("nvfp4", FC1, {"format": "float"}),
+        ("some float", HEAD, {**INT8, "axis": 1}),
+        ("some float", HEAD, {**INT8, "hi": float("inf")}),
     ],
 )
 def test_records_of_another_format_are_refused(runs, tmp_path, name, quantizer, record):
@@ -170,6 +176,87 @@ def test_records_of_another_format_are_refused(runs, tmp_path, name, quantizer, 
     (folder / MANIFEST).write_text(json.dumps(values))
     with pytest.raises(InputError, match=quantizer):
         Run.open(folder).quantized_graph()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"), [("blocks.11.mlp.*", r"blocks\.[01]\.mlp\.fc[12]"), ("haed", "head"), ("", "")]
+)
+def test_an_override_that_fits_no_operator_is_refused_before_any_work(tmp_path, monkeypatch, pattern, near):
+    monkeypatch.setattr("ospq_export.calibrate.stage.check_graph", lambda *_: pytest.fail("work"))
+    expected = rf"{pattern!r} fits no operator.*\(the recipe's overrides\): the closest are .*{near}"
+    with pytest.raises(InputError, match=expected) as refused:
+        q.tiny(tmp_path / "run", f'overrides={{"head"="fp8", "{pattern}"="float"}}')
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def sliceless(values):
+    values["slices"].pop()
+
+
+def tensorless(values):
+    del values["files"][QUANTIZED_TENSORS]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(sliceless, "lacks the slice of"), (tensorless, f"lacks {QUANTIZED_TENSORS}")],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(runs, tmp_path, change, message):
+    folder = shutil.copytree(runs("fp8").path, tmp_path / "run")
+    values = json.loads((folder / MANIFEST).read_text())
+    change(values)
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"the manifest {message}"):
+        Run.open(folder)
+
+
+def test_weights_are_compared_and_their_scales_counted(runs):
+    run = runs("nvfp4")
+    tensors, _ = read_tensors(run.path / QUANTIZED_TENSORS)
+    formats = run.manifest.formats()
+    for w in weight_comparisons(run):
+        codes, scale = (tensors[f"{w.name}.{part}"] for part in ("codes", "scale"))
+        format_ = formats[w.name]
+        levels = format_.decode(codes)
+        assert w.histogram == [int((levels == level).sum()) for level in format_.levels.all]
+        assert w.sqnr > (10 if format_.name == "nvfp4" else 25)
+        if format_.name == "fp8":
+            assert w.scales == {}
+            continue
+        stored = scale / tensors[f"{w.name}.tensor_scale"]
+        ends = {
+            k: int(((stored >= 2.0**k * 0.99) & (stored < 2.0 ** (k + 1) * 0.99)).sum()) for k in w.scales
+        }
+        assert w.scales == ends and sum(w.scales.values()) == scale.numel()
+
+
+def test_plots_show_levels(runs):
+    run = runs("nvfp4")
+    weights, formats = weight_comparisons(run), run.manifest.formats()
+    inner, head = (next(w for w in weights if w.name == name) for name in (FC1, HEAD))
+
+    def labels(svg):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+    found = labels(plots.histogram_plot([inner], formats, "codes"))
+    assert [float(t) for t in found if re.fullmatch(r"-?[\d.]+", t)][:15] == list(E2M1.all)
+    assert "level" in found
+    found = labels(plots.histogram_plot([head], formats, "codes"))
+    assert not {"120", "-120", "40"} & set(found), "places are no levels"
+    found = labels(plots.scale_plot(weights))
+    assert "block scale as stored" in found and "256" in found
+    assert plots.scale_plot([head]) is None
+
+
+@pytest.mark.parametrize("constant", [None, "nowhere"])
+def test_the_report_refuses_what_it_cannot_compare(runs, tmp_path, constant):
+    folder = shutil.copytree(runs("fp8").path, tmp_path / "run")
+    assert len(weight_comparisons(Run.open(folder))) == 10
+    values = json.loads((folder / MANIFEST).read_text())
+    next(r for r in values["quantizers"] if r["name"] == FC1)["constant"] = constant
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"{FC1}: there is no constant"):
+        weight_comparisons(Run.open(folder))
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])

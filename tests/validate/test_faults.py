@@ -174,6 +174,15 @@ def test_preprocessing_changed_after_the_export(run_copy):
         report_of(run_copy)
 
 
+def test_a_file_that_does_not_say_what_it_was_made_for(run_copy):
+    model = onnx.load(str(run_copy / "model.onnx"))
+    next(p for p in model.metadata_props if p.key == "preprocessing").value = '{"mean": ['
+    onnx.save(model, str(run_copy / "model.onnx"))
+    record_files(run_copy, read_manifest(run_copy), "model.onnx")
+    with pytest.raises(InputError, match="another preprocessing"):
+        report_of(run_copy)
+
+
 @pytest.mark.slow
 def test_the_pages_point_at_the_slice(run_copy):
     plant(run_copy, scale_off_by_two_percent)

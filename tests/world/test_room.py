@@ -227,6 +227,11 @@ def test_images_are_not_decoded_for_what_cannot_work(tmp_path: Path, monkeypatch
         ("--set", "reconstruction.batch_size=64"): "40 calibration images are fewer than a batch of 64",
         ("--memory-budget", "100kB"): "`memory_budget`",
         ("--set", "slicing=['no_such_cut']"): "slicing",
+        (
+            "--set",
+            'overrides={"blocks.11.mlp.*"="float"}',
+        ): "'blocks.11.mlp.*' fits no operator of this network (the recipe's overrides): the closest are blocks.0.mlp.fc",
+        ("--set", 'overrides={"*matmul*"="nvfp4"}'): "cannot have nvfp4",
     }
     for given, message in cases.items():
         assert message in command(*words, *given), given

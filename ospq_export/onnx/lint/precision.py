@@ -6,6 +6,8 @@ across, and where no scale varies along what the product sums over. Seen in plan
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +50,17 @@ class ProductKind:
 
 def product_kinds(network: Network) -> list[ProductKind]:
     """What becomes of every product (MatMul, Gemm, Conv, ConvTranspose, Einsum), in the file's order."""
-    return [_kind(network, node) for node in network.graph.nodes if node.op_type in PRODUCTS]
+
+    @functools.cache
+    def tracer(scope: tuple[str, ...], spatial: int) -> Tracer:
+        return Tracer(network, scope, spatial)
+
+    return [_kind(network, node, tracer) for node in network.graph.nodes if node.op_type in PRODUCTS]
 
 
-def _kind(network: Network, node: Any) -> ProductKind:
+def _kind(network: Network, node: Any, tracer_of: Callable[[tuple[str, ...], int], Tracer]) -> ProductKind:
     spatial = len(network.shape(node.input[0]) or ()) - 2 if node.op_type.startswith("Conv") else 0
-    tracer = Tracer(network, network.graph.scope(node), spatial)
+    tracer = tracer_of(network.graph.scope(node), spatial)
     operands = tuple(tracer.trace(name) for name in node.input[:2])
     in_float = {i: o for i, o in enumerate(operands) if isinstance(o, InFloat)}
     if node.op_type == "ConvTranspose" and not in_float:

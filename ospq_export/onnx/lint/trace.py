@@ -59,20 +59,45 @@ class InFloat:
     culprit: Any = None
 
 
+_UNKNOWN = InFloat("is not quantized")
+
+
 class Tracer:
     """Walks from an operand back to its DequantizeLinear.
 
+    A tensor is looked at once, and after those that it is computed from: a network in float has more paths than can be walked,
+    and longer ones than Python can recurse along.
+
     Args:
-        network: what the product lies in.
-        scope: its scope.
+        network: what the products lie in.
+        scope: their scope.
         spatial: how many axes a convolution moves along; 0 for another product.
     """
 
     def __init__(self, network: Network, scope: tuple[str, ...], spatial: int) -> None:
         self.network, self.scope, self.spatial = network, scope, spatial
+        self.known: dict[str, Operand | InFloat] = {}
 
     def trace(self, name: str) -> Operand | InFloat:
         """What is known of the tensor `name` as an operand."""
+        waiting = [] if name in self.known else [name]
+        while waiting:
+            last = waiting[-1]
+            missing = [] if last in self.known else [n for n in self._sources(last) if n not in self.known]
+            if missing:
+                # Replaced when they are known.
+                self.known[last] = _UNKNOWN
+                waiting.extend(missing)
+            else:
+                self.known[last] = self._traced(waiting.pop())
+        return self.known[name]
+
+    def _sources(self, name: str) -> list[str]:
+        """What a tensor is computed from, unless it is where the walk ends."""
+        pair, node = self.network.pairs.get(name), self.network.graph.producer.get(name)
+        return [] if node is None or (pair is not None and not pair.quantizes) else list(node.input)
+
+    def _traced(self, name: str) -> Operand | InFloat:
         found = self._found(name)
         if isinstance(found, Operand) and found.outside:
             node = self.network.graph.producer[name]
@@ -86,7 +111,7 @@ class Tracer:
         if pair is not None and not pair.quantizes:
             return self._dequantized(pair)
         if node is None or not node.input:
-            return InFloat("is not quantized")
+            return _UNKNOWN
         if node.op_type in MOVES or self._keeps_codes(node) or self._pads(node):
             return self._moved(node)
         if node.op_type in SAME_ON_CODES:
@@ -125,7 +150,7 @@ class Tracer:
     def _stopped(self, node: Any) -> InFloat:
         if any(isinstance(self.trace(name), Operand) for name in node.input if name):
             return InFloat(f"is quantized, but {node.op_type} lies between", node)
-        return InFloat("is not quantized")
+        return _UNKNOWN
 
     def _keeps_codes(self, node: Any) -> bool:
         """Whether a Cast changes nothing, or rounds float32 to 16 bits: TensorRT gives that type to the product instead."""

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.graph.quantizers import ActivationQuantizer
+from ospq_export.errors import damaged
+from ospq_export.formats.base import Scales
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
+from ospq_export.runs.run import load_quantizer
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.tasks.statistics import Record
 
@@ -31,7 +35,8 @@ class QuantizerComparison(Record):
         excess: with equal inputs, how far the deployed code lies from the real-valued one beyond the half step that rounding
             takes, at most, in steps; about 0 is a rounding edge.
         sqnr: of quantizing this tensor in the fake-quantized network, dB.
-        histogram: how often each code was deployed, in ascending order: of integers -128 .. 127.
+        histogram: how often each level was deployed, in ascending order: of integers -128 .. 127, of FP8 the 253 numbers from
+            -448 to 448, of NVFP4 the 15 from -6 to 6.
     """
 
     name: str
@@ -116,9 +121,11 @@ class CodeDifferences:
     histogram: NDArray[np.int64] | None = None
 
     def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
-        """Compare the codes that x should have with deployed ones."""
+        """Compare the codes that x should have with deployed ones; one that is no number is as far off as any can be."""
         format_, levels = quantizer.format, quantizer.format.decode(deployed)
         steps, excess = format_.steps_apart(x, quantizer.scale, quantizer.used_offset, levels)
+        ends = format_.levels.ranks(torch.tensor([format_.levels.lo, format_.levels.hi], dtype=torch.float32))
+        steps, excess = (t.nan_to_num(float(ends.diff())) for t in (steps, excess))
         self.total += steps.numel()
         self.differing += int((steps != 0).sum())
         self.max_step = max(self.max_step, int(steps.max()))
@@ -137,7 +144,8 @@ class WeightComparison(Record):
 
     Attributes:
         sqnr: signal-to-quantization-noise ratio, dB.
-        histogram: how often each code occurs, in ascending order: of integers -128 .. 127.
+        histogram: how often each level occurs; as of a `QuantizerComparison`.
+        scales: of a format with block scales that are stored in a smaller type: how many lie in [2^k, 2^(k+1)), by k.
     """
 
     name: str
@@ -145,32 +153,38 @@ class WeightComparison(Record):
     bits: int
     sqnr: float
     histogram: list[int]
+    scales: dict[int, int]
 
 
 def weight_comparisons(run: Run) -> list[WeightComparison]:
     """Every weight of a run, in graph order; from its two tensor files alone.
 
     Raises:
-        InputError: a tensor file cannot be read.
+        InputError: a tensor file is damaged.
     """
-    integers, _ = read_tensors(run.file(QUANTIZED_TENSORS))
+    path = run.file(QUANTIZED_TENSORS)
+    tensors, _ = read_tensors(path)
     floats, _ = read_tensors(run.file(FLOAT_TENSORS))
     result = []
     for record in run.manifest.quantizers:
-        if record.kind != "weight" or record.constant is None:
+        if record.kind != "weight":
             continue
-        codes, weight = integers[f"{record.name}.codes"], floats[record.constant]
-        format_ = record.read_format()
-        scale = format_.granularity.spread(integers[f"{record.name}.scale"], weight.shape)
+        weight, format_, constant = floats.get(record.constant or ""), record.read_format(), record.constant
+        if weight is None or constant is None:
+            raise damaged(f"{record.name}: there is no constant {constant!r}", run.path / FLOAT_TENSORS)
+        quantizer = WeightQuantizer(record.name, format_, constant, weight)
+        load_quantizer(quantizer, record, tensors, path)
+        quantizer.mode = Mode.QUANTIZE
         power = Power()
-        power.add(weight, format_.dequantize(format_.decode(codes), scale))
+        power.add(weight, quantizer(weight))
         result.append(
             WeightComparison(
                 name=record.name,
                 slice=run.manifest.slices[record.slice].name,
                 bits=format_.bits,
                 sqnr=power.decibel,
-                histogram=format_.histogram(codes),
+                histogram=format_.histogram(quantizer.codes),
+                scales=format_.scale_histogram(Scales(quantizer.scale, quantizer.tensor_scale)),
             )
         )
     return result

@@ -6,7 +6,7 @@ A file or an image that belongs to another run is refused. A second run, the bas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +49,18 @@ def check_origin(run: Run, file: str = QUANTIZED_ONNX) -> None:
     metadata = {p.key: p.value for p in read_proto(path).metadata_props}
     if metadata.get("quantized_sha256") != run.manifest.files[QUANTIZED_TENSORS]:
         other = "from another run"
-    elif json.loads(metadata.get("preprocessing", "{}")) != json.loads(run.manifest.data.model_dump_json()):
+    elif _preprocessing(metadata) != json.loads(run.manifest.data.model_dump_json()):
         other = "for another preprocessing than the manifest's"
     if other is not None:
         raise InputError(f"the file was exported {other}", where=path, fix="export this run again")
+
+
+def _preprocessing(metadata: Mapping[str, str]) -> Any:
+    """What a file says of it; None where it says nothing that can be read."""
+    try:
+        return json.loads(metadata.get("preprocessing", ""))
+    except (ValueError, RecursionError):
+        return None
 
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
+from ospq_export.onnx.read import check_text
 from ospq_export.onnx.shapes import hollow, infer_shapes
 from ospq_export.tasks.statistics import FloatArray
 
@@ -53,6 +54,7 @@ def read_proto(path: Path) -> Any:
         raise InputError(
             f"the file is not readable ONNX: {type(error).__name__}", where=path, fix="export the run again"
         ) from error
+    check_text(proto, path)
     if not proto.graph.node:
         raise InputError("the file holds no network", where=path, fix="export the run again")
     return proto

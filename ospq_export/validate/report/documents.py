@@ -153,9 +153,11 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
     """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
     from ospq_export.validate.report import plots
 
+    formats = manifest.formats()
+
     def histograms(quantizers: Sequence[Any], name: str) -> str | None:
         worst = sorted(quantizers, key=lambda q: q.sqnr)[:_WORST]
-        return plots.histogram_plot(worst, name) if worst else None
+        return plots.histogram_plot(worst, formats, name) if worst else None
 
     compared = report.locations[0].quantizers if report.locations else []
     return {
@@ -164,6 +166,7 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
         "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
         "activations": histograms(compared, "activation codes"),
         "weights": histograms(report.weights, "weight codes"),
+        "scales": plots.scale_plot(report.weights),
         "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
         "losses": plots.loss_plot(manifest.slices),
         "classes": plots.class_plot(classes) if classes else None,

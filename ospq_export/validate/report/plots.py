@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.validate.codes.records import Location, QuantizerComparison, WeightComparison
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+    from ospq_export.formats.base import Format
     from ospq_export.runs.manifest import OutlierRecord, SliceRecord
 
 # Colours that no drawing would use by itself: each stands for a variable of the page until the SVG is written.
@@ -47,7 +50,7 @@ _STYLE: Any = {
 _styled = mpl.rc_context(_STYLE)
 _NARROW, _HEIGHT, _PER_SLICE = 4.6, 2.7, 0.27
 _MOST_TICKS, _LONGEST_NAME = 40, 26
-_FEW_DECADES = 100
+_FEW_DECADES, _EVERY_LEVEL = 100, 17
 
 
 def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
@@ -164,23 +167,53 @@ def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]
 
 
 @_styled
-def histogram_plot(worst: Sequence[QuantizerComparison | WeightComparison], name: str) -> str:
-    """How often each code occurs, of a few quantizers."""
+def histogram_plot(
+    worst: Sequence[QuantizerComparison | WeightComparison], formats: Mapping[str, Format], name: str
+) -> str:
+    """How often each level occurs, of a few quantizers; levels are drawn at equal distances, however far apart they lie."""
     figure = Figure(figsize=(_NARROW, 1.25 * len(worst) + 0.2), layout="constrained")
     grid: Any = figure.subplots(len(worst), 1, squeeze=False)
     for axes, quantizer in zip(grid[:, 0], worst, strict=True):
         counts = np.asarray(quantizer.histogram)
         used = np.flatnonzero(counts)
         low, high = (int(used[0]), int(used[-1])) if len(used) else (0, len(counts) - 1)
-        # Levels are counted from zero, which lies in the middle: of integers these are the codes.
-        edges = np.arange(low, high + 2) - len(counts) // 2 - 0.5
+        levels, middle = formats[quantizer.name].levels.all, len(counts) // 2
+        edges = np.arange(low, high + 2) - middle - 0.5
+        # Places are counted from zero: every 8th one of E4M3 is a power of two.
+        step = 1 if len(edges) <= _EVERY_LEVEL else 1 << (len(edges) // 9).bit_length()
+        axes.xaxis.set_major_locator(MultipleLocator(step))
+        axes.xaxis.set_major_formatter(FuncFormatter(partial(_level, levels)))
         axes.stairs(counts[low : high + 1] / max(counts.sum(), 1) * 100, edges, fill=True, color=_SERIES[0])
         axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
         axes.set(ylabel="%", yscale="log")
         _plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
-    grid[-1, 0].set(xlabel="code (levels counted from zero)")
+    grid[-1, 0].set(xlabel="level")
     return _svg(figure, name)
+
+
+def _level(levels: Sequence[float], place: float, _: object) -> str:
+    """The level at a place counted from zero, where there is one."""
+    index = round(place) + len(levels) // 2
+    return f"{levels[index]:.3g}" if 0 <= index < len(levels) else ""
+
+
+@_styled
+def scale_plot(weights: Sequence[WeightComparison]) -> str | None:
+    """Block scales of all weights as they are stored, by powers of two; None where no weight has any."""
+    counts = sum((Counter(w.scales) for w in weights), Counter[int]())
+    if not counts:
+        return None
+    figure, axes = _axes(height=1.7)
+    low, high = min(counts), max(counts)
+    shares = [100 * counts[k] / counts.total() for k in range(low, high + 1)]
+    axes.stairs(shares, range(low, high + 2), fill=True, color=_SERIES[0])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{2.0**k:.3g}"))
+    axes.set(xlabel="block scale as stored", ylabel="%", yscale="log")
+    _plain_log(axes.yaxis)
+    axes.grid(visible=False, axis="x")
+    return _svg(figure, "block scales")
 
 
 @_styled
