@@ -91,12 +91,15 @@ def _kinds(log: Iterable[Message]) -> dict[str, str]:
 
 
 def _kind(layer: PlanLayer) -> str:
-    """Two operands in one format below 16 bits: a fused residual, a scale or a bias is a further input in float."""
+    """Two operands in one format below 16 bits: a fused residual, a scale or a bias is a further input in float.
+
+    FP4 operands have block scales in FP8.
+    """
     count = Counter(_FORMATS.get(name, "") for name in (*layer.inputs, *layer.constants))
     if not layer.multiplies:
         return "float"
     lone = len(layer.inputs) == 1 and not layer.constants
-    return next((kind for kind in ("int8", "fp8", "fp4") if count[kind] >= (1 if lone else 2)), "float")
+    return next((kind for kind in ("int8", "fp4", "fp8") if count[kind] >= (1 if lone else 2)), "float")
 
 
 def compare(seed: int, model: onnx.ModelProto, folder: Path) -> Case:

@@ -138,10 +138,11 @@ MEMORY = Table("memory", ("model", "images", "budget"))
 LARGE = Table("large", ("width",))
 CONTENTION = Table("contention", ("stage", "code", "recipe", "overrides", "threads", "machine"))
 LINT = Table("lint", ("target", "seeds"))
+MODELOPT = Table("modelopt", ("network", "format", "setting"))
 
 TABLES = (
     *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
-    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT),
+    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT, MODELOPT),
 )
 
 

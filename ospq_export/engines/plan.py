@@ -7,6 +7,7 @@ is at hand; the engine inspector gives the same as JSON where there is one. Both
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ospq_export.formats.choice import engine_types
 from ospq_export.onnx.lint.attention import FP8_KEYS
+from ospq_export.onnx.lint.precision import FP8_KERNEL
+from ospq_export.onnx.own import BLOCK_SCALES as FP8
 from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
 
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
@@ -191,7 +194,10 @@ def analyse(model: Any, layers: Sequence[PlanLayer]) -> Fusion:
 def _why_float(graph: OnnxGraph, node: Any, layer: PlanLayer | None) -> str:
     if bare := graph.unquantized(node):
         return bare
-    shape = graph.shapes.get(node.input[0], [])
+    shape, kernel = (graph.shapes.get(name, []) for name in node.input[:2])
+    codes = graph.source(node.input[1]).input[0]
+    if node.op_type == "Conv" and graph.dtypes.get(codes) == FP8 and math.prod(kernel[2:]) > FP8_KERNEL:
+        return f"a kernel of {math.prod(kernel[2:])} elements: a convolution takes up to {FP8_KERNEL} on FP8"
     if node.op_type == "Conv" and len(shape) > 1 and shape[1] % 4:
         return f"a convolution over {shape[1]} channels: the builder takes multiples of 4"
     ran = "no layer of its own" if layer is None else f"{layer.kind} on {', '.join(layer.inputs[:2])}"

@@ -17,6 +17,9 @@ def infer_shapes(
 ) -> Any:
     """A model's structure with the shapes and element types of its inner tensors, without its large values.
 
+    Element types that are written down count only where the operators do not give them: no parser reads them, tools that
+    change types leave old ones behind (nvidia-modelopt does), and inference gives up where the two differ.
+
     Args:
         model: an `onnx.ModelProto`, of any size.
         where: the file that it was read from, for the error.
@@ -32,11 +35,27 @@ def infer_shapes(
 
     structure = hollow(model)
     own.describe(structure)
+    written = _forget_types(structure.graph)
     try:
-        return shape_inference.infer_shapes(structure, strict_mode=strict, data_prop=data_prop)
+        inferred = shape_inference.infer_shapes(structure, strict_mode=strict, data_prop=data_prop)
     except shape_inference.InferenceError as error:
         what = f"the ONNX graph's shapes or types contradict each other: {reason_of(error)}"
         raise InputError(what, where=where, fix="export it again") from error
+    for value in inferred.graph.value_info:
+        kind = value.type.tensor_type
+        kind.elem_type = kind.elem_type or written.get(value.name, 0)
+    return inferred
+
+
+def _forget_types(graph: Any) -> dict[str, int]:
+    """Take the element types from a graph's `value_info`, in place; they are returned by name."""
+    written = {
+        v.name: v.type.tensor_type.elem_type for v in graph.value_info if v.type.HasField("tensor_type")
+    }
+    for value in graph.value_info:
+        if value.name in written:
+            value.type.tensor_type.elem_type = 0
+    return written
 
 
 def hollow(model: Any) -> Any:

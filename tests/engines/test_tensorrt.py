@@ -161,7 +161,7 @@ def test_the_packaged_networks_in_floating_point(tmp_path, name, recipe, formats
 
 @RTX
 @pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
-def test_no_product_of_a_colour_network_stays_float(tmp_path, recipe):
+def test_no_product_stays_float_whatever_the_patch_embedding(tmp_path, recipe):
     model, kwargs, attentions = NETWORKS["vit"]
     torch.manual_seed(0)
     captured = capture(create_model(ModelSpec(name=model, kwargs={**kwargs, "img_size": 96})), (3, 96, 96))

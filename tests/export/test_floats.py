@@ -217,14 +217,15 @@ class Stem(torch.nn.Module):
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "bias", "kinds"),
     [
-        ((4, 2), (4, 2), 0, True, []),
-        (4, 4, 0, False, []),
-        (3, 2, 1, True, ["Conv"]),
-        (4, 2, 0, True, ["Conv"]),
-        (5, 5, 0, True, ["Conv"]),
+        ((8, 6), (8, 6), 0, True, []),
+        (8, 8, 0, False, []),
+        (4, 4, 0, True, ["Conv"]),
+        (7, 2, 3, True, ["Conv"]),
+        (8, 4, 0, True, ["Conv"]),
+        (9, 9, 0, True, ["Conv"]),
     ],
 )
-def test_patches_of_three_channels_are_a_linear(tmp_path, kernel, stride, padding, bias, kinds):
+def test_a_convolution_over_large_patches_is_a_linear(tmp_path, kernel, stride, padding, bias, kinds):
     torch.manual_seed(0)
     captured = capture(Stem(kernel, stride, padding, bias).eval(), (3, 16, 24))
     one = Written(captured, torch.randn(6, 3, 16, 24), FP8, tmp_path)

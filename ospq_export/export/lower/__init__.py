@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, fx
 
 from ospq_export.formats.base import Format
@@ -25,12 +26,7 @@ class Builder(Protocol):
 
 
 class Lowering(Protocol):
-    """How a format is written as ONNX: a module of this package that is called as the format's `family`.
-
-    `CONVOLVED_CHANNELS`: convolutions over a multiple of so many channels have kernels.
-    """
-
-    CONVOLVED_CHANNELS: int
+    """How a format is written as ONNX: a module of this package that is called as the format's `family`."""
 
     def activation(
         self, build: Builder, x: fx.Node, quantizer: ActivationQuantizer
@@ -40,6 +36,10 @@ class Lowering(Protocol):
 
     def weight(self, build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> fx.Node:
         """The real values of a weight; transposed where the operator becomes a matmul."""
+        raise NotImplementedError
+
+    def convolves(self, shape: torch.Size) -> bool:
+        """Whether hardware convolves with a weight of this shape; else a convolution over patches is written as a linear."""
         raise NotImplementedError
 
     def sums(self, quantizer: WeightQuantizer) -> Tensor:

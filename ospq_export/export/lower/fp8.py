@@ -9,11 +9,10 @@ from torch import Tensor, fx
 
 from ospq_export.export.lower import Builder
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
+from ospq_export.onnx.lint.precision import FP8_KERNEL
 
 _symbolic = torch.onnx.ops.symbolic
 _E4M3 = torch.float8_e4m3fn
-# Seen of TensorRT-RTX 1.7; it computes others in float.
-CONVOLVED_CHANNELS = 4
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -44,6 +43,11 @@ def weight(build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> f
     stored = quantizer.codes.view(_E4M3)
     codes = build.attribute(f"{quantizer.name}.codes", stored.t() if transposed else stored)
     return build.call(dequantize_linear, codes, scale, zero_point, int(transposed))
+
+
+def convolves(shape: torch.Size) -> bool:
+    """Whether the kernel is small enough; TensorRT-RTX 1.7 was seen to compute others in float."""
+    return shape[2:].numel() <= FP8_KERNEL
 
 
 def sums(quantizer: WeightQuantizer) -> Tensor:

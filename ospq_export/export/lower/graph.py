@@ -129,7 +129,7 @@ class _Lowering:
             rest = [fx.node.map_arg(a, self.copies.__getitem__) for a in node.args[3:]]
             dequantized = lowering.weight(self, weight, transposed=False)
             bias_node = None if bias is None else self.attribute(f"{weight.name}.bias_folded", bias)
-            if weight.codes.shape[1] % lowering.CONVOLVED_CHANNELS and cuts_patches(node):
+            if not lowering.convolves(weight.codes.shape) and cuts_patches(node):
                 self.copies[node] = as_linear(self, node, x, dequantized, bias_node)
             else:
                 self.copies[node] = self.call(aten.conv2d.default, x, dequantized, bias_node, *rest)

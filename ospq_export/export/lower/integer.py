@@ -16,7 +16,6 @@ from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
 _INT8 = (INT8_MIN, INT8_MAX, torch.int8)
-CONVOLVED_CHANNELS = 1
 
 
 def activation(build: Builder, x: fx.Node, quantizer: ActivationQuantizer) -> tuple[fx.Node, fx.Node]:
@@ -44,6 +43,11 @@ def weight(build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> f
     zero_point = build.attribute(f"{quantizer.name}.zero_point", zeros)
     codes = build.attribute(f"{quantizer.name}.codes", quantizer.codes.t() if transposed else quantizer.codes)
     return build.call(qd.dequantize_per_channel.default, codes, scale, zero_point, int(transposed), *_INT8)
+
+
+def convolves(_shape: torch.Size) -> bool:
+    """Whether a convolution has a kernel: any has."""
+    return True
 
 
 def sums(quantizer: WeightQuantizer) -> Tensor:

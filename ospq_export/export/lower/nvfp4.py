@@ -18,7 +18,6 @@ from ospq_export.formats.nvfp4 import BLOCK_SIZE
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE, TENSORRT_DOMAIN
 
-CONVOLVED_CHANNELS = 1
 _ONNX_E4M3, _IR_VERSION = 17, 11
 _BLOCKS: dict[str, Any] = {"axis": -1, "block_size": BLOCK_SIZE}
 _symbolic = torch.onnx.ops.symbolic
@@ -75,6 +74,11 @@ def weight(build: Builder, quantizer: WeightQuantizer, *, transposed: bool) -> f
     codes = build.attribute(f"{quantizer.name}.codes", quantizer.codes)
     values = build.call(dequantize, codes, scales, tensor_scale)
     return build.call(torch.ops.aten.t.default, values) if transposed else values
+
+
+def convolves(_shape: torch.Size) -> bool:
+    """Whether a convolution has a kernel: none is asked for."""
+    return True
 
 
 def sums(quantizer: WeightQuantizer) -> Tensor:

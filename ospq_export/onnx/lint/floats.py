@@ -32,7 +32,8 @@ def versions(network: Network) -> Iterator[Finding]:
             yield warning(
                 "opset-too-low",
                 formats[kind],
-                f"{CODES[kind]} in opset {network.graph.opset} and IR {network.ir_version}: TensorRT takes it, ONNX does not",
+                f"{CODES[kind]} in opset {network.graph.opset} and IR {network.ir_version}: TensorRT takes it, "
+                f"ONNX has it from opset {opset} and IR {ir_version} on",
                 f"write opset {opset} and IR {ir_version}",
             )
         for target in network.targets:

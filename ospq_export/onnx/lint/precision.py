@@ -19,6 +19,8 @@ from ospq_export.onnx.lint.trace import InFloat, Operand, Tracer, is_layer
 from ospq_export.onnx.own import BLOCK_SIZE
 
 QUANTIZED = ("int8", "fp8", "fp4")
+# Elements of a kernel, without its channels, up to which a convolution was seen to run on FP8; those on int8 have no limit.
+FP8_KERNEL = 32
 _Operands = tuple[Operand, ...]
 _Axes = tuple[frozenset[int], frozenset[int]]
 
@@ -34,6 +36,7 @@ class ProductKind:
         refused: why the builder refuses the product; empty where it does not.
         rule: the rule's name for that.
         reason: why it runs in float.
+        fix: what to do about that; empty where the general advice holds.
         culprit: the node that is to blame, if there is one.
         miscomputed: whether scales in blocks are applied after the sum, or to other codes than theirs.
     """
@@ -44,6 +47,7 @@ class ProductKind:
     refused: str = ""
     rule: str = "formats-mixed"
     reason: str = ""
+    fix: str = ""
     culprit: Any = None
     miscomputed: bool = False
 
@@ -88,8 +92,19 @@ def _both_quantized(network: Network, node: Any, operands: _Operands) -> Product
     format_ = formats.pop()
     if format_ not in QUANTIZED:
         return ProductKind(node, "float", operands, reason=f"there is no product of {format_} by {format_}")
+    if kernel := _large_kernel(network, node, format_):
+        what = f"a kernel of {kernel} elements: a convolution takes up to {FP8_KERNEL} on fp8"
+        return ProductKind(node, "float", operands, reason=what, fix="leave both operands float, or use int8")
     misread = any(o.block not in (0, BLOCK_SIZE) for o in operands)
     return ProductKind(node, format_, operands, miscomputed=wrong or misread)
+
+
+def _large_kernel(network: Network, node: Any, format_: str) -> int:
+    """How many elements the kernel of a convolution on FP8 has, where these are too many; else 0."""
+    if node.op_type != "Conv" or format_ != "fp8":
+        return 0
+    size = int(np.prod((network.shape(node.input[1]) or ())[2:]))
+    return size if size > FP8_KERNEL else 0
 
 
 def _kept_in_float(network: Network, node: Any, operands: _Operands, allowed: _Axes) -> tuple[str, Any]:

@@ -11,6 +11,8 @@ from ospq_export.onnx.lint.trace import MOVES, SAME_ON_CODES, Operand
 from ospq_export.onnx.own import BLOCK_SIZE
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
+_IN_FLOAT = "put Q and DQ directly on both operands, with one scale per tensor or per output channel"
+
 
 def products(network: Network) -> Iterator[Finding]:
     """Both operands of every product are quantized, in one format, with scales along the output's axes."""
@@ -31,7 +33,7 @@ def products(network: Network) -> Iterator[Finding]:
                 "product-in-float",
                 product.node,
                 product.reason,
-                "put Q and DQ directly on both operands, with one scale per tensor or per output channel",
+                product.fix or _IN_FLOAT,
             )
     yield from _requantized_by_computed(network, kinds)
     yield from _joined_by_computed(network)
