@@ -147,6 +147,7 @@ class _Moments:
             kurtosis=fourth / variance**2,
             largest_share=self.top / total,
             channel_share=float(self.channels.topk(worst).values.sum()) / total,
+            largest=self.largest,
         )
 
 

@@ -12,7 +12,7 @@ from ospq_export.cli.options import say
 from ospq_export.engines.products import Product
 from ospq_export.engines.targets import capabilities_to_build, check_formats, find_target
 from ospq_export.errors import InputError, damaged
-from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, SIDECAR
+from ospq_export.runs.files import ENGINE, QUANTIZED_BRAIN_ONNX, QUANTIZED_HALF_ONNX, SIDECAR
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
@@ -175,7 +175,9 @@ def run_export(
     def build(folder: Path) -> list[str]:
         assert engine is not None
         shown = None if quiet else progress
-        built.append(build_engine(folder / QUANTIZED_HALF_ONNX, folder / ENGINE, engine, progress=shown))
+        # One of the two was written.
+        source = next(f for f in (QUANTIZED_BRAIN_ONNX, QUANTIZED_HALF_ONNX) if (folder / f).is_file())
+        built.append(build_engine(folder / source, folder / ENGINE, engine, progress=shown))
         return [ENGINE, SIDECAR]
 
     with stage_progress(disable=quiet) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +11,15 @@ from typing import Any
 from ospq_export.errors import InputError
 from ospq_export.export.variants import shift_activations, store_int4, take_uint8
 from ospq_export.formats.integer import Integer
-from ospq_export.onnx.half import to_half
+from ospq_export.onnx.half import FP16_MAX, to_brain, to_half
 from ospq_export.onnx.write import ACTIVATION_LAYOUT
 from ospq_export.runs.files import (
+    BRAIN_ONNX,
     DEBUG_ONNX,
     FLOAT_ONNX,
     HALF_ONNX,
     INT4_ONNX,
+    QUANTIZED_BRAIN_ONNX,
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
     UINT8_ACTIVATIONS_ONNX,
@@ -24,7 +27,10 @@ from ospq_export.runs.files import (
 )
 from ospq_export.runs.run import Run
 
+log = logging.getLogger(__name__)
 Pass = Callable[[Any], None]
+# Images that the calibration did not see may have somewhat larger values.
+_HEADROOM = 1.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Extras:
 
     Attributes:
         fp16: model_qdq_fp16.onnx, the quantized network with FP16 around the quantized operators, which is what engines are built
-            from, and model_fp16.onnx, its float baseline.
+            from, and model_fp16.onnx, its float baseline; where values overflow FP16, the same with BF16.
         debug: model_debug.onnx, whose outputs include every quantizer's codes and every slice's output.
         int4: model_int4.onnx, with the codes of weights of at most 4 bits stored as INT4.
         uint8_input: model_uint8.onnx, which takes uint8 (B, H, W, C) images and normalises them itself.
@@ -71,11 +77,9 @@ def jobs_of(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size:
     Raises:
         InputError: the run's formats have no such file.
     """
-    half = (("precision", "float16"),)
     jobs = [Job(FLOAT_ONNX, batch_size, quantized=False)]
     if extras.fp16:
-        jobs.append(Job(HALF_ONNX, deploy_batch_size, quantized=False, passes=(to_half,), metadata=half))
-        jobs.append(Job(QUANTIZED_HALF_ONNX, deploy_batch_size, passes=(to_half,), metadata=half))
+        jobs += _halves(run, deploy_batch_size)
     jobs.append(Job(QUANTIZED_ONNX, batch_size))
     if extras.debug:
         jobs.append(Job(DEBUG_ONNX, batch_size, expose_probes=True))
@@ -103,6 +107,21 @@ def _int4_job(run: Run, batch_size: int | None) -> Job:
         )
     passes = (partial(store_int4, weights=narrow),)
     return Job(INT4_ONNX, batch_size, passes=passes, metadata=(("storage", "int4"),))
+
+
+def _halves(run: Run, batch_size: int | None) -> list[Job]:
+    """The files with FP16 around the quantized operators, or with BF16 where the calibration saw values that FP16 lacks."""
+    names, change, precision = (HALF_ONNX, QUANTIZED_HALF_ONNX), to_half, "float16"
+    widest = max(run.manifest.profile, key=lambda record: record.largest, default=None)
+    if widest is not None and widest.largest * _HEADROOM > FP16_MAX:
+        names, change, precision = (BRAIN_ONNX, QUANTIZED_BRAIN_ONNX), to_brain, "bfloat16"
+        log.warning(
+            "values reach %.3g at %s, and FP16 ends at %g: %s and %s have BF16 around the quantized operators",
+            *(widest.largest, widest.name, FP16_MAX, *names),
+        )
+    plain, quantized = names
+    options: dict[str, Any] = {"passes": (change,), "metadata": (("precision", precision),)}
+    return [Job(plain, batch_size, quantized=False, **options), Job(quantized, batch_size, **options)]
 
 
 def _check_integers(run: Run) -> None:

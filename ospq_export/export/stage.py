@@ -22,6 +22,7 @@ from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.onnx.write import OPSET, translate, write_translated
 from ospq_export.progress import stepper
 from ospq_export.runs.files import (
+    BRAIN_ONNX,
     FLOAT_TENSORS,
     HALF_ONNX,
     INT4_ONNX,
@@ -141,7 +142,7 @@ def _check_room(run: Run, jobs: Sequence[Job]) -> None:
     """Hold the files to come to the room on the disk; those that they replace go only when all are there."""
     weights = (run.path / FLOAT_TENSORS).stat().st_size
     codes = (run.path / QUANTIZED_TENSORS).stat().st_size
-    halves = {HALF_ONNX, INT4_ONNX}
+    halves = {HALF_ONNX, BRAIN_ONNX, INT4_ONNX}
     total = sum((codes if job.quantized else weights) // (2 if job.file in halves else 1) for job in jobs)
     check_disk(run.path, "the exported files", certain=int(CERTAIN * total), likely=total)
 

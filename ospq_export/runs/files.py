@@ -23,6 +23,7 @@ CHECKPOINTS = "slices"
 # What an export writes: always, and when it is asked for.
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
 QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
+QUANTIZED_BRAIN_ONNX, BRAIN_ONNX = "model_qdq_bf16.onnx", "model_bf16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 ENGINE, SIDECAR = "model.engine", "model.engine.json"

@@ -118,6 +118,7 @@ class OutlierRecord(_Record):
         kurtosis: fourth central moment over the squared variance; 3 for a normal distribution.
         largest_share: share of the squared norm in the largest 0.1 % of the elements of each batch.
         channel_share: share of the squared norm in the worst 1 % of the channels, at least one.
+        largest: largest magnitude; 0 in manifests of before it was recorded.
     """
 
     name: str
@@ -126,6 +127,7 @@ class OutlierRecord(_Record):
     kurtosis: float
     largest_share: float
     channel_share: float
+    largest: float = 0.0
 
 
 class CalibrationRecord(_Record):

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.errors import InputError
-from ospq_export.runs.files import ENGINE, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX, QUANTIZED_TENSORS
+from ospq_export.runs.files import (
+    ENGINE,
+    QUANTIZED_BRAIN_ONNX,
+    QUANTIZED_HALF_ONNX,
+    QUANTIZED_ONNX,
+    QUANTIZED_TENSORS,
+)
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.engines import engine_file
 from ospq_export.validate.executions.probes import read_proto
@@ -198,6 +204,12 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
     judged = [TABLE[name] for name in wanted if TABLE[name].role is Role.DEPLOYED]
     # Engines were built from a file of the run: where one is asked for, the plain file is held to the run.
     for file in dict.fromkeys(execution.file or QUANTIZED_ONNX for execution in judged):
+        if file == QUANTIZED_HALF_ONNX and QUANTIZED_BRAIN_ONNX in run.manifest.files:
+            raise InputError(
+                f"the run has {QUANTIZED_BRAIN_ONNX} instead of {file}: its values overflow FP16",
+                where=run.path,
+                fix="validate the engine; ONNX Runtime has no BF16 on a CPU",
+            )
         if file == QUANTIZED_HALF_ONNX and file not in run.manifest.files:
             raise InputError(f"the run has no {file}", where=run.path, fix="export it with `fp16`")
         check_origin(run, file)

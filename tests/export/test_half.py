@@ -1,0 +1,81 @@
+"""FP16 around the quantized operators, and BF16 where the calibration saw values that FP16 lacks."""
+
+import logging
+import shutil
+
+import helpers as q
+import numpy as np
+import onnx
+import pytest
+from helpers import RTX, SETTINGS
+from onnx import TensorProto
+
+from ospq_export.engines.record import build_engine
+from ospq_export.errors import InputError
+from ospq_export.export import export
+from ospq_export.export.jobs import Extras
+from ospq_export.runs.files import BRAIN_ONNX, HALF_ONNX, QUANTIZED_BRAIN_ONNX, QUANTIZED_HALF_ONNX
+from ospq_export.runs.manifest import read_manifest, write_manifest
+from ospq_export.validate.executions.chosen import open_executions
+from ospq_export.validate.executions.table import QDQ_FP16
+
+WIDE = 5e4
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A short run; do not change it."""
+    return q.tiny(tmp_path_factory.mktemp("half") / "run", recipe="w8a8").path
+
+
+@pytest.fixture
+def wide(calibrated, tmp_path):
+    """The run as if a tensor had reached a value that leaves FP16 no headroom."""
+    folder = shutil.copytree(calibrated, tmp_path / "run")
+    manifest = read_manifest(folder)
+    first, *rest = manifest.profile
+    profile = [first.model_copy(update={"largest": WIDE}), *rest]
+    write_manifest(folder, manifest.model_copy(update={"profile": profile}))
+    return folder
+
+
+def kinds(path):
+    return {t.data_type for t in onnx.load(path).graph.initializer}
+
+
+def test_the_largest_values_are_recorded(calibrated):
+    assert all(0 < record.largest < 1e3 for record in read_manifest(calibrated).profile)
+
+
+def test_values_that_fp16_holds_stay_fp16(calibrated, tmp_path):
+    folder = shutil.copytree(calibrated, tmp_path / "run")
+    written = export(folder, extras=Extras(fp16=True)).manifest.files
+    assert {HALF_ONNX, QUANTIZED_HALF_ONNX} <= written.keys() and BRAIN_ONNX not in written
+    assert TensorProto.FLOAT16 in kinds(folder / HALF_ONNX)
+
+
+def test_values_that_fp16_lacks_get_bf16(wide, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = export(wide, extras=Extras(fp16=True))
+    assert {BRAIN_ONNX, QUANTIZED_BRAIN_ONNX} <= run.manifest.files.keys()
+    assert not {HALF_ONNX, QUANTIZED_HALF_ONNX} & run.manifest.files.keys()
+    assert "values reach 5e+04" in caplog.text and "FP16 ends at 65504" in caplog.text
+    for name in (BRAIN_ONNX, QUANTIZED_BRAIN_ONNX):
+        assert TensorProto.BFLOAT16 in kinds(wide / name) and TensorProto.FLOAT16 not in kinds(wide / name)
+        assert {p.key: p.value for p in onnx.load(wide / name).metadata_props}["precision"] == "bfloat16"
+    single, brain = onnx.load(wide / "model.onnx"), onnx.load(wide / QUANTIZED_BRAIN_ONNX)
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in brain.graph.initializer}
+    codes = [t for t in single.graph.initializer if t.name.endswith(".codes")]
+    assert codes
+    for tensor in codes:
+        np.testing.assert_array_equal(held[tensor.name], onnx.numpy_helper.to_array(tensor))
+    with pytest.raises(InputError, match=r"has model_qdq_bf16.onnx instead.*overflow FP16"):
+        open_executions(run, [QDQ_FP16], "cpu", "fp32")
+
+
+@RTX
+@pytest.mark.slow
+def test_an_engine_of_bf16(wide, tmp_path):
+    export(wide, extras=Extras(fp16=True))
+    fusion = build_engine(wide / QUANTIZED_BRAIN_ONNX, tmp_path / "m.engine", SETTINGS).fusion
+    assert fusion.gemms == fusion.quantized_gemms and fusion.fused_attentions == fusion.attentions > 0
