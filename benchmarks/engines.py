@@ -13,15 +13,17 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from lib.networks import demo_sample, quantize, random_batch, random_images, random_network
-from lib.onnx_tools import TARGET, compiled, fusion_cells, reasons
+from lib.onnx_tools import TARGET, compiled, formats_cell, fusion_cells, reasons
 from lib.rows import DOCS, make_parser, percent, table
 from rich.console import Console
 
 from ospq_export.calibrate import calibrate
+from ospq_export.engines.plan import Fusion
 from ospq_export.engines.record import EngineRecord
 from ospq_export.formats.choice import integers
 from ospq_export.models.timm import ModelSpec
@@ -39,7 +41,10 @@ LARGE = {
 }
 SIZE = (3, 224, 224)
 _MIB = 1 << 20
-_EXPORT = "## Export"
+_EXPORT, _FLOATS = "## Export", "## FP8 and NVFP4"
+# Compiled for every compute capability of the list.
+FLOAT_TARGETS = {"fp8": ("SM89", "SM120"), "nvfp4": ("SM120",)}
+_FLOAT_NETWORKS = {**LARGE, "DINOv2 ViT-S": "vit_small_patch14_dinov2"}
 # The command line itself; the process says its peak, because what wait4 says holds its parent's memory, too.
 _EXPORT_SCRIPT = """
 import atexit, pathlib, sys
@@ -102,6 +107,39 @@ def _row(
     return row, record, kernels
 
 
+def floats_text() -> str:
+    """What networks become in the floating-point recipes, in words and a table: the packaged ones, and others at 224 px."""
+    samples = {f"demo {name}": demo_sample(name) for name in ("vit", "swin")}
+    for label, name in _FLOAT_NETWORKS.items():
+        kwargs = {"img_size": 224} if "dinov2" in name else {}
+        samples[label] = ModelSpec(name=name, kwargs=kwargs), SIZE, random_images(1, SIZE)
+    rows, dropped = [], []
+    for label, sample in samples.items():
+        for recipe, targets in FLOAT_TARGETS.items():
+            for target, fusion in _compiled_float(recipe, targets, *sample):
+                rows.append([label, recipe, target, formats_cell(fusion), *fusion_cells(fusion)])
+                dropped += reasons(f"{label}, {recipe}", {**fusion.not_quantized, **fusion.not_fused})
+                Console().print(rows[-1])
+    header = ["network", "recipe", "for", "products in each format", "products quantized", "fused attentions"]
+    why = (
+        table(["network", "how many", "reason", "for example"], dropped)
+        if dropped
+        else "Nothing runs otherwise.\n"
+    )
+    return f"{table(header, rows)}\n{why}"
+
+
+def _compiled_float(
+    recipe: str, targets: Sequence[str], spec: ModelSpec, size: tuple[int, int, int], images: torch.Tensor
+) -> Iterator[tuple[str, Fusion]]:
+    quantized = quantize(spec, size, load_recipe(recipe).formats(), images)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        quantized.write(file, half=True)
+        for target in targets:
+            yield target, compiled(file, Path(folder), target).fusion
+
+
 def make_run(folder: Path) -> None:
     """A calibrated ViT-B at 224 px with random weights, rounded to nearest on two random images."""
     spec, model, config = random_network("vit_base_patch16_224", "")
@@ -141,8 +179,16 @@ def main() -> None:
     parser.add_argument("--target", default=TARGET, help="compute capability")
     parser.add_argument("--out", type=Path, default=DOCS / "engines.md")
     parser.add_argument("--export-only", action="store_true", help="measure the page's last section anew")
+    parser.add_argument(
+        "--floats-only", action="store_true", help="measure the section on FP8 and NVFP4 anew"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.floats_only:
+        before, _, after = args.out.read_text().partition(_EXPORT)
+        before = before.partition(_FLOATS)[0]
+        args.out.write_text(f"{before}{_FLOATS}\n\n{floats_text()}\n{_EXPORT}{after}")
+        return
     if args.export_only:
         before, heading, _ = args.out.read_text().partition(_EXPORT)
         args.out.write_text(f"{before}{heading}\n\n{export_text()}")
@@ -171,6 +217,8 @@ def main() -> None:
         f"## ONNX Runtime {kernels.version}: products that stay in float\n",
         "Read from the graph that it runs with all optimisations, on the CPU; `scales.json` of a run lists its own.\n",
         table(["network", "how many", "reason", "for example"], in_float) if in_float else "None.\n",
+        f"{_FLOATS}\n",
+        floats_text(),
         f"{_EXPORT}\n",
         export_text(),
     ]
