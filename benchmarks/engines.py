@@ -111,7 +111,7 @@ def floats_text() -> str:
     """What networks become in the floating-point recipes, in words and a table: the packaged ones, and others at 224 px."""
     samples = {f"demo {name}": demo_sample(name) for name in ("vit", "swin")}
     for label, name in _FLOAT_NETWORKS.items():
-        kwargs = {"img_size": 224} if "dinov2" in name else {}
+        kwargs = {"img_size": 224, "num_classes": 10} if "dinov2" in name else {}
         samples[label] = ModelSpec(name=name, kwargs=kwargs), SIZE, random_images(1, SIZE)
     rows, dropped = [], []
     for label, sample in samples.items():
