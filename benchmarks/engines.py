@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from lib.networks import demo_sample, quantize, random_batch, random_images, random_network
-from lib.onnx_tools import TARGET, compiled, formats_cell, fusion_cells, reasons
+from lib.onnx_tools import FLOAT_TARGETS, TARGET, compiled, formats_cell, fusion_cells, reasons
 from lib.rows import DOCS, make_parser, percent, table
 from rich.console import Console
 
@@ -42,8 +42,6 @@ LARGE = {
 SIZE = (3, 224, 224)
 _MIB = 1 << 20
 _EXPORT, _FLOATS = "## Export", "## FP8 and NVFP4"
-# Compiled for every compute capability of the list.
-FLOAT_TARGETS = {"fp8": ("SM89", "SM120"), "nvfp4": ("SM120",)}
 _FLOAT_NETWORKS = {**LARGE, "DINOv2 ViT-S": "vit_small_patch14_dinov2"}
 # The command line itself; the process says its peak, because what wait4 says holds its parent's memory, too.
 _EXPORT_SCRIPT = """
@@ -118,7 +116,9 @@ def floats_text() -> str:
         for recipe, targets in FLOAT_TARGETS.items():
             for target, fusion in _compiled_float(recipe, targets, *sample):
                 rows.append([label, recipe, target, formats_cell(fusion), *fusion_cells(fusion)])
-                dropped += reasons(f"{label}, {recipe}", {**fusion.not_quantized, **fusion.not_fused})
+                dropped += reasons(
+                    f"{label}, {recipe}, {target}", {**fusion.not_quantized, **fusion.not_fused}
+                )
                 Console().print(rows[-1])
     header = ["network", "recipe", "for", "products in each format", "products quantized", "fused attentions"]
     why = (

@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lib.classifiers import Network, demo_network, finished_run, own_network
-from lib.rows import BENCHMARKS, MODELOPT, Row, add_network, make_parser, origin, table
+from lib.classifiers import Network, add_networks, chosen_networks, finished_run
+from lib.rows import BENCHMARKS, MODELOPT, Row, make_parser, origin, table
 from torch import Tensor
 
 from ospq_export.recipes import load_recipe
@@ -191,22 +191,18 @@ def markdown() -> str:
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=("demo", "own", "table"))
-    parser.add_argument("--only", nargs="*", help="networks (demo) to measure", default=["vit", "swin"])
+    add_networks(parser)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--python", type=Path, default=ENVIRONMENT, help="of modelopt's environment")
     parser.add_argument("--runs", default="runs/results", help="where our run directories are")
     parser.add_argument("--images", type=int, default=1000, help="validation images")
     parser.add_argument("--threads", type=int, default=1)
-    add_network(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(args.threads)
-    if args.what != "table":
-        networks = [demo_network(n) for n in args.only] if args.what == "demo" else [own_network(args)]
-        for network in networks:
-            fill(Reference(network, args.images), args)
+    for network in chosen_networks(args):
+        fill(Reference(network, args.images), args)
     print(markdown())
 
 

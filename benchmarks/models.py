@@ -125,8 +125,8 @@ def check_float(family: Family, recipe: str) -> Compiled:
         substituted.update(quantized.network.substituted.values())
         step = "export and ONNX Runtime"
         deployed = float_difference(quantized, images)
-        step = f"TensorRT-RTX for {FLOAT_TARGETS[recipe]}"
-        fusion = compiled(quantized, FLOAT_TARGETS[recipe])
+        step = f"TensorRT-RTX for {FLOAT_TARGETS[recipe][0]}"
+        fusion = compiled(quantized, FLOAT_TARGETS[recipe][0])
         failure = ""
     except Exception as error:
         failure = f"{step}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -250,7 +250,7 @@ def write_page() -> None:
     whole = sum(not result.failure for result in results)
     machines = "; ".join(dict.fromkeys(result.machine for result in results))
     text = _INTRO.format(target=TARGET, machine=machines, whole=whole, count=len(results))
-    targets = ", ".join(f"{target} ({recipe})" for recipe, target in FLOAT_TARGETS.items())
+    targets = ", ".join(f"{targets[0]} ({recipe})" for recipe, targets in FLOAT_TARGETS.items())
     floats = table(_FLOAT_HEADER, [_float_row(r) for r in results if r.floats])
     parts = [text, table(_HEADER, [_row(r) for r in results]), _FLOAT_INTRO.format(targets=targets), floats]
     DOCUMENT.write_text("\n".join([*parts, _dropped(results)]))

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.classifiers import Network, correct, demo_network, finished_run, observed_network, own_network
-from lib.rows import DOCS, RESULTS, add_network, make_parser, origin
+from lib.classifiers import Network, add_networks, chosen_networks, correct, finished_run, observed_network
+from lib.rows import DOCS, RESULTS, make_parser, origin
 from lib.rows import table as markdown
 
 from ospq_export.calibrate import calibrate
@@ -247,27 +247,23 @@ def complete(network: Network, bits: str, folder: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=("demo", "own", "table"))
-    parser.add_argument("--only", nargs="*", help="networks (demo) to measure", default=["vit", "swin"])
+    add_networks(parser)
     parser.add_argument("--bits", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--runs", default="runs/results", help="where the run directories go")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
     parser.add_argument("--limit", type=int, help="validate on a sample of N images, with each class's share")
     parser.add_argument("--rtn-limit", type=int, help="round to nearest on the first N images only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_network(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(args.threads)
-    if args.what != "table":
-        networks = [demo_network(n) for n in args.only] if args.what == "demo" else [own_network(args)]
-        for network in networks:
-            for bits in args.bits:
-                key = {"network": network.name, "bits": bits}
-                if RESULTS.find(**key) is None:
-                    RESULTS.put(measure(network, bits, args))
-                complete(network, bits, Path(args.runs) / f"{network.name}-{bits}")
-                print(json.dumps(RESULTS.find(**key))[:900])
+    for network in chosen_networks(args):
+        for bits in args.bits:
+            key = {"network": network.name, "bits": bits}
+            if RESULTS.find(**key) is None:
+                RESULTS.put(measure(network, bits, args))
+            complete(network, bits, Path(args.runs) / f"{network.name}-{bits}")
+            print(json.dumps(RESULTS.find(**key))[:900])
     DOCUMENT.write_text(table())
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lib.rows import add_network
 from ospq_export.calibrate.observe import observe
 from ospq_export.data import DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
@@ -55,6 +56,20 @@ def own_network(args: argparse.Namespace) -> Network:
     calibration = ImageSet.from_folder(Path(args.calibration), config, outputs=classes)
     validation = ImageSet.from_folder(Path(args.validation), config, outputs=classes)
     return Network(args.name, spec, model, config, calibration, validation)
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `chosen_networks` reads."""
+    parser.add_argument("what", choices=("demo", "own", "table"))
+    parser.add_argument("--only", nargs="*", help="networks (demo) to measure", default=["vit", "swin"])
+    add_network(parser)
+
+
+def chosen_networks(args: argparse.Namespace) -> list[Network]:
+    """What the command line asks to measure; none where it asks for the table."""
+    if args.what == "table":
+        return []
+    return [demo_network(name) for name in args.only] if args.what == "demo" else [own_network(args)]
 
 
 def image_set(folder: Path | None, split: Literal["calibration", "test"], config: DataConfig) -> ImageSet:

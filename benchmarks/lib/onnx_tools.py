@@ -28,8 +28,8 @@ def compiled(file: Path, folder: Path, target: str = TARGET) -> EngineRecord:
     return build_engine(file, folder / "model.engine", settings, overwrite=True)
 
 
-# Which compute capability a float recipe is compiled for: the first that multiplies all its formats.
-FLOAT_TARGETS = {"fp8": "SM89", "nvfp4": "SM120"}
+# Which compute capabilities a float recipe is compiled for; the first is the first that multiplies all its formats.
+FLOAT_TARGETS = {"fp8": ("SM89", "SM120"), "nvfp4": ("SM120",)}
 
 
 def fusion_cells(fusion: Fusion) -> tuple[str, str]:

@@ -31,7 +31,11 @@ def export(
         ),
     ] = None,
     fp16: Annotated[
-        bool, typer.Option("--fp16", help="Also model_qdq_fp16.onnx and its float baseline model_fp16.onnx.")
+        bool,
+        typer.Option(
+            "--fp16",
+            help="Also model_qdq_fp16.onnx and its float baseline model_fp16.onnx; BF16 where values overflow.",
+        ),
     ] = False,
     debug: Annotated[
         bool,

@@ -61,7 +61,8 @@ class _Half:
         self.ir, self.graph = ir, model.graph
         self.opset = model.graph.opset_imports.get("", 1)
         self.float, self.half = ir.DataType.FLOAT, half
-        self.suffix = "fp16" if half == ir.DataType.FLOAT16 else "bf16"
+        self.is_brain = half == ir.DataType.BFLOAT16
+        self.suffix = "bf16" if self.is_brain else "fp16"
         self.converted: dict[tuple[str, Any], Any] = {}
         self.wide: set[str] = set()
 
@@ -99,12 +100,12 @@ class _Half:
         part_of_quantizer = node.op_type in ("Clip", "Sub") and any(
             user.op_type == "QuantizeLinear" for user in node.outputs[0].consumers()
         )
-        lacks_brain = self.suffix == "bf16" and not _takes_bf16(node.op_type, node.domain, self.opset)
+        lacks_brain = self.is_brain and not _takes_bf16(node.op_type, node.domain, self.opset)
         return node.op_type in KEEPS_FLOAT32 or part_of_quantizer or lacks_brain
 
     def _needs_range(self, node: Any) -> bool:
         """Whether a constant, or what was computed with one just before, needs FP32's range, which BF16 has."""
-        if self.half == self.ir.DataType.BFLOAT16:
+        if self.is_brain:
             return False
         inputs = [value for value in node.inputs if value is not None]
         widened = any(value.name in self.wide for value in inputs)
@@ -132,8 +133,9 @@ class _Half:
             node.attributes["value"] = self.ir.AttrTensor("value", self._rounded(attribute.value, None))
 
     def _rounded(self, tensor: Any, name: str | None) -> Any:
-        values = np.clip(tensor.numpy(), -FP16_MAX, FP16_MAX) if self.suffix == "fp16" else tensor.numpy()
-        return self.ir.tensor(values.astype(self.half.numpy()), name=name)
+        values = tensor.numpy()
+        rounded = values.astype(self.half.numpy()) if self.is_brain else _to_fp16(values)
+        return self.ir.tensor(rounded, name=name)
 
     def _as(self, value: Any, dtype: Any, reader: Any) -> Any:
         if value.dtype == dtype:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
+from ospq_export.calibrate.reconstruct.bias import corrected_biases
 from ospq_export.calibrate.reconstruct.passes import Passes
 from ospq_export.graph.quantizers import CorrectedBias, Mode, WeightQuantizer, own_quantizers, set_mode
+from ospq_export.graph.rewrite import parameter
 
 aten = torch.ops.aten
 # Of the inputs' mean energy, as GPTQ (Frantar et al., ICLR 2023) damps its Hessian.
@@ -70,19 +72,18 @@ def forget(piece: fx.GraphModule) -> None:
 def _linears(piece: fx.GraphModule) -> Iterator[tuple[fx.Node, WeightQuantizer, CorrectedBias | None]]:
     """Linears with a quantized weight that they alone read, in order, and their biases where these may change."""
     modules, own = dict(piece.named_modules()), {id(m) for m in own_quantizers(piece)}
-    for node in piece.graph.nodes:
-        if node.target is not aten.linear.default:
-            continue
-        weight, bias = (modules.get(str(getattr(a, "target", None))) for a in (*node.args[1:3], None)[:2])
+    biases = corrected_biases(piece)
+    for node in piece.graph.find_nodes(op="call_function", target=aten.linear.default):
+        weight = modules.get(str(node.args[1].target))
         if isinstance(weight, WeightQuantizer) and id(weight) in own and len(node.args[1].users) == 1:
-            yield node, weight, bias if isinstance(bias, CorrectedBias) else None
+            yield node, weight, biases.get(node)
 
 
 def _float_bias(piece: fx.GraphModule, node: fx.Node, bias: CorrectedBias | None) -> Tensor | None:
     if bias is not None:
         return piece.get_buffer(bias.constant)
-    source = node.args[2] if len(node.args) > 2 else None
-    return piece.get_buffer(str(source.target)) if isinstance(source, fx.Node) else None
+    held = parameter(node, 2)
+    return None if held is None else piece.get_buffer(str(held.target))
 
 
 def _input(piece: fx.GraphModule, inputs: Sequence[Tensor], images: int, node: fx.Node, mode: Mode) -> Tensor:

@@ -88,12 +88,11 @@ class Reconstructor:
         if settings.refinement_images > 0:
             head = data.select(slice(0, refinement_images(piece, settings.refinement_images)))
             refine_scales(piece, head.to(self.device), objective)
-        if settings.compensation_images > 0:
-            self._compensate(piece, data, objective)
+        fitted = self._compensate(piece, data, objective) if settings.compensation_images > 0 else None
         losses: list[float] = []
         warning = ""
         if settings.iterations > 0:
-            objective.normalise_by(self.error(piece, data, objective)[1])
+            objective.normalise_by(self.error(piece, data, objective)[1] if fitted is None else fitted)
             losses, warning = self._learn(piece, data, objective, seed)
         forget(piece)
         after, loss_after = self.error(piece, data, objective)
@@ -132,13 +131,16 @@ class Reconstructor:
         warning = "diverged, also at a tenth of its rates; left with searched scales and nearest rounding"
         return [loss for loss in all_losses if math.isfinite(loss)], warning
 
-    def _compensate(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> None:
-        """Fit the weights to their inputs, where the slice gains by it."""
+    def _compensate(self, piece: fx.GraphModule, data: SliceData, objective: Objective) -> float:
+        """Fit the weights to their inputs, where the slice gains by it; the objective afterwards."""
         initial, loss = _snapshot(piece), self.error(piece, data, objective)[1]
         compensate(piece, data.select(slice(0, self.settings.compensation_images)), self.device)
-        if not self.error(piece, data, objective)[1] < loss:
-            forget(piece)
-            _restore(piece, initial)
+        found = self.error(piece, data, objective)[1]
+        if found < loss:
+            return found
+        forget(piece)
+        _restore(piece, initial)
+        return loss
 
     def _correct_biases(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective, error: float, loss: float
