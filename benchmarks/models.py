@@ -31,7 +31,7 @@ from ospq_export.errors import InputError
 from ospq_export.formats.choice import Choice, integers
 from ospq_export.models.timm import ModelSpec
 from ospq_export.recipes import load_recipe
-from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.codes.locate import Locator, Place, Reference
 from ospq_export.validate.executions.backends import open_session
 from ospq_export.validate.executions.probes import open_probed
 
@@ -156,7 +156,7 @@ def compare(quantized: Quantized, images: Tensor) -> Comparison:
     network, exact = quantized.network.module, quantized.double()
     end = next(n for n in network.graph.nodes if n.op == "output").all_input_nodes[0].name
     whole = dict.fromkeys(quantized.network.activations, "network")
-    reference = Reference(network, exact, quantized.captured, [("network", end)], whole)
+    reference = Reference(network, exact, quantized.captured, [Place("network", end, "logits")], whole)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=False, batch_size=None)
@@ -166,7 +166,7 @@ def compare(quantized: Quantized, images: Tensor) -> Comparison:
     codes = locator.result().quantizers
     with torch.inference_mode():
         fake, original, double = network(images), quantized.captured(images), exact(images.double())
-    deployed = torch.from_numpy(probed.run(images.numpy())[probed.logits])
+    deployed = torch.from_numpy(probed.run(images.numpy())["logits"])
     error = (original - fake).double().square().mean().clamp_min(1e-20)
     return Comparison(
         deployed=float((deployed - fake).double().square().mean() / error),

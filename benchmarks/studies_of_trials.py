@@ -209,7 +209,7 @@ def noise() -> None:
     for seed in range(args.seeds):
         trials.seed = seed
         outputs = [trials.outputs(c, *trial) for c in candidates]
-        by_candidate = [measures(output, trials.reference) for output in outputs]
+        by_candidate = [measures(output[0], trials.reference[0]) for output in outputs]
         for name in by_candidate[0]:
             found.setdefault(name, []).append([m[name] for m in by_candidate])
         print(f"seed {seed}", flush=True)

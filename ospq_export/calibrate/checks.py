@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, listed
+from ospq_export.graph.outputs import as_tuple, named_leaves, output_names
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, is_temporary, sha256
 from ospq_export.runs.manifest import Manifest, check_files, differences, read_manifest
@@ -70,40 +71,31 @@ def check_graph(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> N
     """Hold the captured graph to the module it was captured from, on a few images.
 
     Args:
-        model: `(B, C, H, W) float32 -> (B, K) float32`.
-        captured: its graph.
+        model: of images (B, C, H, W) float32.
+        captured: its graph, with the names that it was captured with.
         images: float32 (N, C, H, W), normalised; the first few are used.
 
     Raises:
-        InputError: the output is not one logit per class, the module gives other logits for the same images a second time or in
-            another batch, or the graph computes something else.
+        InputError: the module gives other outputs for the same images a second time or in another batch, or the graph computes
+            something else.
     """
-    sample = images[:_IMAGES]
+    sample, names = images[:_IMAGES], output_names(captured.graph)
     with torch.no_grad():
-        logits = model(sample)
-        _check_shape(logits, model)
-        again, alone, graph = model(sample), model(sample[:1]), captured(sample)
-    name = type(model).__name__
-    if _differ(again, logits):
-        what = "the network gives other logits for the same images a second time"
-        raise InputError(what, where=name, fix="take random numbers and dropout out of its forward pass")
-    if _differ(alone, logits[:1]):
-        what = "the logits of an image depend on the other images of its batch"
-        fix = "a normalisation by batch statistics needs running ones: track_running_stats=True"
-        raise InputError(what, where=name, fix=fix)
-    if _differ(graph, logits):
-        what = "the captured graph computes other logits than the network"
-        raise InputError(what, where=name, fix="report this model")
-
-
-def _check_shape(logits: object, model: nn.Module) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"the network gives {found}, not one logit per class: (batch, classes)",
-            where=type(model).__name__,
-            fix="give it a classifier and a pooling, for example without global_pool=''",
-        )
+        runs = [named_leaves(model(x)) for x in (sample, sample, sample[:1])]
+        graph = dict(zip(names, as_tuple(captured(sample)), strict=True))
+    for name in names:
+        first, again, alone = (found[name] for found in runs)
+        where = f"{type(model).__name__}, output {name}"
+        if _differ(again, first):
+            what = "the network gives other values for the same images a second time"
+            raise InputError(what, where=where, fix="take random numbers and dropout out of its forward pass")
+        if _differ(alone, first[:1]):
+            what = "the output of an image depends on the other images of its batch"
+            fix = "a normalisation by batch statistics needs running ones: track_running_stats=True"
+            raise InputError(what, where=where, fix=fix)
+        if _differ(graph[name], first):
+            what = "the captured graph computes another output than the network"
+            raise InputError(what, where=where, fix="report this model")
 
 
 def _differ(mine: Tensor, theirs: Tensor) -> bool:

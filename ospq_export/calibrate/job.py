@@ -47,7 +47,7 @@ from ospq_export.runs.manifest import (
 )
 from ospq_export.runs.run import Run, quantizer_records, quantizer_tensors
 from ospq_export.runs.tensors import image_digests, write_tensors
-from ospq_export.tasks.classify import TASKS
+from ospq_export.tasks.choice import TASKS
 from ospq_export.world.memory import peak_memory
 from ospq_export.world.processes import SOLO, World
 

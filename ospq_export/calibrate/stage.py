@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import check_overrides, insert_quantizers
+from ospq_export.graph.outputs import LOGITS, as_tuple, output_names, output_shapes, rename_outputs
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.serialize import describe
 from ospq_export.graph.slicing import Slice
@@ -43,9 +46,13 @@ from ospq_export.recipes import Recipe
 from ospq_export.runs.manifest import CalibrationRecord, EqualizedSite, Manifest, installed_versions
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import tensor_sha256
+from ospq_export.tasks.base import Task
+from ospq_export.tasks.choice import choose_task
+from ospq_export.tasks.classify import CLASSIFY
 from ospq_export.world.processes import World, joined
 from ospq_export.world.room import check_disk
 
+log = logging.getLogger(__name__)
 _OBSERVATION_BATCH = 64
 _EQUALIZATION_IMAGES = 32
 _TIMED_IMAGES = 8
@@ -59,6 +66,8 @@ def calibrate(
     recipe: Recipe,
     out: Path,
     *,
+    task: str | None = None,
+    outputs: Sequence[str] | None = None,
     class_to_idx: dict[str, int] | None = None,
     skipped: list[str] | None = None,
     origin: ImagesRecord | None = None,
@@ -73,12 +82,14 @@ def calibrate(
     Interrupted, the same call continues after the last finished slice and ends with the same bytes.
 
     Args:
-        model: from `create_model(spec)`: eval mode, float32.
-        spec: how the later stages rebuild the model.
+        model: in eval mode, float32; of one image tensor.
+        spec: what it was made from; the later stages have the graph in the run directory.
         images: the calibration images, normalised as `data` says.
         data: the preprocessing, kept for the later stages.
         recipe: bits, slicing, settings.
         out: the run directory; new, empty, or left by an interruption of the same call.
+        task: what its outputs are, out of `tasks.choice.TASKS`; None takes what they look like.
+        outputs: names of those that are kept; None keeps all that hold real numbers.
         class_to_idx: classes of the calibration folder, by name.
         skipped: images that could not be read.
         origin: where the images and their classes came from; kept in the manifest.
@@ -104,11 +115,14 @@ def calibrate(
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         distinct = check_images(pixels)
-        captured = capture(model, data.input_size)
-        # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
-        described = describe(captured)
+        captured = capture(model, data.input_size, outputs=outputs)
+        chosen = _task(model, captured, task, data)
         check_overrides(captured.graph, recipe.formats())
         check_graph(model, captured, pixels)
+        if output_names(captured.graph) == (LOGITS,):
+            rename_outputs(captured.graph, [chosen.output])
+        # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
+        described = describe(captured)
         if recipe.slicing != "auto":
             # A slicing that does not fit is better said before the observation than after it, and so is what it takes.
             slices = slicing_of(captured.graph, recipe.slicing)
@@ -129,12 +143,14 @@ def calibrate(
             distinct=distinct,
             float_products=float_products(captured),
             substituted=say_substituted(network.substituted),
+            outputs_left_out=captured.meta["left_out"],
         )
         manifest = Manifest(
             status="calibrating",
             model=spec,
             data=data,
-            **_classes(captured, class_to_idx or {}, origin),
+            task=chosen.name,
+            **_classes(captured, chosen, class_to_idx or {}, origin),
             recipe=recipe,
             graph_fingerprint=fingerprint(captured),
             calibration=record,
@@ -155,12 +171,25 @@ def calibrate(
         return job.finish()
 
 
-def _classes(captured: fx.GraphModule, class_to_idx: dict[str, int], origin: ImagesRecord) -> dict[str, Any]:
+def _task(model: nn.Module, captured: fx.GraphModule, wanted: str | None, data: DataConfig) -> Task:
+    """The network's task; a guess is said aloud, and so is what the network returns besides."""
+    headless = getattr(model, "num_classes", None) == 0
+    shapes = output_shapes(captured.graph)
+    task, reason = choose_task(wanted, shapes, data.input_size, headless=headless)
+    if reason and task is not CLASSIFY:
+        log.warning("task: %s, because %s; `task` says otherwise", task.name, reason)
+    for name, why in captured.meta["left_out"].items():
+        log.warning("output %s is left out: it %s", name, why)
+    return task
+
+
+def _classes(
+    captured: fx.GraphModule, task: Task, class_to_idx: dict[str, int], origin: ImagesRecord
+) -> dict[str, Any]:
     """What a manifest says of the logits, and of the classes where they cover the whole classifier."""
-    output = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    outputs = int(output.meta["val"].shape[-1])
+    outputs = next(iter(output_shapes(captured.graph).values()))[-1] if task is CLASSIFY else None
     # One output tells two classes apart.
-    known = class_to_idx if len(class_to_idx) == max(outputs, 2) else {}
+    known = class_to_idx if outputs is None or len(class_to_idx) == max(outputs, 2) else {}
     source = origin.classes_source if known else None
     return {
         "outputs": outputs,
@@ -219,5 +248,5 @@ def _observe(
     with torch.no_grad():
         started = time.perf_counter()
         # Brought back to the host, a GPU's result is complete.
-        network.module(sample).cpu()
+        as_tuple(network.module(sample))[0].cpu()
         return (time.perf_counter() - started) / len(sample)

@@ -17,6 +17,7 @@ from ospq_export.export.jobs import Extras, Job, jobs_of
 from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
+from ospq_export.graph.outputs import output_names
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.onnx.write import OPSET, translate, write_translated
@@ -197,7 +198,10 @@ class _Writer:
         if model is None:
             size = self.run.manifest.data.input_size
             opset = highest_opset(self.network()) if job.quantized else OPSET
-            model = translate(module, input_size=size, batch_size=job.batch_size, probes=probes, opset=opset)
+            returned = output_names(module.graph)
+            model = translate(
+                module, input_size=size, batch_size=job.batch_size, outputs=returned, opset=opset
+            )
         again = following is not None and following.graph == job.graph
         # Values of a clone share their type's object with it: a pass gives a value another type, and changes none in place.
         self.translated = model.clone() if again else None

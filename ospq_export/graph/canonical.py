@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ospq_export.errors import InputError
 from ospq_export.graph.einsum import expand_einsums
+from ospq_export.graph.outputs import output_names, output_nodes, return_outputs
 from ospq_export.graph.rewrite import (
     VIEWS,
     add_constant,
@@ -211,12 +211,9 @@ def _with_plain_buffers(module: fx.GraphModule, share: bool) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "output":
-            if len(node.all_input_nodes) != 1:
-                raise InputError(
-                    "the model returns more than one tensor",
-                    fix="choose a model with a single classifier output",
-                )
-            graph.output(copies[node.all_input_nodes[0]])
+            named = dict(zip(output_nodes(module.graph), output_names(module.graph), strict=True))
+            # Of one tensor under two names, which a file cannot have, the last name stays.
+            return_outputs(graph, [copies[held] for held in named], list(named.values()))
             continue
         if node.op == "get_attr":
             value = constant_of(module, node)

@@ -1,4 +1,4 @@
-"""Capture of any timm model as a flat ATen graph in canonical form, with a fingerprint.
+"""Capture of a model as a flat ATen graph in canonical form, with a fingerprint.
 
 After `capture`, a graph has one placeholder (images) and call_function nodes over constants; its quantizable work is
 `aten.linear`, `aten.conv2d` and `aten.matmul`. Every node carries in `meta`:
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, reason_of
 from ospq_export.graph import canonical
+from ospq_export.graph.outputs import choose_outputs
 
 aten = torch.ops.aten
 QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
@@ -108,16 +109,24 @@ def _annotate(nodes: Iterable[fx.Node]) -> None:
         node.meta["module_path"] = stack[-1][0] if stack else ""
 
 
-def capture(model: nn.Module, input_size: Sequence[int], *, share: bool = False) -> fx.GraphModule:
+def capture(
+    model: nn.Module,
+    input_size: Sequence[int],
+    *,
+    share: bool = False,
+    outputs: Sequence[str] | None = None,
+) -> fx.GraphModule:
     """Capture a model as a canonical graph that computes the same function.
 
     Args:
-        model: in eval mode, float32, one image tensor in, one logits tensor out; its fused attention switched off.
+        model: in eval mode, float32, one image tensor in; one tensor out, or several in tuples, dictionaries, dataclasses.
         input_size: (channels, height, width) in pixels.
         share: whether constants may be the model's own memory, for a model that is used no more, instead of copies.
+        outputs: names of the outputs that are kept; None keeps all that hold real numbers.
 
     Returns:
-        A GraphModule `(B, C, H, W) float32 -> (B, K) float32`, B free, constants as buffers.
+        A GraphModule from (B, C, H, W) float32 to a tensor or a tuple of tensors, float32 with B in front, B free; constants
+        are buffers, `outputs.output_names` tells the names, and `meta["left_out"]` what else the model returns.
 
     Raises:
         InputError: the model cannot be captured; names the module, and the operator where one is unsupported.
@@ -129,7 +138,9 @@ def capture(model: nn.Module, input_size: Sequence[int], *, share: bool = False)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _annotate(module.graph.nodes)
+    left_out = choose_outputs(module.graph, program.call_spec.out_spec, outputs)
     result = canonical.canonicalize(module, share=share)
+    result.meta["left_out"] = left_out
     if not quantizable_nodes(result.graph):
         raise InputError("the model has no linear, conv2d or matmul to quantize", where=type(model).__name__)
     return result

@@ -15,6 +15,7 @@ from ospq_export.errors import InputError
 from ospq_export.formats.base import Format, Role
 from ospq_export.formats.choice import Choice, Operands
 from ospq_export.graph.capture import operator_names
+from ospq_export.graph.outputs import output_names, output_nodes, return_outputs
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.rewrite import is_padded, parameter
 from ospq_export.graph.slicing import cut_points
@@ -138,9 +139,8 @@ def insert_quantizers(module: fx.GraphModule, formats: Choice) -> QuantizedGraph
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(module.graph, copies)
-    assert isinstance(output, fx.Node)
-    graph.output(output)
+    graph.graph_copy(module.graph, copies)
+    return_outputs(graph, [copies[n] for n in output_nodes(module.graph)], output_names(module.graph))
     if any(old.name != new.name for old, new in copies.items()):
         raise AssertionError("node names changed in the copy")
     result = QuantizedGraph(fx.GraphModule(module, graph, class_name="QuantizedNetwork"))

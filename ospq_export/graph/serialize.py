@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ospq_export.errors import InputError, damaged, reason_of
+from ospq_export.graph.outputs import LOGITS, output_names, output_node
 
 _ATEN = """
 _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default _unsafe_view.default
@@ -85,8 +86,10 @@ def describe(module: fx.GraphModule) -> dict[str, Any]:
             "stack": stacks.setdefault(json.dumps(stack), len(stacks)),
         }
         nodes.append({key: value for key, value in entry.items() if value not in (None, [], {}, "")})
+    names = list(output_names(module.graph))
     return {
         "version": _VERSION,
+        **({} if names == [LOGITS] else {"outputs": names}),
         "constants": [[name, list(b.shape), _name(b.dtype)] for name, b in module.named_buffers()],
         "stacks": [json.loads(text) for text in stacks],
         "nodes": nodes,
@@ -125,7 +128,7 @@ def _graph(described: dict[str, Any]) -> fx.Graph:
     for entry in described["nodes"]:
         args, kwargs = _decode(entry.get("args", []), made), _decode(entry.get("kwargs", {}), made)
         if entry["op"] == "output":
-            node = graph.output(*args)
+            node = graph.output(*(tuple(a) if isinstance(a, list) else a for a in args))
         else:
             target = _operator(entry["target"]) if entry["op"] == "call_function" else str(entry["target"])
             if entry["op"] not in ("placeholder", "get_attr", "call_function"):
@@ -138,7 +141,15 @@ def _graph(described: dict[str, Any]) -> fx.Graph:
         plain = ((path, kind.rsplit(".", 1)[-1]) for _, path, kind in stack if "_hook" not in path)
         node.meta["module_stack"], node.meta["module_path"] = tuple(plain), entry.get("module", "")
         made[node.name] = node
+    output_node(graph).meta["names"] = _output_names(described, output_node(graph))
     return graph
+
+
+def _output_names(described: dict[str, Any], node: fx.Node) -> tuple[str, ...]:
+    names = tuple(map(str, described.get("outputs", [LOGITS])))
+    if len(set(names)) != len(node.all_input_nodes):
+        raise ValueError(f"{len(node.all_input_nodes)} outputs have the names {', '.join(names)}")
+    return names
 
 
 def _propagate(module: fx.GraphModule, images: list[int | str]) -> None:

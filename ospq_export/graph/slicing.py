@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE
+from ospq_export.graph.outputs import output_nodes
 
 aten = torch.ops.aten
 
@@ -42,8 +43,16 @@ def _is_image_tensor(node: fx.Node, dependent: set[fx.Node]) -> bool:
     return node in dependent and not isinstance(node.meta.get("val"), torch.SymInt)
 
 
+def _reads(user: fx.Node) -> bool:
+    return user.op != "output" and user.target is not aten.sym_size.int
+
+
 def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For every node but the output, what is alive after it: image-dependent values that later nodes read, in order."""
+    """For every node but the output, what is alive after it: image-dependent values that later nodes read, in order.
+
+    The last tensor is alive at the end. What the network returns besides is not kept alive for that: it belongs to the slice
+    that computes it.
+    """
     nodes = [n for n in graph.nodes if n.op != "output"]
     order = {node: i for i, node in enumerate(graph.nodes)}
     dependent: set[fx.Node] = set()
@@ -51,10 +60,8 @@ def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if node.op == "placeholder" or any(_is_image_tensor(n, dependent) for n in node.all_input_nodes):
             dependent.add(node)
     # A size read off the input does not keep the images alive: a slice is given the batch size.
-    last_use = {
-        node: max((order[u] for u in node.users if u.target is not aten.sym_size.int), default=order[node])
-        for node in nodes
-    }
+    last_use = {node: max((order[u] for u in node.users if _reads(u)), default=order[node]) for node in nodes}
+    last_use[next(n for n in reversed(nodes) if _is_image_tensor(n, dependent))] = len(order)
     alive: list[fx.Node] = []
     result = {}
     for node in nodes:
@@ -68,7 +75,7 @@ def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def cut_points(graph: fx.Graph) -> list[fx.Node]:
     """Nodes after which they alone carry everything that depends on the images, in topological order.
 
-    The input is the first and the network's output the last.
+    The input is the first and the network's last output the last.
     """
     alive = live_tensors(graph)
     return [n for n, others in alive.items() if others == [n] and isinstance(n.meta.get("val"), Tensor)]
@@ -119,7 +126,9 @@ def name_of(graph: fx.Graph, start: fx.Node | str, end: fx.Node | str) -> str:
 
 
 def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
-    """A slice as a function `(tensor at start, batch size, *received) -> tensor at end, or (tensor at end, *carried)`.
+    """A slice as a function `(tensor at start, batch size, *received) -> (tensor at end, *carried, *sides)`, or the first alone.
+
+    Sides are what the network returns on the way to the end, as far as quantizers of the slice change it.
 
     It shares the module's constants and quantizers. Quantizers that an earlier slice owns but this one reads too are evaluated
     again; `own_quantizers` leaves those out.
@@ -155,13 +164,23 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
     for node in inner:
         if node.target is not aten.sym_size.int and node not in copies:
             copies[node] = graph.node_copy(node, copy_of)
-    outputs = tuple(copy_of(node) for node in (inner[-1], *(by_name[name] for name in piece.carried)))
-    graph.output(outputs if piece.carried else outputs[0])
+    sides = _sides(module.graph, inner)
+    outputs = tuple(copy_of(node) for node in (inner[-1], *(by_name[name] for name in piece.carried), *sides))
+    graph.output(outputs if len(outputs) > 1 else outputs[0])
     result = fx.GraphModule(module, graph, class_name="Slice")
     result.graph.eliminate_dead_code()
     result.recompile()
-    result.meta["foreign"] = foreign
+    result.meta["foreign"], result.meta["sides"] = foreign, len(sides)
     return result
+
+
+def _sides(graph: fx.Graph, inner: list[fx.Node]) -> list[fx.Node]:
+    """The network's outputs among the nodes of a slice, but for its end, that depend on a quantizer in it."""
+    inside, changed = set(inner), set[fx.Node]()
+    for node in inner:
+        if node.op == "call_module" or any(n in changed for n in node.all_input_nodes if n in inside):
+            changed.add(node)
+    return [n for n in output_nodes(graph) if n in changed and n is not inner[-1]]
 
 
 def run_slice(piece: fx.GraphModule, tensors: Sequence[Tensor], batch_size: int) -> tuple[Tensor, ...]:
@@ -173,7 +192,7 @@ def run_slice(piece: fx.GraphModule, tensors: Sequence[Tensor], batch_size: int)
         batch_size: how many images they belong to.
 
     Returns:
-        The tensors at its end, the end's own first.
+        The tensors at its end, the end's own first, then those that are carried on, then the sides.
     """
     out = piece(tensors[0], batch_size, *tensors[1:])
     return out if isinstance(out, tuple) else (out,)

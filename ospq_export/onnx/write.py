@@ -23,7 +23,7 @@ from ospq_export.onnx.names import DYNAMIC_QUANTIZE, describe_inner_only, hide_o
 
 # The lowest that every format has; see `formats.integer` for why it is no higher.
 OPSET = 20
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 # The zero point that carries int8 codes as uint8, and the metadata that says so.
 UINT8_ZERO = 128
 ACTIVATION_LAYOUT = "activation_layout"
@@ -37,6 +37,7 @@ def write_onnx(
     input_size: tuple[int, int, int],
     batch_size: int | None,
     metadata: Mapping[str, str],
+    outputs: Sequence[str] = ("logits",),
     probes: Sequence[str] = (),
     expose_probes: bool = False,
     passes: Sequence[Callable[[Any], None]] = (),
@@ -47,7 +48,8 @@ def write_onnx(
     Raises:
         InputError: an operator has no translation, or the file cannot be written.
     """
-    model = translate(module, input_size=input_size, batch_size=batch_size, probes=probes, opset=opset)
+    returned = (*outputs, *probes)
+    model = translate(module, input_size=input_size, batch_size=batch_size, outputs=returned, opset=opset)
     write_translated(
         model, path, metadata=metadata, probes=probes, expose_probes=expose_probes, passes=passes
     )
@@ -69,7 +71,7 @@ def write_translated(
         path: the file; replaced only by a complete and checked one. Where it would be too large, its weights lie beside it in
             `runs.files.data_file(path)`.
         metadata: key-value pairs for the model's metadata.
-        probes: names of what the graph returns beside the logits; tensors inside the file are called so.
+        probes: names of what the graph returns behind its outputs; tensors inside the file are called so.
         expose_probes: whether they are outputs of the file too, for debugging.
         passes: changes of the finished onnx_ir model, in order: other precisions, storage or inputs.
 
@@ -77,8 +79,8 @@ def write_translated(
         InputError: the file cannot be written.
     """
     if not expose_probes:
-        hide_outputs(model, 1)
-    _tidy(model, metadata, {INPUT, OUTPUT, *probes})
+        hide_outputs(model, len(model.graph.outputs) - len(probes))
+    _tidy(model, metadata, {INPUT, *(value.name for value in model.graph.outputs), *probes})
     for change in passes:
         change(model)
     proto, tensors = serialize.split(model)
@@ -94,16 +96,16 @@ def translate(
     *,
     input_size: tuple[int, int, int],
     batch_size: int | None,
-    probes: Sequence[str] = (),
+    outputs: Sequence[str],
     opset: int = OPSET,
 ) -> Any:
     """Translate a graph to ONNX.
 
     Args:
-        module: `(B, C, H, W) float32 -> (B, K) float32` on the CPU.
+        module: from images (B, C, H, W) float32 to a tensor or a tuple of tensors; on the CPU.
         input_size: (channels, height, width) in pixels.
         batch_size: a fixed batch, or None for a dynamic one.
-        probes: names of what the graph returns beside the logits.
+        outputs: names of what the graph returns, probes among them.
         opset: the highest that a format in the graph asks for.
 
     Returns:
@@ -125,7 +127,7 @@ def translate(
                 opset_version=opset,
                 dynamic_shapes=dynamic,
                 input_names=[INPUT],
-                output_names=[OUTPUT, *probes],
+                output_names=list(outputs),
                 verbose=False,
             )
     except Exception as error:

@@ -138,6 +138,7 @@ class CalibrationRecord(_Record):
         distinct: how many of the images differ from all others.
         float_products: operators that multiply and add but have no quantized form.
         substituted: operators that have not the format of their role, with the reason.
+        outputs_left_out: what the network returns besides its outputs, with the reason.
     """
 
     images: int
@@ -152,6 +153,7 @@ class CalibrationRecord(_Record):
     distinct: int | None = None
     float_products: list[str] = []
     substituted: dict[str, str] = {}
+    outputs_left_out: dict[str, str] = {}
 
 
 class Manifest(_Record):
@@ -170,7 +172,7 @@ class Manifest(_Record):
     class_from: ClassLevel | None = None
     outputs: int | None = None
     recipe: Recipe
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "embed", "dense", "tensors"] = "classify"
     graph_fingerprint: str
     calibration: CalibrationRecord
     checkpoint: CheckpointRecord | None = None
@@ -193,7 +195,16 @@ class Manifest(_Record):
     def identity(self) -> dict[str, object]:
         """What must not change between an interrupted run and its continuation."""
         dumped = self.model_dump(mode="json")
-        keys = ("model", "data", "class_to_idx", "recipe", "graph_fingerprint", "calibration", "versions")
+        keys = (
+            "model",
+            "data",
+            "task",
+            "class_to_idx",
+            "recipe",
+            "graph_fingerprint",
+            "calibration",
+            "versions",
+        )
         result = {key: dumped[key] for key in keys}
         # Neither the threads nor a file that is no image tell one run from another.
         result["calibration"] = {

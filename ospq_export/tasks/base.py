@@ -1,46 +1,24 @@
-"""What a network's output is, and what a good one is: everything that depends on it is asked of a task."""
+"""What a network's outputs are, and what a good one is: everything that depends on it is asked of a task."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Generator, Tensor
 
 from ospq_export.errors import InputError
-from ospq_export.tasks.comparison import Comparison, two_classes
-from ospq_export.tasks.statistics import FloatArray, IntArray
+from ospq_export.tasks.measure import Measure
+
+Shapes = Mapping[str, Sequence[int]]
+"""Shapes of the outputs of one image, by name."""
+Tensors = Sequence[Tensor]
 
 
-class Outputs:
-    """Turns whatever an execution returns into a logit for each class.
-
-    Attributes:
-        threshold: a single logit above it stands for the second class; None takes 0.
-        used: the decision threshold, once a network with a single logit was met; None for all others.
-    """
-
-    def __init__(self, threshold: float | None) -> None:
-        self.threshold = threshold
-        self.used: float | None = None
-
-    def __call__(self, output: FloatArray) -> FloatArray:
-        """Logits (B, K), K >= 2, from an output (B, K), K >= 1.
-
-        Raises:
-            InputError: a threshold was given for a network with a logit for each class.
-        """
-        if output.shape[1] > 1:
-            if self.threshold is not None:
-                raise InputError(
-                    f"the network has {output.shape[1]} logits, the largest one decides",
-                    where="`decision_threshold`",
-                    fix="leave it out: it is for networks with a single logit",
-                )
-            return output
-        self.used = self.threshold or 0.0
-        return two_classes(output, self.used)
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """mean((output - target)^2) over the target's variance; scalar, 0 for equal tensors, 1 for one as wrong as the mean."""
+    return (output - target).square().mean() / target.var(correction=0).clamp_min(1e-12)
 
 
 class Task(ABC):
@@ -48,18 +26,35 @@ class Task(ABC):
 
     Attributes:
         name: as a manifest records it.
+        output: what a single output is called that the network does not name.
+        measure: what a validation keeps of outputs, and says of them.
     """
 
     name: ClassVar[str]
+    output: ClassVar[str] = "logits"
+    measure: ClassVar[Callable[..., Measure]]
+
+    def check(self, shapes: Shapes) -> None:
+        """Hold outputs to the task.
+
+        Raises:
+            InputError: they are not what it is about.
+        """
+        if len(shapes) > 1:
+            raise InputError(
+                f"the network has {len(shapes)} outputs ({', '.join(shapes)}), the task {self.name} is about one",
+                where="`task`",
+                fix="choose one with `outputs`, or take the task tensors",
+            )
 
     @abstractmethod
-    def sampled_loss(self, output: Tensor, generator: Generator, temperature: float) -> Tensor:
-        """The loss whose squared gradient is the Fisher information: of targets drawn from the output itself, summed.
+    def sampled_loss(self, outputs: Tensors, generator: Generator, temperature: float) -> Tensor:
+        """The loss whose squared gradient is the Fisher information: of targets drawn from the outputs themselves, summed.
 
         Args:
-            output: float32 (B, ...).
+            outputs: float32 (B, ...) each.
             generator: draws the targets.
-            temperature: softens the output's distribution.
+            temperature: softens the outputs' distribution, where they are logits.
         """
 
     @abstractmethod
@@ -67,19 +62,20 @@ class Task(ABC):
         """How far an output is from the float network's, differentiable: what the last slice may be optimised for; scalar."""
 
     @abstractmethod
-    def distance(self, output: Tensor, target: Tensor, temperature: float) -> Tensor:
-        """How far an output is from the float network's, with little chance in it: what trials are judged by; scalar."""
+    def distance(self, outputs: Tensors, targets: Tensors, temperature: float) -> Tensor:
+        """How far outputs are from the float network's, with little chance in it: what trials are judged by; scalar."""
 
-    @abstractmethod
-    def reader(self, threshold: float | None) -> Outputs:
-        """What turns whatever an execution returns into what `compare` takes."""
 
-    @abstractmethod
-    def compare(
-        self,
-        reference: tuple[str, FloatArray],
-        deployed: tuple[str, FloatArray],
-        labels: IntArray,
-        ids: Sequence[str],
-    ) -> Comparison:
-        """All statistics of a deployed execution against a reference; arguments as `comparison.compare` has them."""
+def only_logits(shapes: Shapes, task: str, dimensions: int, what: str) -> None:
+    """Hold a single output to a number of dimensions.
+
+    Raises:
+        InputError: it has another.
+    """
+    ((name, shape),) = shapes.items()
+    if len(shape) != dimensions:
+        raise InputError(
+            f"the output {name} has the shape {tuple(shape)} for an image, the task {task} is about {what}",
+            where="`task`",
+            fix="take the task tensors, which fits any output",
+        )

@@ -1,11 +1,12 @@
-"""Parity of two executions: pure functions on logits, and the collector of a streaming comparison."""
+"""Parity of two executions: pure functions on logits, and the record of what they find."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from ospq_export.tasks.statistics import (
     ClassChange,
@@ -53,26 +54,63 @@ class MarginHistogram(Record):
     flips: list[int]
 
 
+class ImageError(Record):
+    """An image and the relative error of an output for it: the norm of the difference over the reference's."""
+
+    id: str
+    error: float
+
+
+class OutputChange(Record):
+    """One output of a deployed execution against a reference's, over all images; 3.4e38 where not finite.
+
+    Attributes:
+        name: of the output.
+        mean_error: mean over the images of the relative error: the norm of the difference over the reference's norm.
+        max_error: the largest.
+        max_difference: of two elements.
+        mean_cosine: of the angle between both, as vectors.
+        min_cosine: the smallest.
+        noise: the largest relative error that is noise; None where that was not measured.
+        beyond: images with a larger error than that.
+        holds: another output of the reference that this one is much closer to than to its own: both are swapped.
+        worst: the images with the largest errors.
+    """
+
+    name: str
+    mean_error: float
+    max_error: float
+    max_difference: float
+    mean_cosine: float
+    min_cosine: float
+    noise: float | None = None
+    beyond: int | None = None
+    holds: str | None = None
+    worst: list[ImageError] = Field(default_factory=list)
+
+
 class Comparison(Record):
     """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite.
 
-    Without labels there is no Top-1, no test of McNemar's and no class.
+    Without labels there is no score, no test of McNemar's and no class. Agreement is of predictions, of neighbours or of pixels;
+    outputs that decide nothing have none. `outputs` is empty for classifiers, whose logits are compared as decisions.
     """
 
     reference: str
     deployed: str
     images: int
-    reference_top1: float | None
-    deployed_top1: float | None
-    top1_difference: float | None
-    agreement: float
-    agreement_interval: Rate
+    reference_score: float | None
+    deployed_score: float | None
+    score_difference: float | None
+    agreement: float | None
+    agreement_interval: Rate | None
     mcnemar: McNemar | None
     max_logit_difference: float
     mean_logit_difference: float
     flips: list[Flip]
     margins: MarginHistogram
     classes: list[ClassChange]
+    outputs: list[OutputChange] = Field(default_factory=list)
 
 
 def finite(value: float | np.floating[Any]) -> float:
@@ -205,9 +243,9 @@ def compare(
         reference=reference_name,
         deployed=deployed_name,
         images=len(labels),
-        reference_top1=top1[0] if labelled else None,
-        deployed_top1=top1[1] if labelled else None,
-        top1_difference=top1[1] - top1[0] if labelled else None,
+        reference_score=top1[0] if labelled else None,
+        deployed_score=top1[1] if labelled else None,
+        score_difference=top1[1] - top1[0] if labelled else None,
         agreement=agreement(ours, theirs),
         agreement_interval=wilson(int((predictions(ours) == predictions(theirs)).sum()), len(labels)),
         mcnemar=mcnemar(*correct) if labelled else None,
@@ -227,37 +265,3 @@ def _logit_difference(first: FloatArray, second: FloatArray) -> tuple[float, flo
         largest = float(np.maximum(largest, difference.max()))
         total += float(difference.sum())
     return largest, total / first.size
-
-
-class Collector:
-    """Keeps the logits of every execution, batch by batch; memory grows with the logits only.
-
-    Everything is allocated at once: small arrays kept from batch to batch would lie between the large ones that are freed, and
-    the holes that those leave could not be used again.
-
-    Args:
-        capacity: images that may be added, at most.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.ids: list[str] = []
-        self._logits: dict[str, FloatArray] = {}
-        self._labels = np.empty(capacity, np.int64)
-
-    def add(self, logits: Mapping[str, FloatArray], labels: IntArray, ids: Sequence[str]) -> None:
-        """Add one batch: logits (B, K) per execution, labels (B,), ids."""
-        place = slice(len(self.ids), len(self.ids) + len(ids))
-        for name, values in logits.items():
-            if name not in self._logits:
-                self._logits[name] = np.empty((len(self._labels), values.shape[1]), np.float32)
-            self._logits[name][place] = values
-        self._labels[place] = labels
-        self.ids += ids
-
-    def logits(self, name: str) -> FloatArray:
-        """All logits of one execution, (N, K)."""
-        return self._logits[name][: len(self.ids)]
-
-    def labels(self) -> IntArray:
-        """All labels, (N,)."""
-        return self._labels[: len(self.ids)]

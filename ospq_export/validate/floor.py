@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
-from ospq_export.tasks.comparison import finite, margin_change, predictions
+from ospq_export.graph.outputs import as_tuple
+from ospq_export.tasks.comparison import finite
+from ospq_export.tasks.measure import Outputs, Variation
 from ospq_export.tasks.statistics import FloatArray, Record
 
-Execution = Callable[[FloatArray], FloatArray]
+Execution = Callable[[FloatArray], Outputs]
 _SPLIT = 7
+_HEADROOM = 2.0
 
 
 class FloorVariation(Record):
@@ -23,6 +27,7 @@ class FloorVariation(Record):
     Attributes:
         reference: the execution that it varies.
         margin_change: the most by which it moved a margin between the predicted class and another, logits.
+        errors: the largest relative error of an image, by output; empty where a margin says more.
     """
 
     name: str
@@ -31,6 +36,7 @@ class FloorVariation(Record):
     flips: int
     mean_logit_difference: float
     margin_change: float = 0.0
+    errors: dict[str, float] = Field(default_factory=dict)
     skipped: str | None = None
 
     @property
@@ -53,21 +59,39 @@ class NoiseFloor(Record):
         """The largest change of a margin in any variation of an execution, logits."""
         return max((v.margin_change for v in self._run(reference)), default=0.0)
 
+    def errors(self, reference: str) -> dict[str, float] | None:
+        """The largest relative error of each output that is noise: twice that of any variation; None where none was run.
+
+        The largest of a sample is exceeded now and then by what is noise as well; twice that is not (ours).
+        """
+        run = self._run(reference)
+        if not run:
+            return None
+        names = dict.fromkeys(name for v in run for name in v.errors)
+        return {name: _HEADROOM * max(v.errors.get(name, 0.0) for v in run) for name in names}
+
     def _run(self, reference: str) -> list[FloorVariation]:
         return [v for v in self.variations if v.images and v.reference == reference]
 
 
 class FloorMeter:
-    """Counts the images on which each variation predicts another class than the reference execution did.
+    """Measures how far each variation is from the reference execution.
 
     Args:
         module: the fake-quantized network, float32, on `device`.
         device: torch device.
-        as_logits: from what the network returns to a logit for each class.
+        outputs: names of what it returns.
+        vary: what tells how far apart two executions' outputs are.
     """
 
-    def __init__(self, module: nn.Module, device: str, as_logits: Execution = lambda output: output) -> None:
-        self.as_logits = as_logits
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        outputs: Sequence[str],
+        vary: Callable[[Outputs, Outputs], Variation],
+    ) -> None:
+        self.outputs, self.vary = outputs, vary
         self.module, self.device = module, torch.device(device)
         self.double = copy.deepcopy(module).double()
         self.variations: dict[str, Execution] = {"batch split": self._split, "float64": self._double}
@@ -80,25 +104,34 @@ class FloorMeter:
         self.flips = dict.fromkeys(self.variations, 0)
         self.difference = dict.fromkeys(self.variations, 0.0)
         self.margins = dict.fromkeys(self.variations, 0.0)
+        self.errors: dict[str, dict[str, float]] = {name: {} for name in self.variations}
 
-    def add(self, images: FloatArray, reference: FloatArray) -> None:
-        """Run the variations on images (B, C, H, W) whose logits (B, K) the reference execution gave."""
+    def add(self, images: FloatArray, reference: Outputs) -> None:
+        """Run the variations on images (B, C, H, W) whose outputs the reference execution gave."""
         for name, execute in list(self.variations.items()):
             try:
-                logits = execute(images)
+                found = self.vary(reference, execute(images))
             except RuntimeError as error:
                 # A network may insist on float32 inside; the other variations still count.
                 self.skipped[name] = str(error).splitlines()[0]
                 del self.variations[name]
                 continue
             self.images[name] += len(images)
-            self.flips[name] += int((predictions(logits) != predictions(reference)).sum())
-            self.difference[name] += float(np.abs(logits.astype(np.float64) - reference).mean()) * len(images)
-            self.margins[name] = max(self.margins[name], finite(margin_change(reference, logits)))
+            self.flips[name] += found.flips
+            self.difference[name] += found.difference * len(images)
+            self.margins[name] = max(self.margins[name], found.margin)
+            self._raise_errors(name, found.errors)
+
+    def _raise_errors(self, name: str, errors: Mapping[str, float]) -> None:
+        held = self.errors[name]
+        held.update({output: max(held.get(output, 0.0), error) for output, error in errors.items()})
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON has it, for another process to absorb."""
-        return {key: getattr(self, key) for key in ("images", "flips", "difference", "margins", "skipped")}
+        return {
+            key: getattr(self, key)
+            for key in ("images", "flips", "difference", "margins", "errors", "skipped")
+        }
 
     def absorb(self, counts: Mapping[str, Any]) -> None:
         """Add what the meter of another process counted on other images."""
@@ -107,22 +140,24 @@ class FloorMeter:
             self.flips[name] += counts["flips"][name]
             self.difference[name] += counts["difference"][name]
             self.margins[name] = max(self.margins[name], counts["margins"][name])
+            self._raise_errors(name, counts["errors"][name])
         for name, reason in counts["skipped"].items():
             self.skipped.setdefault(name, reason)
             self.variations.pop(name, None)
 
-    def _run(self, module: nn.Module, x: torch.Tensor) -> FloatArray:
+    def _run(self, module: nn.Module, x: torch.Tensor) -> Outputs:
         with torch.inference_mode():
-            return self.as_logits(module(x.to(self.device)).float().cpu().numpy())
+            returned = as_tuple(module(x.to(self.device)))
+        return {name: y.float().cpu().numpy() for name, y in zip(self.outputs, returned, strict=True)}
 
-    def _split(self, images: FloatArray) -> FloatArray:
-        parts = torch.from_numpy(images).split(_SPLIT)
-        return np.concatenate([self._run(self.module, part) for part in parts])
+    def _split(self, images: FloatArray) -> Outputs:
+        parts = [self._run(self.module, part) for part in torch.from_numpy(images).split(_SPLIT)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
-    def _double(self, images: FloatArray) -> FloatArray:
+    def _double(self, images: FloatArray) -> Outputs:
         return self._run(self.double, torch.from_numpy(images).double())
 
-    def _other_threads(self, images: FloatArray) -> FloatArray:
+    def _other_threads(self, images: FloatArray) -> Outputs:
         before = torch.get_num_threads()
         torch.set_num_threads(2 if before == 1 else 1)
         try:
@@ -139,6 +174,7 @@ class FloorMeter:
                 flips=self.flips[name],
                 mean_logit_difference=finite(self.difference[name] / max(self.images[name], 1)),
                 margin_change=self.margins[name],
+                errors=self.errors[name],
             )
             for name in self.variations
         ]

@@ -14,10 +14,11 @@ import torch
 
 from ospq_export.errors import InputError
 from ospq_export.runs.tensors import image_digests
-from ospq_export.tasks.comparison import Collector
+from ospq_export.tasks.measure import Collector, Outputs, Variation
 from ospq_export.tasks.statistics import FloatArray
-from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.codes.locate import Locator, Reference, places_of
 from ospq_export.validate.codes.records import Location
+from ospq_export.validate.executions.backends import TorchBackend
 from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed
 from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
@@ -48,7 +49,7 @@ class Samples:
         batch_size: int,
         floor_images: int,
         code_images: int,
-        as_logits: Callable[[FloatArray], FloatArray],
+        vary: Callable[[Outputs, Outputs], Variation],
         calibrated_on: frozenset[str] = frozenset(),
     ) -> None:
         self.calibrated_on, self.seen = calibrated_on, 0
@@ -63,14 +64,16 @@ class Samples:
         self.meter: FloorMeter | None = None
         for backend in executions.backends:
             if backend.name == FAKE_QUANT and floor_images:
-                self.meter = FloorMeter(backend.module, device, as_logits)  # type: ignore[attr-defined]
+                assert isinstance(backend, TorchBackend)
+                self.meter = FloorMeter(backend.module, device, backend.outputs, vary)
 
-    def add(self, images: FloatArray, logits: dict[str, FloatArray]) -> None:
-        """Take what is needed of a batch (B, C, H, W) and its logits by execution."""
+    def add(self, images: FloatArray, outputs: Mapping[str, Outputs]) -> None:
+        """Take what is needed of a batch (B, C, H, W) and of every execution's outputs."""
         if self.first is None:
             self.first = images[:_LATENCY_IMAGES].copy()
         if self.meter is not None:
-            self.meter.add(images[: self.per_batch], logits[FAKE_QUANT][: self.per_batch])
+            reference = {name: values[: self.per_batch] for name, values in outputs[FAKE_QUANT].items()}
+            self.meter.add(images[: self.per_batch], reference)
         if self.calibrated_on:
             self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
         room = self.wanted - sum(map(len, self.kept))
@@ -100,7 +103,7 @@ def locate(
         network=network,
         exact=copy.deepcopy(network).double(),
         original=run.captured(),
-        slices=[(s.name, s.end) for s in slices],
+        places=places_of(network, run.slices()),
         slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
     )
     return [_locate(run.runnable(name), reference, sample, device) for name in files]
@@ -151,7 +154,7 @@ def pool(
 
     Args:
         world: who shares the validation.
-        collector: this process's logits, labels and ids.
+        collector: this process's columns, labels and ids.
         seconds: spent in each execution.
         unreadable: images that could not be read.
         samples: afterwards those of all processes.
@@ -163,7 +166,9 @@ def pool(
     if world.size == 1:
         return collector, seconds, list(unreadable), dict(notes)
     kept = np.concatenate(samples.kept) if samples.kept else np.empty((0, 0, 0, 0), np.float32)
+    columns = {name: collector.column(name) for name in collector.names}
     mine = {
+        "columns": {name: list(c.shape) for name, c in columns.items()},
         "labels": collector.labels().tolist(),
         "ids": collector.ids,
         "seconds": seconds,
@@ -174,14 +179,15 @@ def pool(
         "floor": None if samples.meter is None else samples.meter.counts(),
     }
     told = [json.loads(text) for text in world.tell(json.dumps(mine))]
-    tensors = [*(collector.logits(name) for name in seconds), kept]
-    parts = world.gather({world.rank: [torch.from_numpy(t).flatten() for t in tensors]}, world.size)
+    tensors = [*columns.values(), kept]
+    flat_tensors = [torch.from_numpy(np.ascontiguousarray(t)).flatten() for t in tensors]
+    parts = world.gather({world.rank: flat_tensors}, world.size)
     whole = Collector(sum(len(facts["ids"]) for facts in told))
     samples.kept, samples.seen = [], sum(facts["seen"] for facts in told)
     for place, (facts, flat) in enumerate(zip(told, parts, strict=True)):
-        rows = [t.view(len(facts["ids"]), -1).numpy() for t in flat[:-1]]
-        labels = np.array(facts["labels"], dtype=np.int64)
-        whole.add(dict(zip(seconds, rows, strict=True)), labels, facts["ids"])
+        shapes = facts["columns"].items()
+        rows = {n: t.view(shape).numpy() for (n, shape), t in zip(shapes, flat[:-1], strict=True)}
+        whole.add(rows, np.array(facts["labels"], dtype=np.int64), facts["ids"])
         if facts["kept"][0]:
             samples.kept.append(flat[-1].view(facts["kept"]).numpy())
         if samples.meter is not None and place != world.rank:

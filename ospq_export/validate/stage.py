@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.progress import Progress
 
-from ospq_export.errors import InputError
 from ospq_export.progress import stepper
 from ospq_export.runs.files import REPORT, write_json
-from ospq_export.tasks.base import Outputs
-from ospq_export.tasks.classify import TASKS
-from ospq_export.tasks.comparison import Collector
-from ospq_export.tasks.statistics import FloatArray
+from ospq_export.tasks.choice import TASKS
+from ospq_export.tasks.measure import Collector, Measure
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.chosen import check_preprocessing, open_baseline, open_executions
+from ospq_export.validate.executions.chosen import (
+    check_preprocessing,
+    open_baseline,
+    open_executions,
+    pairs_of,
+)
 from ospq_export.validate.executions.table import TABLE, Role, with_role
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
@@ -28,8 +30,6 @@ from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ospq_export.data import ImageSet
     from ospq_export.runs.run import Run
 
@@ -88,11 +88,11 @@ def validate(
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
-    task = TASKS[run.manifest.task]
-    outputs = task.reader(decision_threshold)
     references = executions.references(float_type)
     chosen = range(len(images)) if limit is None else images.choose(limit)
     count = len(chosen)
+    pairs = pairs_of(executions, references, float_type, [backend.name for backend in others])
+    measured = TASKS[run.manifest.task].measure(pairs, count, decision_threshold)
     here = share_of(world, count, batch_size)
     share = chosen[here.start : here.stop]
     samples = Samples(
@@ -102,11 +102,11 @@ def validate(
         batch_size,
         floor_images=part_of(floor_images, len(share), count),
         code_images=part_of(code_images, len(share), count),
-        as_logits=outputs,
+        vary=measured.vary,
         calibrated_on=run.calibration_digests(),
     )
     everything = [*executions.backends, *others]
-    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, outputs)
+    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, measured)
     found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
     collector, seconds, unreadable, notes = found
     if count < len(images):
@@ -126,8 +126,7 @@ def validate(
         floor=None if samples.meter is None else samples.meter.result(),
         locations=locate(run, references, samples.kept, device),
         seen=samples.seen,
-        decision_threshold=outputs.used,
-        task=task,
+        measure=measured,
     )
     report = assemble(run, evidence, thresholds or Thresholds(), baseline)
     if latency_batches and samples.first is not None:
@@ -154,38 +153,20 @@ def _collect(
     workers: int,
     progress: Progress | None,
     samples: Samples,
-    outputs: Outputs,
+    measured: Measure,
 ) -> tuple[Collector, dict[str, float]]:
     advance = stepper(progress, "validate", -(-len(share) // batch_size))
     collector = Collector(len(share))
     seconds = {execution.name: 0.0 for execution in executions}
     for batch in images.batches(batch_size, share, workers):
-        tensors = np.ascontiguousarray(batch.images.numpy())
-        logits = {}
+        tensors, labels = np.ascontiguousarray(batch.images.numpy()), batch.labels.numpy()
+        outputs = {}
         for execution in executions:
             started = time.perf_counter()
-            output = execution(tensors)
+            outputs[execution.name] = execution(tensors)
             seconds[execution.name] += time.perf_counter() - started
-            logits[execution.name] = outputs(output)
-        _check_classes(logits, batch.labels)
-        collector.add(logits, batch.labels.numpy(), batch.ids)
-        samples.add(tensors, logits)
+        columns = measured.columns(outputs, labels, batch.ids)
+        collector.add(columns, measured.label_of(labels), batch.ids)
+        samples.add(tensors, outputs)
         advance()
     return collector, seconds
-
-
-def _check_classes(logits: dict[str, FloatArray], labels: Tensor) -> None:
-    first, classes = next((name, values.shape[1]) for name, values in logits.items())
-    for name, values in logits.items():
-        if values.shape[1] != classes:
-            raise InputError(
-                f"{name} has {values.shape[1]} classes, {first} {classes}",
-                where="the executions",
-                fix="export the run again, or compare with a baseline for the same classes",
-            )
-    if bool((labels >= classes).any()):
-        raise InputError(
-            f"label {int(labels.max())}, but the network has {classes} classes",
-            where="`data`",
-            fix="give this network's own data",
-        )

@@ -16,7 +16,7 @@ from ospq_export.tasks.statistics import Record
 
 Outcome = Literal["met", "missed", "open"]
 # What a verdict that holds is shown by; the other criteria can only refute.
-_FIGURES = ("agreement", "accuracy")
+_FIGURES = ("agreement", "outputs", "accuracy")
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
 
 
@@ -31,6 +31,7 @@ class Thresholds(Record):
             `max_drop`.
         max_top1_difference: points of Top-1 between the deployed and the fake-quantized network, either way.
         significance: level of the exact test against the noise floor.
+        max_error: mean relative error, in percent, that outputs which decide nothing may have against the float network's.
     """
 
     max_drop: float = Field(default=1.0, ge=0, le=100)
@@ -38,6 +39,7 @@ class Thresholds(Record):
     min_agreement: float = Field(default=99.5, ge=0, le=100)
     max_top1_difference: float = Field(default=0.1, ge=0)
     significance: float = Field(default=0.01, gt=0, lt=1)
+    max_error: float = Field(default=10.0, ge=0)
 
     @property
     def most_flips(self) -> float:
@@ -50,7 +52,7 @@ class Criterion(Record):
 
     Attributes:
         deployed: the execution, or the file whose codes were compared.
-        name: "agreement", "top1", "codes", "finite", "compared" or "accuracy".
+        name: "agreement" or "outputs", "top1", "codes", "finite", "compared" or "accuracy".
         outcome: `met`, `missed`, or `open`: too few images to tell.
         by: what decided.
         text: in words, with the figures.

@@ -250,9 +250,9 @@ def test_baseline_is_compared_image_by_image(validated, finished_runs):
     assert pairs == [(f"baseline/{n}", n) for n in (FAKE_QUANT, OPTIMIZED)]
     top1 = {b.name: b.top1 for b in report.backends}
     for c in found.comparisons:
-        assert c.top1_difference == pytest.approx(top1[c.deployed] - top1[c.reference])
+        assert c.score_difference == pytest.approx(top1[c.deployed] - top1[c.reference])
         won, lost = c.mcnemar.only_deployed, c.mcnemar.only_reference
-        assert (won - lost) / LIMIT * 100 == pytest.approx(c.top1_difference)
+        assert (won - lost) / LIMIT * 100 == pytest.approx(c.score_difference)
     assert all(not c.deployed.startswith("baseline/") for c in report.verdict.criteria)
     alone = Run.open(finished_runs["w8a8"])
     images = demo_images("test", alone.manifest.data)

@@ -178,7 +178,7 @@ def test_without_labels_only_kept_can_be_shown():
     assert accuracy(few).outcome == "met" and "without labels" in accuracy(few).text
     found = accuracy(many)
     assert found.outcome == "open" and "only labels would tell" in found.text
-    assert few.top1_difference is None and few.mcnemar is None and few.classes == []
+    assert few.score_difference is None and few.mcnemar is None and few.classes == []
     assert set(outcomes(faithful(few, floor(0)))) == {"agreement"}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ospq_export.graph.quantizers import QuantizedGraph, WeightQuantizer, own_quantizers
@@ -15,6 +16,9 @@ from ospq_export.graph.slicing import Slice
 from ospq_export.recipes import Reconstruction
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.classify import CLASSIFY
+
+if TYPE_CHECKING:
+    from ospq_export.calibrate.reconstruct.activations import SliceData
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Objective(ABC):
 
     def __init__(self, settings: Reconstruction, weights: Sequence[WeightQuantizer]) -> None:
         self.normaliser = 1.0
+        self.side_weights: list[float] = []
         self.before = 0.0
         # Mean instead of sum: the balance of both terms then depends neither on a slice's size nor on a layout.
         self.rounding_weight = settings.rounding_weight / max(sum(w.codes.numel() for w in weights), 1)
@@ -88,9 +93,31 @@ class Objective(ABC):
     def raw(self, output: Tensor, target: Tensor) -> Tensor:
         """The reconstruction loss of a batch, not normalised; scalar, a mean over the images."""
 
-    def reconstruction(self, output: Tensor, target: Tensor) -> Tensor:
-        """The reconstruction loss of a batch, normalised."""
-        return self.raw(output, target) / self.normaliser
+    def weigh_sides(self, data: SliceData) -> None:
+        """Let every output of the network on the slice's way count as much as its end, relative to their variances (ours)."""
+        unit = self.unit(data.target) if data.sides else 0.0
+        self.side_weights = [unit / max(float(side.float().var()), 1e-12) for side in data.sides]
+
+    def unit(self, target: Tensor) -> float:
+        """The loss of an output as wrong as its mean: the target's variance."""
+        return float(target.float().var())
+
+    def of(self, outputs: Sequence[Tensor], data: SliceData) -> Tensor:
+        """The loss of a batch, not normalised: of the slice's end, and the squared error of the outputs on its way.
+
+        Args:
+            outputs: what the slice returned.
+            data: its targets.
+        """
+        (end, *sides), (target, *targets) = data.pairs(outputs)
+        loss = self.raw(end, target)
+        for weight, side, wanted in zip(self.side_weights, sides, targets, strict=True):
+            loss = loss + weight * F.mse_loss(side, wanted)
+        return loss
+
+    def reconstruction(self, outputs: Sequence[Tensor], data: SliceData) -> Tensor:
+        """The loss of a batch, normalised; arguments as `of` has them."""
+        return self.of(outputs, data) / self.normaliser
 
 
 MakeObjective = Callable[[int, fx.GraphModule, Tensor], Objective]

@@ -23,6 +23,10 @@ class Divergence(Objective):
         """The last slice's."""
         return cls(context, piece)
 
+    def unit(self, target: Tensor) -> float:
+        """A divergence has no unit."""
+        return 1.0
+
     def raw(self, output: Tensor, target: Tensor) -> Tensor:
         """See `Task.divergence`."""
         return self.task.divergence(output, target)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ospq_export.calibrate.cost import kept_bytes_per_image
 from ospq_export.calibrate.objectives.base import Context
 from ospq_export.calibrate.objectives.squared import Squared
+from ospq_export.graph.outputs import as_tuple
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.rewrite import Tap
 from ospq_export.recipes import FisherLoss
@@ -86,7 +87,7 @@ def fisher_weights(
     tap = Tap(network.module, {n: keep for n in network.module.graph.nodes if n.name in sums})
     for batch in images.split(max(1, min(_FISHER_BATCH, most))):
         output = tap.run(batch.to(device).requires_grad_(True))
-        task.sampled_loss(output, generator, temperature).backward()
+        task.sampled_loss(as_tuple(output), generator, temperature).backward()
         for name, tensor in kept.items():
             gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
             sums[name] = sums[name] + gradient.square().sum(0, keepdim=True)

@@ -31,12 +31,19 @@ class SliceData:
         quantized_input: the quantized prefix's tensors there.
         target: the float network's tensor at the slice's end.
         images: how many images they belong to.
+        sides: the float network's outputs on the way to the end, as `extract` has them.
     """
 
     float_input: Tensors
     quantized_input: Tensors
     target: Tensor
     images: int
+    sides: Tensors = ()
+
+    def pairs(self, outputs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+        """Of what a slice returned, what it is judged by: its end and the sides, and the float network's like."""
+        sides = outputs[len(outputs) - len(self.sides) :] if self.sides else ()
+        return (outputs[0], *sides), (self.target, *self.sides)
 
     def select(self, chosen: Tensor | slice) -> SliceData:
         """The same for some of the images."""
@@ -49,14 +56,15 @@ class SliceData:
 
     def copy_(self, other: SliceData) -> None:
         """Overwrite the tensors with those of data of the same shapes."""
-        ours, theirs = ((*d.float_input, *d.quantized_input, d.target) for d in (self, other))
+        ours, theirs = ((*d.float_input, *d.quantized_input, d.target, *d.sides) for d in (self, other))
         for held, given in zip(ours, theirs, strict=True):
             held.copy_(given, non_blocking=True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SliceData:
         """The same with every tensor replaced by what a function makes of it."""
         floats, quantized = tuple(map(function, self.float_input)), tuple(map(function, self.quantized_input))
-        return SliceData(floats, quantized, function(self.target), self.images)
+        sides = tuple(map(function, self.sides))
+        return SliceData(floats, quantized, function(self.target), self.images, sides)
 
 
 def rows_of(tensor: Tensor, chosen: Tensor, images: int) -> Tensor:

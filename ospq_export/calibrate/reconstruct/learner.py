@@ -140,8 +140,8 @@ class Learner:
         if self.rounding is not None:
             self.rounding.refresh()
         with arithmetic(self.settings.precision, part.target.device):
-            output = run_slice(self.piece, inputs, part.images)[0]
-        loss = self.objective.reconstruction(output.to(part.target.dtype), part.target)
+            outputs = run_slice(self.piece, inputs, part.images)
+        loss = self.objective.reconstruction([output.to(part.target.dtype) for output in outputs], part)
         if loss.requires_grad:
             torch.autograd.backward(loss)
         self._descend()

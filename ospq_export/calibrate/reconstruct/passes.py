@@ -24,15 +24,15 @@ class Passes(fx.Interpreter):
         while self._rest[0] is not until:
             self._compute(self._rest.pop(0))
 
-    def finish(self) -> Tensor:
-        """The slice's own tensor at its end; what is computed for it is forgotten."""
+    def finish(self) -> tuple[Tensor, ...]:
+        """The slice's tensors at its end, as `run_slice` has them; what is computed for them is forgotten."""
         kept = dict(self.env)
         *inner, last = self._rest
         for node in inner:
             self._compute(node)
         result = self.run_node(last)
         self.env = kept
-        return result[0] if isinstance(result, tuple) else result
+        return result if isinstance(result, tuple) else (result,)
 
     def _compute(self, node: fx.Node) -> None:
         self.env[node] = self.run_node(node)

@@ -83,6 +83,7 @@ class Reconstructor:
         """
         settings = self.settings
         objective = objective or objective_class(settings)(settings, weight_quantizers(piece))
+        objective.weigh_sides(data)
         before, loss_before = self.error(piece, data, objective)
         initial = _snapshot(piece)
         if settings.refinement_images > 0:
@@ -156,20 +157,28 @@ class Reconstructor:
     def error(
         self, piece: fx.GraphModule, data: SliceData, objective: Objective | None = None
     ) -> tuple[float, float]:
-        """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective."""
+        """Of the quantized slice on its quantized input: mean squared error over the target's variance, and the objective.
+
+        Of a slice with outputs of the network on its way, the error is the mean over all of them.
+        """
         judge = objective or objective_class(self.settings)(self.settings, [])
+        if objective is None:
+            judge.weigh_sides(data)
         data = data if self.error_images is None else data.select(slice(0, self.error_images))
-        total, loss, count = 0.0, 0.0, 0
+        targets = (data.target, *data.sides)
+        totals, loss = [0.0] * len(targets), 0.0
         set_mode(piece, Mode.QUANTIZE)
         with torch.no_grad():
             for start in range(0, data.images, self.settings.batch_size):
                 part = data.select(slice(start, start + self.settings.batch_size)).to(self.device)
-                output = run_slice(piece, part.quantized_input, part.images)[0]
-                total += float((output - part.target).square().sum(dtype=torch.float64))
-                loss += float(judge.raw(output, part.target)) * part.images
-                count += part.target.numel()
-        variance = float(data.target.float().var())
-        return total / count / max(variance, 1e-12), loss / data.images
+                outputs = run_slice(piece, part.quantized_input, part.images)
+                for index, (output, target) in enumerate(zip(*part.pairs(outputs), strict=True)):
+                    totals[index] += float((output - target).square().sum(dtype=torch.float64))
+                loss += float(judge.of(outputs, part)) * part.images
+        errors = [
+            t / x.numel() / max(float(x.float().var()), 1e-12) for t, x in zip(totals, targets, strict=True)
+        ]
+        return sum(errors) / len(errors), loss / data.images
 
 
 def _snapshot(piece: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
@@ -221,14 +230,14 @@ def walk(
     quantized_input: Tensors = (images,)
     for index, bounds in enumerate(slices):
         started = time.monotonic()
-        piece = extract(network.module, bounds)
+        piece, alive = extract(network.module, bounds), 1 + len(bounds.carried)
         float_output = forward(piece, float_input, Mode.FLOAT, device, count, store)
         if not restore(index, piece):
-            data = SliceData(float_input, quantized_input, float_output[0], count)
+            data = SliceData(float_input, quantized_input, float_output[0], count, float_output[alive:])
             objective = None if make_objective is None else make_objective(index, piece, float_output[0])
             metrics = reconstructor.run(piece, data, seed + 1_000_003 * (index + 1), objective)
             yield Step(index, piece, metrics, time.monotonic() - started)
             del data, objective
         if index + 1 < len(slices):
-            quantized_input = forward(piece, quantized_input, Mode.QUANTIZE, device, count, store)
-            float_input = float_output
+            quantized_input = forward(piece, quantized_input, Mode.QUANTIZE, device, count, store)[:alive]
+            float_input = float_output[:alive]

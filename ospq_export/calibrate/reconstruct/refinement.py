@@ -45,14 +45,14 @@ def refine_scales(piece: fx.GraphModule, data: SliceData, objective: Objective) 
     set_mode(piece, Mode.QUANTIZE)
     with torch.no_grad():
         passes = Passes(piece, data.quantized_input, data.images)
-        best = float(objective.raw(passes.finish(), data.target))
+        best = float(objective.of(passes.finish(), data))
         for node, quantizer in _in_graph_order(piece):
             passes.advance(node)
             searched = quantizer.scale.clone()
             chosen = searched.clone()
             for multiple in _MULTIPLES:
                 quantizer.scale.copy_(searched * multiple)
-                found = float(objective.raw(passes.finish(), data.target))
+                found = float(objective.of(passes.finish(), data))
                 if found < best:
                     best, chosen = found, quantizer.scale.clone()
             quantizer.scale.copy_(chosen)

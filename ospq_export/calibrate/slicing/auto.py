@@ -32,6 +32,7 @@ from ospq_export.calibrate.slicing.plan import (
     trial_of,
 )
 from ospq_export.graph.granularity import slicing_of
+from ospq_export.graph.outputs import as_tuple
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.slicing import Slice
 from ospq_export.recipes import Recipe, Reconstruction
@@ -95,23 +96,24 @@ class Trials:
         """
         self.judge = images
         self.network.set_mode(Mode.FLOAT)
-        self.reference = self._logits()
+        self.reference = self._outputs()
 
-    def _logits(self) -> Tensor:
+    def _outputs(self) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return torch.cat([self.network.module(x.to(self.device)) for x in self.judge.split(64)])
+            parts = [as_tuple(self.network.module(x.to(self.device))) for x in self.judge.split(64)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def run(
         self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = TRIAL_RATE
     ) -> float:
-        """Total variation between the softened class probabilities on the held-out images; arguments as `outputs` has them."""
+        """The task's distance from the float network on the held-out images; arguments as `outputs` has them."""
         found = self.outputs(candidate, iterations, batch_size, most_rate)
         return float(self.task.distance(found, self.reference, _TEMPERATURE))
 
     def outputs(
         self, candidate: Candidate, iterations: int, batch_size: int, most_rate: float = TRIAL_RATE
-    ) -> Tensor:
-        """The quantized network's logits on the held-out images, (N, classes), after a trial.
+    ) -> tuple[Tensor, ...]:
+        """The quantized network's outputs on the held-out images, (N, ...) each, after a trial.
 
         Args:
             candidate: one of those that were announced.
@@ -122,7 +124,7 @@ class Trials:
         """
         self._walk(candidate.slices, trial_of(self.recipe.reconstruction, iterations, batch_size, most_rate))
         self.network.set_mode(Mode.QUANTIZE)
-        found = self._logits()
+        found = self._outputs()
         self.network.load_state(self.initial)
         return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ospq_export.export.lower import lowering_of
 from ospq_export.export.lower.patches import as_linear, cuts_patches
+from ospq_export.graph.outputs import output_names, output_nodes, return_outputs
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.slicing import Slice
 
@@ -26,11 +27,11 @@ def lower(network: QuantizedGraph, probes: Mapping[str, str] | None = None) -> f
 
     Args:
         network: calibrated.
-        probes: what to return beside the logits, by the name of the network's node; see `probe_names`.
+        probes: what to return beside the outputs, by the name of the network's node; see `probe_names`.
 
     Returns:
-        `(B, C, H, W) float32 -> (B, K) float32`, or a tuple of that and the probes in order; buffers are named after the
-        network's constants.
+        From images (B, C, H, W) float32 to the outputs and then the probes in order, float32 both; a single one as it is.
+        `outputs.output_names` tells their names; buffers are named after the network's constants.
     """
     return _Lowering(network, probes or {}).run()
 
@@ -39,14 +40,16 @@ def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, s
     """Names for the tensors that tell where two executions part: node name -> "<quantizer>.codes" or "<slice>.output".
 
     The codes are what QuantizeLinear gives; a slice's output is what the next slice starts from. The last slice's output
-    is the logits, which need no other name.
+    is the network's, which needs no other name.
     """
     calls = network.module.graph.find_nodes(op="call_module")
     called = ((node.name, network.module.get_submodule(str(node.target))) for node in calls)
     names = {
         name: f"{module.name}.codes" for name, module in called if isinstance(module, ActivationQuantizer)
     }
-    return names | {piece.end: f"{piece.name}.output" for piece in slices[:-1]}
+    returned = {node.name for node in output_nodes(network.module.graph)}
+    ends = {piece.end: f"{piece.name}.output" for piece in slices[:-1]}
+    return names | {end: name for end, name in ends.items() if end not in returned}
 
 
 def highest_opset(network: QuantizedGraph) -> int:
@@ -69,7 +72,7 @@ class _Lowering:
         for node in self.network.module.graph.nodes:
             self.stack = node.meta.get("nn_module_stack", {})
             if node.op == "output":
-                self.graph.output(self._outputs(self.copies[node.args[0]]))
+                self._return(node.graph)
             elif node.op == "call_module":
                 self._quantizer(node, self.modules[str(node.target)])
             elif node.op == "get_attr":
@@ -83,9 +86,10 @@ class _Lowering:
         module.recompile()
         return module.eval()
 
-    def _outputs(self, logits: fx.Node) -> fx.Node | tuple[fx.Node, ...]:
+    def _return(self, graph: fx.Graph) -> None:
         by_name = {node.name: self.codes.get(node, copy) for node, copy in self.copies.items()}
-        return (logits, *(by_name[name] for name in self.probes)) if self.probes else logits
+        outputs = [*(self.copies[n] for n in output_nodes(graph)), *(by_name[name] for name in self.probes)]
+        return_outputs(self.graph, outputs, [*output_names(graph), *self.probes.values()])
 
     def call(self, target: object, *args: object) -> fx.Node:
         """An operator."""

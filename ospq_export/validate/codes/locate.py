@@ -8,14 +8,16 @@ so a difference belongs to the stretch of graph right before it. That one decide
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ospq_export.graph.outputs import output_names, output_nodes
 from ospq_export.graph.quantizers import ActivationQuantizer
 from ospq_export.graph.rewrite import OnValue, Tap
+from ospq_export.graph.slicing import Slice
 from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.codes.records import (
     CodeDifferences,
@@ -56,6 +58,33 @@ def _tap(
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where tensors are compared: the end of a slice, or one of the network's outputs.
+
+    Attributes:
+        name: of the slice, or "output NAME".
+        node: in the graph.
+        tensor: in a deployed file.
+    """
+
+    name: str
+    node: str
+    tensor: str
+
+
+def places_of(module: fx.GraphModule, slices: Sequence[Slice]) -> list[Place]:
+    """The end of every slice, and the network's outputs where no slice ends."""
+    graph = module.graph
+    outputs = dict(zip((n.name for n in output_nodes(graph)), output_names(graph), strict=True))
+    ends = {s.end: s.name for s in slices}
+    order = [n.name for n in graph.nodes if n.name in ends or n.name in outputs]
+    return [
+        Place(ends.get(n, f"output {outputs.get(n)}"), n, outputs.get(n, f"{ends.get(n)}{OUTPUT}"))
+        for n in order
+    ]
+
+
+@dataclass(frozen=True)
 class Reference:
     """The torch side of the comparison.
 
@@ -63,14 +92,14 @@ class Reference:
         network: fake-quantized, float32.
         exact: the same in float64.
         original: the float network; its nodes have the same names.
-        slices: (name, name of the node at its end), in order.
+        places: where tensors are compared, in the graph's order.
         slice_of: quantizer name -> slice name.
     """
 
     network: fx.GraphModule
     exact: fx.GraphModule
     original: fx.GraphModule
-    slices: list[tuple[str, str]]
+    places: list[Place]
     slice_of: Mapping[str, str]
 
     @property
@@ -78,7 +107,7 @@ class Reference:
         """Names of the inner tensors that a deployed file should have."""
         quantizers = [m for m in self.network.modules() if isinstance(m, ActivationQuantizer)]
         names = [f"{q.name}{CODES}" for q in quantizers]
-        return frozenset([*names, *(f"{name}{OUTPUT}" for name, _ in self.slices[:-1])])
+        return frozenset([*names, *(place.tensor for place in self.places)])
 
 
 class Locator:
@@ -86,7 +115,8 @@ class Locator:
 
     def __init__(self, reference: Reference, probed: Probed, deployed: str) -> None:
         self.reference, self.probed, self.deployed = reference, probed, deployed
-        self.ends = {end: name for name, end in reference.slices}
+        self.ends = {place.node: place.name for place in reference.places}
+        self.tensors = {place.name: place.tensor for place in reference.places}
         self.images = 0
         self.free: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
         self.equal: dict[str, CodeDifferences] = defaultdict(CodeDifferences)
@@ -111,10 +141,6 @@ class Locator:
         _tap(module, self.ends, lambda _q, _x: None, outputs.__setitem__).run(x)
         return outputs
 
-    def _given(self, slice_name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        last = self.reference.slices[-1][0]
-        return tensors.get(self.probed.logits if slice_name == last else f"{slice_name}{OUTPUT}")
-
     def _free_running(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
 
@@ -126,7 +152,7 @@ class Locator:
 
         def on_end(name: str, value: Tensor) -> None:
             outputs[name] = value
-            given = self._given(name, tensors)
+            given = tensors.get(self.tensors[name])
             if given is not None:
                 self.power["deployed", name].add(value, given)
 
@@ -146,7 +172,7 @@ class Locator:
             return format_.dequantize(format_.decode(codes).double(), scales, quantizer.used_offset)
 
         def on_end(name: str, value: Tensor) -> Tensor | None:
-            given = self._given(name, tensors)
+            given = tensors.get(self.tensors[name])
             if given is None:
                 return None
             self.power["equal_input", name].add(value, given)
@@ -158,7 +184,7 @@ class Locator:
         """What was found on all batches so far."""
         half = self.probed.half
         quantizers = [self._quantizer(name) for name in self.equal]
-        slices = [self._slice(name) for name, _ in self.reference.slices]
+        slices = [self._slice(place.name) for place in self.reference.places]
         found = list(self._faults(quantizers, slices))
         return Location(
             deployed=self.deployed,
@@ -205,7 +231,7 @@ class Locator:
         """(slice, description) of every difference that rounding does not explain, slice by slice."""
         half = self.probed.half
         for piece in slices:
-            where = f"slice {piece.name}"
+            where = piece.name if piece.name.startswith("output ") else f"slice {piece.name}"
             for q in quantizers:
                 if q.slice == piece.name and not q.excess <= MAX_EXCESS[half]:
                     other = f"{q.share:.3g} % other codes, up to {q.max_step} steps"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ospq_export.errors import InputError
+from ospq_export.graph.outputs import LOGITS, as_tuple
 from ospq_export.runs.files import stored_bytes
+from ospq_export.tasks.measure import Outputs
 from ospq_export.tasks.statistics import FloatArray
 from ospq_export.world.processes import local_rank
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
@@ -39,33 +41,35 @@ class Backend(Protocol):
     fixed_batch: int | None
     detail: dict[str, str]
 
-    def __call__(self, images: FloatArray) -> FloatArray:
-        """Logits (B, K) float32 of images (B, C, H, W) float32."""
+    def __call__(self, images: FloatArray) -> Outputs:
+        """The network's outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
         raise NotImplementedError
 
 
 class TorchBackend:
-    """A torch module on a device."""
+    """A torch module on a device; `outputs` are the names of what it returns."""
 
     fixed_batch: int | None = None
 
-    def __init__(self, name: str, module: nn.Module, device: str = "cpu") -> None:
-        self.name = name
+    def __init__(
+        self, name: str, module: nn.Module, device: str = "cpu", outputs: Sequence[str] = (LOGITS,)
+    ) -> None:
+        self.name, self.outputs = name, outputs
         self.device = torch.device(device)
         self.module = module.to(self.device).eval()
         self.detail = {"runtime": f"torch {torch.__version__}", "device": str(self.device)}
 
-    def __call__(self, images: FloatArray) -> FloatArray:
-        """Logits (B, K) float32 of images (B, C, H, W) float32."""
+    def __call__(self, images: FloatArray) -> Outputs:
+        """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
         with torch.inference_mode():
-            logits: torch.Tensor = self.module(torch.from_numpy(images).to(self.device))
-        return logits.float().cpu().numpy()
+            returned = as_tuple(self.module(torch.from_numpy(images).to(self.device)))
+        return {name: x.float().cpu().numpy() for name, x in zip(self.outputs, returned, strict=True)}
 
 
 class OnnxRuntimeBackend:
     """An ONNX Runtime session with a stated optimisation level, on a provider that it really got.
 
-    Of a file with one input (B, C, H, W) float32 and one output (B, K); see `open_session` for arguments and errors.
+    Of a file with one input (B, C, H, W) float32; see `open_session` for arguments and errors.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class OnnxRuntimeBackend:
             path, path, optimize=optimize, provider=provider, threads=threads, without=without
         )
         self.input = self.session.get_inputs()[0]
+        self.outputs = [output.name for output in self.session.get_outputs()]
         batch = self.input.shape[0]
         self.fixed_batch = batch if isinstance(batch, int) else None
         self.detail = {
@@ -97,16 +102,10 @@ class OnnxRuntimeBackend:
         if _needs_exact_kernels(optimize, provider):
             self.detail["session options"] = f"{PRECISE_KERNELS}=1"
 
-    def __call__(self, images: FloatArray) -> FloatArray:
-        """Logits (B, K) float32 of images (B, C, H, W) float32."""
+    def __call__(self, images: FloatArray) -> Outputs:
+        """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
         self._check(images)
-        if self.fixed_batch is None:
-            return self._run(images)
-        size = self.fixed_batch
-        padding = np.zeros((-len(images) % size, *images.shape[1:]), np.float32)
-        padded = np.concatenate([images, padding]) if len(padding) else images
-        parts = [self._run(padded[start : start + size]) for start in range(0, len(padded), size)]
-        return np.concatenate(parts)[: len(images)]
+        return in_batches(self._run, images, self.fixed_batch)
 
     def _check(self, images: FloatArray) -> None:
         expected = self.input.shape[1:]
@@ -118,8 +117,24 @@ class OnnxRuntimeBackend:
                 fix="export the run again",
             )
 
-    def _run(self, images: FloatArray) -> FloatArray:
-        return self.session.run(None, {self.input.name: images})[0]
+    def _run(self, images: FloatArray) -> Outputs:
+        return dict(zip(self.outputs, self.session.run(None, {self.input.name: images}), strict=True))
+
+
+def in_batches(run: Callable[[FloatArray], Outputs], images: FloatArray, size: int | None) -> Outputs:
+    """Run images through what takes batches of one size only; what is missing in the last one is filled up with zeros.
+
+    Args:
+        run: images (size, C, H, W) -> outputs.
+        images: float32 (B, C, H, W).
+        size: of a batch; None where any will do.
+    """
+    if size is None:
+        return run(images)
+    padding = np.zeros((-len(images) % size, *images.shape[1:]), np.float32)
+    padded = np.concatenate([images, padding]) if len(padding) else images
+    parts = [run(padded[start : start + size]) for start in range(0, len(padded), size)]
+    return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in parts[0]}
 
 
 def check_provider(provider: str) -> str:

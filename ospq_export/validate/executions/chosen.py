@@ -218,6 +218,26 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
         engine_file(run.path)
 
 
+def pairs_of(
+    executions: Executions, references: Mapping[str, str], float_type: str, others: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Every (reference, execution held to it) that a report compares.
+
+    Args:
+        executions: of the run.
+        references: deployed execution -> what it is compared with.
+        float_type: as `Executions.references` has it.
+        others: executions of the baseline.
+    """
+    names, held = executions.names, executions.float_reference
+    pairs = [(reference, name) for name, reference in references.items()]
+    if held is not None:
+        pairs += [(held, name) for name in (*references, *executions.uncompared(float_type))]
+    both = [(FLOAT, FAKE_QUANT), (FAKE_QUANT_FP16, FAKE_QUANT)]
+    pairs += [pair for pair in both if set(pair) <= set(names)]
+    return pairs + [(name, name.removeprefix(PREFIX)) for name in others]
+
+
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
     """Networks and engines in the run directory that none of the executions ran, by file name."""
     ran = {e.detail.get("file") for e in executions}

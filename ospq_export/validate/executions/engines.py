@@ -11,6 +11,7 @@ import torch
 from ospq_export.engines.products import Product, load
 from ospq_export.errors import InputError
 from ospq_export.runs.files import ENGINE, QUANTIZED_ONNX, sha256
+from ospq_export.tasks.measure import Outputs
 from ospq_export.tasks.statistics import FloatArray
 
 
@@ -42,8 +43,7 @@ class EngineBackend:
         self.context = self.engine.create_execution_context()
         tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         inputs = [t for t in tensors if self.engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
-        outputs = [t for t in tensors if t not in inputs]
-        self.input, self.output = inputs[0], outputs[0]
+        self.input, self.outputs = inputs[0], [t for t in tensors if t not in inputs]
         fixed = int(self.engine.get_tensor_shape(self.input)[0])
         self.fixed_batch = fixed if fixed > 0 else None
         self.batch_size = int(self.engine.get_tensor_profile_shape(self.input, 0)[2][0])
@@ -55,25 +55,28 @@ class EngineBackend:
             **{f"sidecar.{k}": str(value) for k, value in sidecar.items() if isinstance(value, str | int)},
         }
 
-    def __call__(self, images: FloatArray) -> FloatArray:
-        """Logits (B, K) float32 of images (B, C, H, W) float32."""
+    def __call__(self, images: FloatArray) -> Outputs:
+        """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
         x = torch.from_numpy(images).cuda()
-        return torch.cat([self._run(part) for part in x.split(self.batch_size)]).float().cpu().numpy()
+        parts = [self._run(part) for part in x.split(self.batch_size)]
+        return {n: torch.cat([part[n] for part in parts]).float().cpu().numpy() for n in self.outputs}
 
-    def _run(self, part: torch.Tensor) -> torch.Tensor:
+    def _run(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
         count = len(part)
         if self.fixed_batch is not None and self.fixed_batch > count:
             part = torch.cat([part, part.new_zeros(self.fixed_batch - count, *part.shape[1:])])
         part = part.contiguous()
         self.context.set_input_shape(self.input, tuple(part.shape))
-        out = torch.empty(tuple(self.context.get_tensor_shape(self.output)), device="cuda")
+        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
+        found = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
         self.context.set_tensor_address(self.input, part.data_ptr())
-        self.context.set_tensor_address(self.output, out.data_ptr())
+        for name, out in found.items():
+            self.context.set_tensor_address(name, out.data_ptr())
         stream = torch.cuda.current_stream()
         if not self.context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"{self.name} failed to execute {self.path}")
         stream.synchronize()
-        return out[:count]
+        return {name: out[:count] for name, out in found.items()}
 
 
 def _check_gpu(name: str) -> None:

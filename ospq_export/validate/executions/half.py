@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ospq_export.graph.outputs import as_tuple
 from ospq_export.graph.quantizers import ActivationQuantizer, WeightQuantizer
 from ospq_export.onnx.half import KEEPS_FLOAT32, MOVES, fits_fp16
 
@@ -83,7 +84,6 @@ class HalfNetwork(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) float32 of images (B, C, H, W) float32."""
-        logits: Tensor = _Half(self.network).run(images)
-        return logits.float()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, float32, of images (B, C, H, W) float32."""
+        return tuple(output.float() for output in as_tuple(_Half(self.network).run(images)))

@@ -26,7 +26,7 @@ class Probed:
     """An exported file, opened with its inner tensors as outputs.
 
     Attributes:
-        run: images (B, C, H, W) float32 -> tensors by name; the logits are called `logits`.
+        run: images (B, C, H, W) float32 -> tensors by name, the file's own outputs among them.
         names: the inner tensors, "<quantizer>.codes" and "<slice>.output".
         batch_size: fixed, or None.
         half: whether the file computes in FP16 between its integer operators.
@@ -34,7 +34,6 @@ class Probed:
 
     run: Callable[[FloatArray], Tensors]
     names: frozenset[str]
-    logits: str
     half: bool
     batch_size: int | None = None
 
@@ -78,8 +77,8 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
 
     proto = read_proto(path)
     types = {o: n.op_type for n in proto.graph.node for o in n.output}
-    present = [name for name in types if name in wanted]
-    logits = proto.graph.output[0].name
+    returned = [output.name for output in proto.graph.output]
+    present = [name for name in types if name in wanted and name not in returned]
     half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
         n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
     )
@@ -88,13 +87,13 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
         kind = known.get(name, TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT)
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     session = open_session(proto.SerializeToString(), path, optimize=optimize, provider=provider)
-    feed, outputs = session.get_inputs()[0].name, [logits, *present]
+    feed, outputs = session.get_inputs()[0].name, [*returned, *present]
 
     def run(images: FloatArray) -> Tensors:
         return dict(zip(outputs, session.run(outputs, {feed: images}), strict=True))
 
     size = session.get_inputs()[0].shape[0]
-    return Probed(run, frozenset(present), logits, half, size if isinstance(size, int) else None)
+    return Probed(run, frozenset(outputs), half, size if isinstance(size, int) else None)
 
 
 def _element_types(proto: Any, path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ospq_export.engines.products import Product
+from ospq_export.graph.outputs import output_names
 from ospq_export.runs.files import FLOAT_ONNX, HALF_ONNX, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.engines import EngineBackend, engine_file
@@ -96,11 +97,9 @@ class Execution:
             return OnnxRuntimeBackend(
                 self.name, path, optimize=self.optimize, provider=provider, without=without
             )
-        if self.role is Role.FLOAT:
-            return TorchBackend(self.name, run.float_network(), device)
-        if self.float_type == "fp16":
-            return TorchBackend(self.name, HalfNetwork(run.quantized_graph().module), device)
-        return TorchBackend(self.name, run.fake_quant_network(), device)
+        graph = run.captured() if self.role is Role.FLOAT else run.quantized_graph().module
+        module = HalfNetwork(graph) if self.role is not Role.FLOAT and self.float_type == "fp16" else graph
+        return TorchBackend(self.name, module, device, output_names(graph.graph))
 
 
 def _table() -> Iterator[Execution]:

@@ -8,33 +8,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ospq_export.data import ImagesRecord
-from ospq_export.tasks.base import Task
-from ospq_export.tasks.comparison import (
-    Collector,
-    Comparison,
-    finite,
-    has_labels,
-    margin_change,
-    predictions,
-    topk_accuracy,
-)
-from ospq_export.tasks.statistics import FloatArray, IntArray, expected_calibration_error, wilson
+from ospq_export.tasks.accuracy import AccuracyChange
+from ospq_export.tasks.comparison import Comparison, has_labels
+from ospq_export.tasks.measure import Collector, Measure
+from ospq_export.tasks.statistics import Rate
 from ospq_export.validate.codes.records import Location, weight_comparisons
-from ospq_export.validate.criteria import (
-    AccuracyChange,
-    accuracy_change,
-    accuracy_criteria,
-    faithful_criteria,
-)
+from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
+from ospq_export.validate.kept import accuracy_criteria
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
 from ospq_export.validate.verdict import Thresholds, conclude
 from ospq_export.world.processor import examine_processor, machine_name
@@ -50,7 +38,7 @@ class Evidence:
     """What one pass over the images found.
 
     Attributes:
-        collector: logits of every execution, labels and ids.
+        collector: what was kept of every execution's outputs, labels and ids.
         seconds: spent in each execution.
         backends: all executions, this run's and the baseline's.
         executions: of this run.
@@ -62,8 +50,7 @@ class Evidence:
         class_to_idx: classes of the images.
         locations: comparisons of codes.
         seen: how many of the images the run was calibrated on, by content.
-        decision_threshold: of a network with a single logit; None for all others.
-        task: what the network's output is.
+        measure: what compares outputs.
     """
 
     collector: Collector
@@ -78,22 +65,16 @@ class Evidence:
     class_to_idx: Mapping[str, int]
     locations: list[Location]
     seen: int
-    decision_threshold: float | None
-    task: Task
+    measure: Measure
 
     def names(self, *, baseline: bool) -> list[str]:
         """Executions of the baseline, or of the run itself."""
         return [b.name for b in self.backends if b.name.startswith(PREFIX) is baseline]
 
-    def pair(self, reference: str, deployed: str) -> Comparison:
-        """One execution against another."""
-        logits = self.collector.logits
-        return self.task.compare(
-            (reference, logits(reference)),
-            (deployed, logits(deployed)),
-            self.collector.labels(),
-            self.collector.ids,
-        )
+    def pair(self, reference: str, deployed: str, floor: NoiseFloor | None = None) -> Comparison:
+        """One execution against another, and against the noise floor where that is given."""
+        noise = None if floor is None else floor.errors(reference)
+        return self.measure.compare(self.collector, reference, deployed, noise)
 
 
 def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | None = None) -> Report:
@@ -105,26 +86,26 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         thresholds: what is allowed.
         other: the baseline.
     """
-    names, logits = evidence.names(baseline=False), evidence.collector.logits
-    labels = evidence.collector.labels()
+    names, labels = evidence.names(baseline=False), evidence.collector.labels()
     known = evidence.class_to_idx or run.manifest.class_to_idx
     class_names = sorted(known, key=known.__getitem__)
-    if has_labels(labels):
-        _warn_about_classes(class_names, logits(names[0]).shape[1])
-    comparisons = [evidence.pair(reference, name) for name, reference in evidence.references.items()]
+    if has_labels(labels) and run.manifest.task == "classify":
+        _warn_about_classes(class_names, evidence.collector.column(names[0]).shape[1])
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
+    comparisons = [evidence.pair(reference, name, floor) for name, reference in evidence.references.items()]
     left, findings = not_executed(run, evidence.backends), processor_findings(run, names)
-    not_finite = [name for name in names if not np.isfinite(logits(name)).all()]
+    not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
         comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
     )
     notes = [*_notes(evidence, left), *findings]
     return Report(
         verdict=conclude(faithful, accuracy_criteria(changes, thresholds), notes),
+        task=run.manifest.task,
         thresholds=thresholds,
         images=len(labels),
         labelled=has_labels(labels),
-        decision_threshold=evidence.decision_threshold,
+        decision_threshold=evidence.measure.decision_threshold,
         calibration_images_seen=evidence.seen,
         not_executed=left,
         accuracy=changes,
@@ -152,7 +133,8 @@ def _changes(evidence: Evidence, limits: Thresholds) -> list[AccuracyChange]:
     if reference is None:
         return []
     deployed = [*evidence.references, *evidence.uncompared]
-    return [accuracy_change(evidence.pair(reference, name), limits.confidence) for name in deployed]
+    accuracy, collector = evidence.measure.accuracy, evidence.collector
+    return [accuracy(collector, reference, name, limits.confidence) for name in deployed]
 
 
 def _notes(evidence: Evidence, left: list[str]) -> list[str]:
@@ -167,11 +149,10 @@ def _notes(evidence: Evidence, left: list[str]) -> list[str]:
         )
     if evidence.unreadable:
         notes.append(f"{len(evidence.unreadable):,} images could not be read and are not judged")
-    if evidence.decision_threshold is not None:
-        notes.append(
-            f"one logit, so two classes: the second one where the logit exceeds {evidence.decision_threshold:g}"
-        )
-    if not has_labels(evidence.collector.labels()):
+    threshold = evidence.measure.decision_threshold
+    if threshold is not None:
+        notes.append(f"one logit, so two classes: the second one where the logit exceeds {threshold:g}")
+    if evidence.measure.uses_labels and not has_labels(evidence.collector.labels()):
         notes.append(
             "the images have no labels: accuracy is judged by the predictions that differ from float's"
         )
@@ -186,14 +167,15 @@ def _whole_floor(evidence: Evidence) -> NoiseFloor | None:
     """
     if evidence.floor is None or not {FAKE_QUANT, FAKE_QUANT_FP16} <= set(evidence.names(baseline=False)):
         return evidence.floor
-    pair, logits = evidence.pair(FAKE_QUANT_FP16, FAKE_QUANT), evidence.collector.logits
+    found = evidence.measure.spread(evidence.collector, FAKE_QUANT_FP16, FAKE_QUANT)
     variation = FloorVariation(
         name="float32 between quantizers",
         reference=FAKE_QUANT_FP16,
         images=len(evidence.collector.ids),
-        flips=len(pair.flips),
-        mean_logit_difference=pair.mean_logit_difference,
-        margin_change=finite(margin_change(logits(FAKE_QUANT_FP16), logits(FAKE_QUANT))),
+        flips=found.flips,
+        mean_logit_difference=found.difference,
+        margin_change=found.margin,
+        errors=dict(found.errors),
     )
     return NoiseFloor(variations=[*evidence.floor.variations, variation])
 
@@ -214,26 +196,16 @@ def _baseline(other: Run, evidence: Evidence) -> BaselineResult:
 
 
 def _result(execution: Backend, evidence: Evidence) -> BackendResult:
-    logits, labels = evidence.collector.logits(execution.name), evidence.collector.labels()
-    seconds = evidence.seconds[execution.name]
+    seconds, images = evidence.seconds[execution.name], len(evidence.collector.ids)
+    scores = evidence.measure.scores(evidence.collector, execution.name)
     return BackendResult(
         name=execution.name,
         detail=execution.detail,
-        **(_scores(logits, labels) if has_labels(labels) else {}),
+        scores={name: s.percent if isinstance(s, Rate) else s for name, s in scores.items()},
+        intervals={name: s for name, s in scores.items() if isinstance(s, Rate)},
         seconds=round(seconds, 3),
-        images_per_second=round(len(labels) / max(seconds, 1e-9), 1),
+        images_per_second=round(images / max(seconds, 1e-9), 1),
     )
-
-
-def _scores(logits: FloatArray, labels: IntArray) -> dict[str, Any]:
-    hits, top5 = int((predictions(logits) == labels).sum()), topk_accuracy(logits, labels, 5)
-    return {
-        "top1": topk_accuracy(logits, labels, 1),
-        "top1_interval": wilson(hits, len(labels)),
-        "top5": top5,
-        "top5_interval": wilson(round(top5 * len(labels) / 100), len(labels)),
-        "calibration_error": expected_calibration_error(logits, labels),
-    }
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospq_export.runs.files import REPORT_HTML, REPORT_MD, replacing
-from ospq_export.validate.report.model import image_lines, number
+from ospq_export.validate.report.model import image_lines, number, parity_cells, score_names
 from ospq_export.validate.verdict import worst_of
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
         "worst": worst_of(report.verdict.faithful, report.verdict.accuracy),
         "references": " and ".join(dict.fromkeys(c.reference for c in report.comparisons)),
         "compared": {c.deployed: c for c in report.comparisons},
+        "scores": score_names(report),
+        "intervals": {name for b in report.backends for name in b.intervals},
+        "cells": list(dict.fromkeys(x for c in report.comparisons for x in parity_cells(c))),
+        "parity": parity_cells,
+        "outputs": [(c, o) for c in _all_comparisons(report) for o in c.outputs],
+        "quantization": _quantization(report.quantization),
         "latencies": _latencies(report),
         "batch_sizes": sorted({x.batch_size for x in report.latencies}),
         "flips": [_Flips(c, report.class_names) for c in report.comparisons if c.flips],
@@ -102,6 +108,23 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
         "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
         "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
     }
+
+
+def _all_comparisons(report: Report) -> list[Comparison]:
+    """Of the deployed executions, then of quantization itself."""
+    return [*report.comparisons, *([report.quantization] if report.quantization else [])]
+
+
+def _quantization(c: Comparison | None) -> str:
+    """What quantization itself changes, in a sentence."""
+    if c is None:
+        return ""
+    if c.outputs and c.mcnemar is None:
+        errors = ", ".join(f"{o.name} by {100 * o.mean_error:.3g} %" for o in c.outputs)
+        score = "" if c.score_difference is None else f", and the score by {c.score_difference:+.2f} points"
+        return f"Quantization itself changes {errors} on average{score}."
+    score = "" if c.mcnemar is None else f"the score by {c.score_difference:+.2f} points and "
+    return f"Quantization itself changes {score}{len(c.flips)} predictions."
 
 
 class _Flips:

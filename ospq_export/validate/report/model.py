@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from ospq_export.tasks.accuracy import TOP1, AccuracyChange
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.statistics import Rate, Record
 from ospq_export.validate.codes.records import Location, WeightComparison
-from ospq_export.validate.criteria import AccuracyChange
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.verdict import Thresholds, Verdict
@@ -18,17 +18,24 @@ from ospq_export.world.processor import machine_name as machine_name
 
 
 class BackendResult(Record):
-    """One execution over all images; accuracies in percent, none without labels."""
+    """One execution over all images.
+
+    Attributes:
+        scores: in percent, by name: "Top-1", "Top-5", "calibration error", "k-NN Top-1", "mIoU"; none without labels.
+        intervals: of those that are shares of the images.
+    """
 
     name: str
     detail: dict[str, str]
-    top1: float | None = None
-    top1_interval: Rate | None = None
-    top5: float | None = None
-    top5_interval: Rate | None = None
-    calibration_error: float | None = None
+    scores: dict[str, float] = Field(default_factory=dict)
+    intervals: dict[str, Rate] = Field(default_factory=dict)
     seconds: float
     images_per_second: float
+
+    @property
+    def top1(self) -> float | None:
+        """Top-1 of a classifier, percent; None without labels."""
+        return self.scores.get(TOP1)
 
 
 class _RunIdentity(Record):
@@ -70,7 +77,8 @@ class Report(BaseModel):
     model_config = Record.model_config
 
     verdict: Verdict
-    schema_version: Literal[5] = 5
+    schema_version: Literal[6] = 6
+    task: str = "classify"
     thresholds: Thresholds
     images: int
     labelled: bool = True
@@ -99,6 +107,21 @@ class Report(BaseModel):
 def number(value: float | None, form: str = "%.2f") -> str:
     """A figure as tables show it: nothing where there is none."""
     return "" if value is None else form % value
+
+
+def score_names(report: Report) -> list[str]:
+    """Names of all scores, in the order of the first execution's."""
+    return list(dict.fromkeys(name for b in report.backends for name in b.scores))
+
+
+def parity_cells(c: Comparison | None) -> dict[str, str]:
+    """What a comparison says in a row of a table, by column: how outputs agree, and how far they are apart."""
+    if c is None:
+        return {}
+    cells = {"± score": number(c.score_difference, "%+.2f"), "agree": number(c.agreement)}
+    if c.outputs:
+        return {**cells, "error %": "%.3g" % (100 * max(o.mean_error for o in c.outputs))}
+    return {**cells, "flips": str(len(c.flips))}
 
 
 def image_lines(report: Report) -> list[str]:

@@ -8,10 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ospq_export.validate.report.model import BackendResult, Report, image_lines, number
+from ospq_export.validate.report.model import Report, image_lines, number, parity_cells, score_names
 from ospq_export.validate.verdict import Outcome
 
-_SHOWN_FLIPS = 5
+_SHOWN_FLIPS, _SHOWN_SCORES = 5, 2
 _STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open": "bold yellow"}
 
 
@@ -31,23 +31,20 @@ def verdict_lines(report: Report) -> list[Text]:
 
 def _table(report: Report) -> Table:
     references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
+    compared = {c.deployed: parity_cells(c) for c in report.comparisons}
+    scores = score_names(report)[:_SHOWN_SCORES]
+    cells = list(dict.fromkeys(column for found in compared.values() for column in found))
     table = Table(
         title=f"{report.provenance.model}, {report.provenance.recipe}, {report.images} images",
-        caption=f"percent; ± Top-1, agreement and flips: against {references or 'nothing'}",
+        caption=f"percent; {', '.join(cells) or 'agreement'}: against {references or 'nothing'}",
     )
-    for column in ("execution", "Top-1", "Top-5", "± Top-1", "agree", "flips", "img/s"):
+    for column in ("execution", *scores, *cells, "img/s"):
         table.add_column(column, justify="left" if column == "execution" else "right", no_wrap=True)
-    for result in report.backends:
-        table.add_row(*_row(result, report))
+    for b in report.backends:
+        parity = compared.get(b.name, {})
+        row = [number(b.scores.get(name)) for name in scores] + [parity.get(name, "") for name in cells]
+        table.add_row(b.name, *row, f"{b.images_per_second:.0f}")
     return table
-
-
-def _row(result: BackendResult, report: Report) -> list[str]:
-    c = next((c for c in report.comparisons if c.deployed == result.name), None)
-    parity = ["", "", ""]
-    if c is not None:
-        parity = [number(c.top1_difference, "%+.2f"), f"{c.agreement:.2f}", str(len(c.flips))]
-    return [result.name, number(result.top1), number(result.top5), *parity, f"{result.images_per_second:.0f}"]
 
 
 def _baseline_lines(report: Report) -> list[str]:
@@ -55,10 +52,12 @@ def _baseline_lines(report: Report) -> list[str]:
         return []
     other, lines = report.baseline, []
     for c in other.comparisons:
-        text = f"  {c.deployed}: {c.agreement:.2f} % agreement with {other.run} ({other.recipe})"
+        close = ", ".join(f"{o.name} {100 * o.mean_error:.3g} % off" for o in c.outputs)
+        agreed = close if c.agreement is None else f"{c.agreement:.2f} % agreement"
+        text = f"  {c.deployed}: {agreed} with {other.run} ({other.recipe})"
         if c.mcnemar is not None:
             text += (
-                f", {c.top1_difference:+.2f} points of Top-1 against it; right here only: {c.mcnemar.only_deployed}, "
+                f", {c.score_difference:+.2f} points of Top-1 against it; right here only: {c.mcnemar.only_deployed}, "
                 f"right there only: {c.mcnemar.only_reference}, McNemar p = {c.mcnemar.p_value:.3g}"
             )
         lines.append(text)
