@@ -22,7 +22,7 @@ from ospq_export.tasks.comparison import (
     topk_accuracy,
     two_classes,
 )
-from ospq_export.tasks.measure import Collector, Columns, Measure, Outputs, Pair, Variation
+from ospq_export.tasks.measure import Collector, Columns, Measure, Noise, Outputs, Pair, Variation
 from ospq_export.tasks.statistics import (
     FloatArray,
     IntArray,
@@ -115,7 +115,7 @@ class Logits(Measure):
         return _variation(collector.column(reference), collector.column(other))
 
     def compare(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """See `comparison.compare`; what noise does to a margin is judged flip by flip."""
         ours, theirs = collector.column(reference), collector.column(deployed)

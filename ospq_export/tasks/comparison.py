@@ -68,10 +68,12 @@ class OutputChange(Record):
         name: of the output.
         mean_error: mean over the images of the relative error: the norm of the difference over the reference's norm.
         max_error: the largest.
+        error_deviation: standard deviation over the images.
         max_difference: of two elements.
         mean_cosine: of the angle between both, as vectors.
         min_cosine: the smallest.
         noise: the largest relative error that is noise; None where that was not measured.
+        mean_noise: the largest mean that is.
         beyond: images with a larger error than that.
         holds: another output of the reference that this one is much closer to than to its own: both are swapped.
         worst: the images with the largest errors.
@@ -80,10 +82,12 @@ class OutputChange(Record):
     name: str
     mean_error: float
     max_error: float
+    error_deviation: float
     max_difference: float
     mean_cosine: float
     min_cosine: float
     noise: float | None = None
+    mean_noise: float | None = None
     beyond: int | None = None
     holds: str | None = None
     worst: list[ImageError] = Field(default_factory=list)

@@ -17,7 +17,7 @@ from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits
 from ospq_export.tasks.classify import kl_divergence, total_variation
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.distances import Distances
-from ospq_export.tasks.measure import Collector, Columns, Outputs
+from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
 from ospq_export.tasks.statistics import FloatArray, IntArray, Rate
 from ospq_export.tasks.tensors import NO_MARGINS
 
@@ -45,7 +45,7 @@ class Pixels(Distances):
         return result
 
     def compare(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """Agreement of pixels, and mIoU where pixels have labels."""
         ours, theirs = self._miou(collector, reference), self._miou(collector, deployed)

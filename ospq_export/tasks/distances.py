@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ospq_export.tasks.comparison import ImageError, OutputChange, finite
-from ospq_export.tasks.measure import Collector, Columns, Measure, Outputs, Pair, Variation
+from ospq_export.tasks.measure import Collector, Columns, Measure, Noise, Outputs, Pair, Variation
 from ospq_export.tasks.statistics import FloatArray
 
 _WORST = 20
@@ -60,16 +60,14 @@ class Distances(Measure):
         return result
 
     def vary(self, reference: Outputs, other: Outputs) -> Variation:
-        """The largest relative error of each output."""
+        """The relative errors of each output."""
         found = {name: distances(reference[name], other[name]) for name in reference}
         mean = np.mean([d[:, _MEAN].mean() for d in found.values()])
-        errors = {name: finite(d[:, _ERROR].max()) for name, d in found.items()}
-        return Variation(flips=0, difference=finite(mean), errors=errors)
+        return Variation(flips=0, difference=finite(mean), errors=_noise(found))
 
     def spread(self, collector: Collector, reference: str, other: str) -> Variation:
-        """The largest relative error of each output."""
-        found = self._found(collector, reference, other)
-        errors = {name: finite(d[:, _ERROR].max()) for name, d in found.items()}
+        """The relative errors of each output."""
+        errors = _noise(self._found(collector, reference, other))
         return Variation(0, self.difference(collector, reference, other)[1], errors=errors)
 
     def difference(self, collector: Collector, reference: str, deployed: str) -> tuple[float, float]:
@@ -84,7 +82,7 @@ class Distances(Measure):
         return np.mean([d[:, _ERROR] for d in found], axis=0)
 
     def changes(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> list[OutputChange]:
         """Every output of a pair."""
         swapped = self.swapped.get((reference, deployed), {})
@@ -99,12 +97,17 @@ class Distances(Measure):
         return {name.removeprefix(start): collector.column(name) for name in names}
 
 
+def _noise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, Noise]:
+    errors = {name: d[:, _ERROR] for name, d in found.items()}
+    return {name: Noise(mean=finite(e.mean()), largest=finite(e.max())) for name, e in errors.items()}
+
+
 def _column(reference: str, deployed: str, output: str) -> str:
     return f"{reference} | {deployed} | {output}"
 
 
 def _change(
-    name: str, d: NDArray[np.float64], ids: Sequence[str], noise: float | None, holds: str | None
+    name: str, d: NDArray[np.float64], ids: Sequence[str], noise: Noise | None, holds: str | None
 ) -> OutputChange:
     error = d[:, _ERROR]
     order = np.argsort(-error, kind="stable")[:_WORST]
@@ -112,11 +115,13 @@ def _change(
         name=name,
         mean_error=finite(error.mean()),
         max_error=finite(error.max()),
+        error_deviation=finite(error.std()),
         max_difference=finite(d[:, _DIFFERENCE].max()),
         mean_cosine=float(d[:, _COSINE].mean()),
         min_cosine=float(d[:, _COSINE].min()),
-        noise=noise,
-        beyond=None if noise is None else int((error > noise).sum()),
+        noise=None if noise is None else noise.largest,
+        mean_noise=None if noise is None else noise.mean,
+        beyond=None if noise is None else int((error > noise.largest).sum()),
         holds=holds,
         worst=[ImageError(id=ids[i], error=finite(error[i])) for i in order if error[i] > 0],
     )

@@ -15,7 +15,7 @@ from ospq_export.tasks.accuracy import AccuracyChange, accuracy_change
 from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits, relative_error
 from ospq_export.tasks.comparison import Comparison, compare, has_labels, predictions
 from ospq_export.tasks.distances import Distances
-from ospq_export.tasks.measure import Collector, Columns, Outputs
+from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
 from ospq_export.tasks.statistics import FloatArray, IntArray, Rate, wilson
 from ospq_export.tasks.tensors import gaussian_loss
 
@@ -37,7 +37,7 @@ class Neighbours(Distances):
         return self.distance_columns(outputs) | kept
 
     def compare(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """Predictions by neighbours as a classifier's; without labels, the nearest neighbour is what an image is taken for."""
         labels, ids = self._sample(collector)

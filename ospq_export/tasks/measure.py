@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ospq_export.errors import InputError
 from ospq_export.tasks.accuracy import AccuracyChange
 from ospq_export.tasks.comparison import Comparison
-from ospq_export.tasks.statistics import FloatArray, IntArray, Rate
+from ospq_export.tasks.statistics import FloatArray, IntArray, Rate, Record
 
 Outputs = Mapping[str, FloatArray]
 """What an execution returned for a batch, by name; (B, ...) float32 each."""
@@ -64,6 +64,13 @@ class Collector:
         return self._labels[: len(self.ids)]
 
 
+class Noise(Record):
+    """Relative errors of an output over images: the mean, and the largest."""
+
+    mean: float
+    largest: float
+
+
 @dataclass(frozen=True)
 class Variation:
     """How far two executions of one network are apart.
@@ -72,13 +79,13 @@ class Variation:
         flips: images with another decision; 0 where outputs decide nothing.
         difference: mean absolute difference of all elements.
         margin: the most by which a margin between two decisions changed.
-        errors: the largest relative error of an image, by output.
+        errors: the relative errors of the images, by output.
     """
 
     flips: int
     difference: float
     margin: float = 0.0
-    errors: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, Noise] = field(default_factory=dict)
 
 
 class Measure(ABC):
@@ -137,7 +144,7 @@ class Measure(ABC):
 
     @abstractmethod
     def compare(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """All statistics of one of the pairs.
 
@@ -145,7 +152,7 @@ class Measure(ABC):
             collector: what was kept.
             reference: of the pair.
             deployed: of the pair.
-            noise: the largest relative error of an image that is noise, by output; None where it is not known.
+            noise: relative errors that are noise, by output; None where they are not known.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from ospq_export.tasks.accuracy import ERROR, FEWEST, AccuracyChange, bootstrap_
 from ospq_export.tasks.base import Shapes, Task, Tensors, relative_error
 from ospq_export.tasks.comparison import Comparison, MarginHistogram
 from ospq_export.tasks.distances import Distances
-from ospq_export.tasks.measure import Collector, Columns, Outputs
+from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
 from ospq_export.tasks.statistics import IntArray, Rate
 
 NO_MARGINS = MarginHistogram(edges=[], images=[], flips=[])
@@ -27,7 +27,7 @@ class Errors(Distances):
         return self.distance_columns(outputs)
 
     def compare(
-        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, float] | None
+        self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """The outputs' distances; nothing is decided, so nothing agrees."""
         largest, mean = self.difference(collector, reference, deployed)

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scipy import stats
+
 from ospq_export.tasks.comparison import Comparison, OutputChange
 from ospq_export.tasks.paired import drop_bounds, images_for_share, share_bounds
 from ospq_export.tasks.statistics import excess_p_value
@@ -69,12 +71,22 @@ def _outputs(c: Comparison, output: OutputChange, limits: Thresholds) -> Criteri
     if output.beyond is None or output.noise is None:
         return Criterion(**common, outcome="open", text=f"{text}; the noise floor was not measured")
     text += f"; {output.beyond:,} of {c.images:,} images are beyond the noise of {100 * output.noise:.3g} %"
+    if _mean_beyond(output, c.images, limits.confidence):
+        text += f", and the mean is beyond that of {100 * (output.mean_noise or 0.0):.3g} %"
+        return Criterion(**common, outcome="missed", text=text)
     allowed, bound = 1 - limits.min_agreement / 100 + EPSILON, limits.most_flips / 100 + EPSILON
     low, high = share_bounds(output.beyond, c.images, limits.confidence)
     if low > allowed or high <= bound:
         return Criterion(**common, outcome="missed" if low > allowed else "met", text=text)
     more = images_for_share(output.beyond, c.images, bound, limits.confidence)
     return Criterion(**common, outcome="open", text=f"{text}; {enough(more)}", images_needed=more)
+
+
+def _mean_beyond(output: OutputChange, images: int, confidence: float) -> bool:
+    """Whether the mean error is shown to be larger than noise: one-sided, by the normal distribution."""
+    quantile = float(stats.norm.ppf(confidence))
+    low = output.mean_error - quantile * output.error_deviation / images**0.5
+    return output.mean_noise is not None and low > output.mean_noise + EPSILON
 
 
 def _missed(deployed: str, name: str, text: str) -> Criterion:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ospq_export.graph.outputs import as_tuple
 from ospq_export.tasks.comparison import finite
-from ospq_export.tasks.measure import Outputs, Variation
+from ospq_export.tasks.measure import Noise, Outputs, Variation
 from ospq_export.tasks.statistics import FloatArray, Record
 
 Execution = Callable[[FloatArray], Outputs]
@@ -27,7 +27,7 @@ class FloorVariation(Record):
     Attributes:
         reference: the execution that it varies.
         margin_change: the most by which it moved a margin between the predicted class and another, logits.
-        errors: the largest relative error of an image, by output; empty where a margin says more.
+        errors: the relative errors of the images, by output; empty where a margin says more.
     """
 
     name: str
@@ -36,7 +36,7 @@ class FloorVariation(Record):
     flips: int
     mean_logit_difference: float
     margin_change: float = 0.0
-    errors: dict[str, float] = Field(default_factory=dict)
+    errors: dict[str, Noise] = Field(default_factory=dict)
     skipped: str | None = None
 
     @property
@@ -59,19 +59,21 @@ class NoiseFloor(Record):
         """The largest change of a margin in any variation of an execution, logits."""
         return max((v.margin_change for v in self._run(reference)), default=0.0)
 
-    def errors(self, reference: str) -> dict[str, float] | None:
-        """The largest relative error of each output that is noise: twice that of any variation; None where none was run.
+    def errors(self, reference: str) -> dict[str, Noise] | None:
+        """Relative errors of each output that are noise: twice those of any variation; None where none was run.
 
         The largest of a sample is exceeded now and then by what is noise as well; twice that is not (ours).
         """
         run = self._run(reference)
-        if not run:
-            return None
-        names = dict.fromkeys(name for v in run for name in v.errors)
-        return {name: _HEADROOM * max(v.errors.get(name, 0.0) for v in run) for name in names}
+        return {name: _worst([v.errors[name] for v in run]) for name in run[0].errors} if run else None
 
     def _run(self, reference: str) -> list[FloorVariation]:
         return [v for v in self.variations if v.images and v.reference == reference]
+
+
+def _worst(errors: Sequence[Noise]) -> Noise:
+    mean, largest = max(e.mean for e in errors), max(e.largest for e in errors)
+    return Noise(mean=_HEADROOM * mean, largest=_HEADROOM * largest)
 
 
 class FloorMeter:
@@ -104,7 +106,7 @@ class FloorMeter:
         self.flips = dict.fromkeys(self.variations, 0)
         self.difference = dict.fromkeys(self.variations, 0.0)
         self.margins = dict.fromkeys(self.variations, 0.0)
-        self.errors: dict[str, dict[str, float]] = {name: {} for name in self.variations}
+        self.errors: dict[str, dict[str, Noise]] = {name: {} for name in self.variations}
 
     def add(self, images: FloatArray, reference: Outputs) -> None:
         """Run the variations on images (B, C, H, W) whose outputs the reference execution gave."""
@@ -116,31 +118,36 @@ class FloorMeter:
                 self.skipped[name] = str(error).splitlines()[0]
                 del self.variations[name]
                 continue
+            self._pool_errors(name, found.errors, len(images))
             self.images[name] += len(images)
             self.flips[name] += found.flips
             self.difference[name] += found.difference * len(images)
             self.margins[name] = max(self.margins[name], found.margin)
-            self._raise_errors(name, found.errors)
 
-    def _raise_errors(self, name: str, errors: Mapping[str, float]) -> None:
-        held = self.errors[name]
-        held.update({output: max(held.get(output, 0.0), error) for output, error in errors.items()})
+    def _pool_errors(self, name: str, errors: Mapping[str, Noise], images: int) -> None:
+        """Join the errors of so many images to those of the images that were counted."""
+        held, before = self.errors[name], self.images[name]
+        for output, found in errors.items():
+            old = held.get(output, Noise(mean=0.0, largest=0.0))
+            mean = (old.mean * before + found.mean * images) / (before + images)
+            held[output] = Noise(mean=finite(mean), largest=max(old.largest, found.largest))
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON has it, for another process to absorb."""
-        return {
-            key: getattr(self, key)
-            for key in ("images", "flips", "difference", "margins", "errors", "skipped")
-        }
+        counted = {k: getattr(self, k) for k in ("images", "flips", "difference", "margins", "skipped")}
+        errors = {n: {o: e.model_dump() for o, e in held.items()} for n, held in self.errors.items()}
+        return {**counted, "errors": errors}
 
     def absorb(self, counts: Mapping[str, Any]) -> None:
         """Add what the meter of another process counted on other images."""
         for name in self.images:
+            errors = {o: Noise.model_validate(e) for o, e in counts["errors"][name].items()}
+            if counts["images"][name]:
+                self._pool_errors(name, errors, counts["images"][name])
             self.images[name] += counts["images"][name]
             self.flips[name] += counts["flips"][name]
             self.difference[name] += counts["difference"][name]
             self.margins[name] = max(self.margins[name], counts["margins"][name])
-            self._raise_errors(name, counts["errors"][name])
         for name, reason in counts["skipped"].items():
             self.skipped.setdefault(name, reason)
             self.variations.pop(name, None)
