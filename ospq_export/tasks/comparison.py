@@ -229,6 +229,11 @@ def _logit_difference(first: FloatArray, second: FloatArray) -> tuple[float, flo
     return largest, total / first.size
 
 
+def _doubled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The values, with as much room again behind them."""
+    return np.concatenate([values, np.empty_like(values)])
+
+
 class Collector:
     """Keeps the logits of every execution, batch by batch; memory grows with the logits only.
 
@@ -236,7 +241,7 @@ class Collector:
     the holes that those leave could not be used again.
 
     Args:
-        capacity: images that may be added, at most.
+        capacity: images that are expected; where more come, room is doubled.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -247,6 +252,9 @@ class Collector:
     def add(self, logits: Mapping[str, FloatArray], labels: IntArray, ids: Sequence[str]) -> None:
         """Add one batch: logits (B, K) per execution, labels (B,), ids."""
         place = slice(len(self.ids), len(self.ids) + len(ids))
+        while place.stop > len(self._labels):
+            self._labels = _doubled(self._labels)
+            self._logits = {name: _doubled(values) for name, values in self._logits.items()}
         for name, values in logits.items():
             if name not in self._logits:
                 self._logits[name] = np.empty((len(self._labels), values.shape[1]), np.float32)
