@@ -52,8 +52,7 @@ def open_source(where: str | Path, choice: ClassChoice | None = None) -> Found |
         return Stream(text, partial(pipes.stream_tar, text, said))
     if path.is_dir():
         return _open_folder(path, said)
-    paths = [path] if path.exists() else several(text)
-    return _open_files(paths, path, said)
+    return _open_files([path] if path.exists() else several(text), path, said)
 
 
 def folder_of(where: str | Path) -> Path | None:
@@ -146,6 +145,13 @@ def _open_folder(folder: Path, choice: ClassChoice) -> Found:
 
 
 def _open_files(paths: Sequence[Path], root: Path, choice: ClassChoice) -> Found:
+    found = _opened(paths, root, choice)
+    if not found.ids:
+        raise InputError("no images in it", where=root, fix=_KINDS)
+    return found
+
+
+def _opened(paths: Sequence[Path], root: Path, choice: ClassChoice) -> Found:
     kinds = {ending(path.name) for path in paths}
     if kinds <= set(TAR):
         return open_shards(paths, root, choice)

@@ -143,7 +143,8 @@ class Index:
     def _add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, shard: int, path: Path) -> None:
         name = relative(member.name)
         kind = kind_of(member, name)
-        if kind is None:
+        if not any(map(is_hidden, name.split("/"))):
+            # A folder of other files is a class without an image, as on a disk.
             self.folders.update(above(name if member.isdir() else name.rpartition("/")[0]))
         if kind is not None:
             self.passed_over[kind] += 1
