@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ospq_export.data import arrays, huggingface, lists, parquet, pipes
 from ospq_export.data.choice import ClassChoice, Classes
+from ospq_export.data.columns import load_package
 from ospq_export.data.config import DataConfig
 from ospq_export.data.folders import ending, is_hidden, scan_folder
 from ospq_export.data.found import Found, found_in, natural_places
@@ -45,6 +46,8 @@ def open_source(where: str | Path, choice: ClassChoice | None = None) -> Found |
     if text.startswith(huggingface.MAPPED):
         return huggingface.open_dataset(text.removeprefix(huggingface.MAPPED))
     if text.startswith(huggingface.STREAMED):
+        # Before any work, not when the first image is asked for.
+        load_package("datasets", text)
         return Stream(text, partial(huggingface.stream_dataset, text.removeprefix(huggingface.STREAMED)))
     path = Path(where)
     packed = text.lower().endswith(pipes.ENDINGS) and path.is_file()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +31,7 @@ from ospq_export.data.columns import (
 )
 from ospq_export.data.found import Found, Labels
 from ospq_export.data.sources import Held
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 
 ENDINGS = (".parquet", ".pq")
 _ROWS = 64
@@ -117,19 +118,22 @@ def content(image: Any, folder: Path) -> bytes | Exception:
         return error
 
 
-def open_file(path: Path) -> Any:
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
     """A Parquet file, of which nothing is read ahead.
 
     Raises:
-        InputError: pyarrow is missing, or this is no Parquet file.
+        InputError: pyarrow is missing, or the file is damaged or no Parquet file.
     """
-    pq = load_package("pyarrow.parquet", path)
-    pa = load_package("pyarrow", path)
+    pq, pa = load_package("pyarrow.parquet", path), load_package("pyarrow", path)
     try:
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"this Parquet file cannot be read: {error}", where=path, fix="copy it again, or leave it out"
+            f"this Parquet file cannot be read: {reason_of(error)}",
+            where=path,
+            fix="copy it again, or leave it out",
         ) from error
 
 

@@ -48,12 +48,19 @@ class StreamSet(Images):
     """
 
     ids: tuple[str, ...] = ()
+    _found_source: str | None = None
 
     def __init__(self, stream: Stream, config: DataConfig, classes: Classes, *, needed: bool = True) -> None:
-        super().__init__(config, classes.indices, stream.root, ImagesRecord(classes_source=classes.source))
+        super().__init__(config, classes.indices, stream.root, ImagesRecord())
         self._stream = stream
         self._needed = needed
+        self._classes_source = classes.source
         self._labelled: bool | None = None
+
+    @property
+    def record(self) -> ImagesRecord:
+        """Where the images came from, with what was noted on those read so far."""
+        return super().record.model_copy(update={"classes_source": self._found_source})
 
     def at_most(self, count: int) -> int:
         """How many of `count` images there can be: that is not known, so all."""
@@ -85,7 +92,7 @@ class StreamSet(Images):
         # Some more, in place of those that cannot be read.
         drawn = [record for _, record in self._drawn(count + count // _SPARE + _SPARE, seed)]
         images = self._held(drawn)
-        return images.first(min(count, len(images)), range(len(images)), workers)
+        return images.first(count, range(len(images)), workers)
 
     def drawn(self, count: int, seed: int = 0) -> ImageSet:
         """A random sample as a set of its own, in the stream's order."""
@@ -112,7 +119,8 @@ class StreamSet(Images):
 
     def _held(self, records: list[Record]) -> ImageSet:
         """Records as a set, whose unreadable images and notes are this set's."""
-        images = ImageSet(self._source(records), self.config, self.class_to_idx, self._name, self._origin)
+        source = self._source(records)
+        images = ImageSet(source, self.config, self.class_to_idx, self._name, self.record)
         images.skipped, images._notes = self.skipped, self._notes
         return images
 
@@ -145,10 +153,12 @@ class StreamSet(Images):
         number = int(record.label or 0)
         if number < NO_LABEL:
             raise self._refused(f"the label {number} of {record.id} is no class")
+        self._found_source = BY_NUMBER
         return number
 
     def _index_of(self, name: str, where: str) -> int:
         if name in self.class_to_idx:
+            self._found_source = self._classes_source
             return self.class_to_idx[name]
         if not self._needed:
             return NO_LABEL

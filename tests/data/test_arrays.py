@@ -37,7 +37,7 @@ def test_refused_npy(tmp_path: Path, array: Any, expected: str) -> None:
         ({"x": IMAGES}, "no array `images`"),
         ({"images": IMAGES, "labels": np.arange(2)}, r"3 images and `labels` of shape \(2,\)"),
         ({"images": IMAGES, "labels": np.zeros((3, 2), int)}, r"3 images and `labels` of shape \(3, 2\)"),
-        ({"images": IMAGES, "labels": np.array([0, 1, -2])}, "the label -2 of 2 images is no class"),
+        ({"images": IMAGES, "labels": np.array([0, 1, -2])}, "the label -2 of 1 images is no class"),
         ({"images": IMAGES, "labels": np.array([0.0, 1, 2])}, r"the label '0\.0' is no class"),
         ({"images": IMAGES, "labels": np.array(["a", "", "b"])}, "1 of 3 images have no label"),
         ({"images": IMAGES, "ids": np.array(["a", "b", "a"])}, "1 images have another's name: a"),
@@ -46,7 +46,7 @@ def test_refused_npy(tmp_path: Path, array: Any, expected: str) -> None:
 )
 def test_refused_npz(tmp_path: Path, arrays: dict[str, Any], expected: str) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(InputError, match=expected.replace("of 2 images", "of . images")) as caught:
+    with pytest.raises(InputError, match=expected) as caught:
         open_source(tmp_path / "x.npz")
     assert "\n" not in str(caught.value) and "x.npz" in str(caught.value)
 

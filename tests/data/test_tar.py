@@ -169,7 +169,7 @@ def test_a_tar_that_changed_after_it_was_read(tmp_path: Path) -> None:
     found = found_in(write_tar(tmp_path / "x.tar", "a/1.png"))
     source = found.source(np.zeros(1, np.int64))
     cut(tmp_path / "x.tar", 540)
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(OSError, match="Truncated"):
         source.decode(0, "L", False)
 
 
