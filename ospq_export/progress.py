@@ -29,8 +29,8 @@ def stage_progress(*, disable: bool = False) -> Progress:
     )
 
 
-def stepper(progress: Progress | None, description: str, total: int) -> Callable[[], None]:
-    """Add a task and return what advances it by one; does nothing without a display."""
+def stepper(progress: Progress | None, description: str, total: int | None) -> Callable[[], None]:
+    """Add a task and return what advances it by one; `total` None has no end. Does nothing without a display."""
     if progress is None:
         return lambda: None
     task = progress.add_task(description, total=total)

@@ -16,7 +16,7 @@ from ospq_export.world.threads import use_threads
 if TYPE_CHECKING:
     from torch import nn
 
-    from ospq_export.data import Batch, DataConfig, ImageSet
+    from ospq_export.data import Batch, DataConfig, ImageSet, StreamSet
     from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
 
@@ -62,17 +62,17 @@ def calibrate(
 
     chosen = load_recipe(recipe, overrides or [])
     check_recipe(chosen, target)
-    check_apart(out, data)
+    _check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     choice = class_choice(class_map, class_order, class_from)
-    from ospq_export.data import ImageSet, number_classes, scan_folder
+    from ospq_export.data import image_set, open_source
 
     def images() -> Any:
-        scan = scan_folder(data, choice.level)
+        found = open_source(data, choice)
 
-        def prepared(config: DataConfig, outputs: int) -> ImageSet:
-            return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
+        def prepared(config: DataConfig, outputs: int) -> ImageSet | StreamSet:
+            return image_set(found, config, choice, outputs, needed=False)
 
         return prepared
 
@@ -128,9 +128,9 @@ def run_calibrate(
     torch.manual_seed(seed)
     network = create_model(spec)
     config = resolve_data_config(network, spec, settings)
-    image_set: ImageSet = prepared(config, network.num_classes)
-    _check_images(len(image_set), config, recipe, budget, network)
-    sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
+    found: ImageSet | StreamSet = prepared(config, network.num_classes)
+    _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network)
+    sample: Batch = found.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
     with stage_progress(disable=quiet or not first) as progress:
         run = calibrate(
@@ -140,9 +140,9 @@ def run_calibrate(
             config,
             recipe,
             out,
-            class_to_idx=image_set.class_to_idx,
-            skipped=image_set.skipped,
-            origin=image_set.record,
+            class_to_idx=found.class_to_idx,
+            skipped=found.skipped,
+            origin=found.record,
             device=device,
             seed=seed,
             progress=progress,
@@ -153,8 +153,16 @@ def run_calibrate(
         return
     say(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
-        f"({len(image_set.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
+        f"({len(found.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )
+
+
+def _check_apart(out: Path, data: str) -> None:
+    from ospq_export.data import folder_of
+
+    folder = folder_of(data)
+    if folder is not None:
+        check_apart(out, folder)
 
 
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
@@ -173,7 +181,7 @@ def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_j
 
 
 def _check_images(
-    found: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
+    count: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
 ) -> None:
     """What is known before images are decoded."""
     from ospq_export.calibrate.checks import check_batch
@@ -182,7 +190,6 @@ def _check_images(
     from ospq_export.graph.insertion import check_overrides
     from ospq_export.world import room
 
-    count = min(found, recipe.calibration_images)
     check_batch(recipe, count)
     room.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
     # Cut points and overrides are names in this network's graph; the named slicings fit any.

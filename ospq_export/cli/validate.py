@@ -14,7 +14,7 @@ from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
-    from ospq_export.data import ClassChoice, ImageSet
+    from ospq_export.data import ClassChoice, ImageSet, StreamSet
     from ospq_export.validate.report.model import Report
     from ospq_export.validate.verdict import Thresholds
 
@@ -120,29 +120,25 @@ def validate(
     raise typer.Exit(report.verdict.exit_status)
 
 
-def _images(run: Any, data: Path, choice: ClassChoice, exif: bool) -> ImageSet:
+def _images(run: Any, data: str | Path, choice: ClassChoice, exif: bool) -> ImageSet | StreamSet:
     """The validation images, prepared as the run says, with the run's classes where it knows them."""
     import dataclasses
 
-    from ospq_export.data import Classes, ImageSet, known_classes, number_classes, scan_folder
+    from ospq_export.data import Classes, image_set, open_source
 
     manifest = run.manifest
     if manifest.class_from == "path":
         choice = dataclasses.replace(choice, level=choice.level or "path")
-    scan = scan_folder(data, choice.level)
-    if manifest.class_to_idx:
-        known = Classes(manifest.class_to_idx, manifest.classes_source)
-        classes = known_classes(scan, choice, known)
-    else:
-        classes = number_classes(scan, choice, run.manifest.outputs)
+    found = open_source(data, choice)
+    known = Classes(manifest.class_to_idx, manifest.classes_source)
     config = manifest.data
     if exif and not config.exif:
         log.warning("images are turned as EXIF says, those of the calibration were not")
         config = config.model_copy(update={"exif": True})
-    return ImageSet.from_scan(scan, config, classes)
+    return image_set(found, config, choice, manifest.outputs, known)
 
 
-def run_validate(run: Any, images: ImageSet, quiet: bool, **settings: Any) -> Report:
+def run_validate(run: Any, images: ImageSet | StreamSet, quiet: bool, **settings: Any) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
     Args:

@@ -3,10 +3,9 @@
 import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from ospq_export.data.choice import ClassChoice, Classes, Classified, ClassOrder
 from ospq_export.data.class_map import (
     is_wordnet_id,
     natural_order,
@@ -14,13 +13,9 @@ from ospq_export.data.class_map import (
     read_class_map,
     wordnet_table,
 )
-from ospq_export.data.config import ClassLevel
-from ospq_export.data.folders import Scan
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-ClassOrder = Literal["plain", "natural"]
 
 _SHOWN = 6
 _WAYS = (
@@ -29,48 +24,15 @@ _WAYS = (
 _AGREE = "folders, plain and natural order agree"
 
 
-@dataclass(frozen=True)
-class ClassChoice:
-    """What the user says of the classes.
-
-    Attributes:
-        map_file: A class map, see `read_class_map`.
-        order: The order the folders are numbered in: `plain` is torchvision's, `natural` is timm's.
-        level: Which folders are the classes, see `scan_folder`.
-    """
-
-    map_file: Path | None = None
-    order: ClassOrder | None = None
-    level: ClassLevel | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError where both a map and an order are given."""
-        if self.map_file is not None and self.order is not None:
-            raise InputError(
-                "`class_map` and `class_order` are both given", where=self.map_file, fix="give one of them"
-            )
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a network.
-
-    Attributes:
-        indices: Outputs by name; empty where they are not known.
-        source: What that rests on, in words; None where it is not known.
-    """
-
-    indices: Mapping[str, int] = field(default_factory=dict)
-    source: str | None = None
-
-
-def number_classes(scan: Scan, choice: ClassChoice, outputs: int | None, *, needed: bool = True) -> Classes:
+def number_classes(
+    scan: Classified, choice: ClassChoice, outputs: int | None, *, needed: bool = True
+) -> Classes:
     """Finds the classes' numbers: the given map or order, timm's table of WordNet ids, or the order both libraries agree on.
 
     Args:
-        scan: The folder.
+        scan: The images' class names.
         choice: What the user says.
-        outputs: Outputs of the network; None where they are not known, and then as many as there are folders.
+        outputs: Outputs of the network; None where they are not known, and then as many as there are names.
         needed: Whether labels are needed. If not, folders that are not as many as the outputs are left without numbers.
 
     Raises:
@@ -79,12 +41,12 @@ def number_classes(scan: Scan, choice: ClassChoice, outputs: int | None, *, need
     if not scan.names:
         if choice.map_file is not None:
             read_class_map(choice.map_file)
-        logger.warning("%s: no labels: the images lie in no class folders", scan.root)
+        logger.warning("%s: no labels: the images have no %s", scan.root, scan.called)
         return Classes()
     # One output tells two classes apart, by its sign.
     classes = len(scan.names) if outputs is None else max(outputs, 2)
     if choice.map_file is not None:
-        found = _from_map(choice.map_file, outputs and classes)
+        found = from_map(choice.map_file, outputs and classes)
     else:
         found = _from_table(scan, choice, outputs) or _from_order(scan, choice, classes, needed)
     if found.indices:
@@ -93,11 +55,11 @@ def number_classes(scan: Scan, choice: ClassChoice, outputs: int | None, *, need
     return found
 
 
-def known_classes(scan: Scan, choice: ClassChoice, known: Classes) -> Classes:
-    """The classes that a run knows, held against what the user says and the folders that are there.
+def known_classes(scan: Classified, choice: ClassChoice, known: Classes) -> Classes:
+    """The classes that a run knows, held against what the user says and the names that are there.
 
     Args:
-        scan: The folder.
+        scan: The images' class names.
         choice: What the user says; it has to agree. Where an earlier version numbered the run's classes and guessed, it wins.
         known: The run's classes.
 
@@ -105,8 +67,20 @@ def known_classes(scan: Scan, choice: ClassChoice, known: Classes) -> Classes:
         InputError: The two contradict each other, or a folder is none of the run's classes.
     """
     if not scan.names:
-        logger.warning("%s: no labels: the images lie in no class folders", scan.root)
+        logger.warning("%s: no labels: the images have no %s", scan.root, scan.called)
         return Classes()
+    known = agreed(choice, known)
+    check_folders(scan, known)
+    _name_missing(scan, known)
+    return known
+
+
+def agreed(choice: ClassChoice, known: Classes) -> Classes:
+    """The classes that a run knows, held against what the user says.
+
+    Raises:
+        InputError: The two contradict each other.
+    """
     guessed = known.source is None and _was_guessed(known.indices)
     said = _said(choice, known)
     if said is not None and dict(said.indices) != dict(known.indices):
@@ -124,12 +98,10 @@ def known_classes(scan: Scan, choice: ClassChoice, known: Classes) -> Classes:
             "the run's classes were numbered in natural order by an earlier version, which did not ask: "
             "if the network was trained in plain order, give `class_order` plain"
         )
-    check_folders(scan, known)
-    _name_missing(scan, known)
     return known
 
 
-def check_folders(scan: Scan, classes: Classes) -> None:
+def check_folders(scan: Classified, classes: Classes) -> None:
     """Holds the folders to the classes.
 
     Raises:
@@ -141,7 +113,7 @@ def check_folders(scan: Scan, classes: Classes) -> None:
     folded = {_folded(name): name for name in classes.indices}
     close = [folded[_folded(name)] for name in strangers if _folded(name) in folded]
     raise InputError(
-        f"{len(strangers)} class folders are not among the run's {len(classes.indices)} classes"
+        f"{len(strangers)} {scan.called} are not among the run's {len(classes.indices)} classes"
         f" ({classes.source or 'by the manifest'})",
         where=f"{scan.root}: {', '.join(strangers[:_SHOWN])}",
         fix=f"a class is called {close[0]!r}" if close else "rename or remove them, or give their class map",
@@ -152,7 +124,12 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
-def _from_map(path: Path, classes: int | None) -> Classes:
+def from_map(path: Path, classes: int | None) -> Classes:
+    """The classes that a file says; `classes` is how many the network has, None where that is not known.
+
+    Raises:
+        InputError: It cannot be read, or has another number of classes.
+    """
     indices = read_class_map(path)
     if classes is not None and len(indices) != classes:
         names = sorted(indices, key=indices.__getitem__)
@@ -169,7 +146,7 @@ def _from_map(path: Path, classes: int | None) -> Classes:
     return Classes(indices, f"class_map={path}")
 
 
-def _from_table(scan: Scan, choice: ClassChoice, outputs: int | None) -> Classes | None:
+def _from_table(scan: Classified, choice: ClassChoice, outputs: int | None) -> Classes | None:
     if choice.order is not None or not all(map(is_wordnet_id, scan.names)):
         return None
     table = None if outputs is None else wordnet_table(outputs)
@@ -180,12 +157,12 @@ def _from_table(scan: Scan, choice: ClassChoice, outputs: int | None) -> Classes
     return Classes(_numbered(ids), f"timm's table {name}")
 
 
-def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> Classes:
+def _from_order(scan: Classified, choice: ClassChoice, classes: int, needed: bool) -> Classes:
     if len(scan.names) != classes:
-        what = f"{len(scan.names)} class folders and {classes} classes of the network{_odd_ones(scan)}"
+        what = f"{len(scan.names)} {scan.called} and {classes} classes of the network{_odd_ones(scan)}"
         if needed:
             raise InputError(
-                f"{what}: nothing tells which folder is which class",
+                f"{what}: nothing tells which is which",
                 where=scan.root,
                 fix="give `class_map` FILE, which names every class of the network",
             )
@@ -204,7 +181,7 @@ def _from_order(scan: Scan, choice: ClassChoice, classes: int, needed: bool) -> 
     return Classes(_numbered(sorted(scan.names)), _AGREE)
 
 
-def _odd_ones(scan: Scan) -> str:
+def _odd_ones(scan: Classified) -> str:
     """What may explain a wrong number of folders."""
     strange = [name for name in scan.names if not is_wordnet_id(name)]
     if strange and len(strange) < len(scan.names) / 2:
@@ -217,7 +194,7 @@ def _in_order(names: Sequence[str], order: ClassOrder) -> Classes:
     return Classes(_numbered(ordered), f"class_order={order}")
 
 
-def _refuse_other_orders(scan: Scan) -> None:
+def _refuse_other_orders(scan: Classified) -> None:
     plain, natural, ties = sorted(scan.names), natural_order(scan.names), natural_ties(scan.names)
     # Plain order as a machine sees it that stores letters and their accents apart.
     decomposed = sorted(scan.names, key=lambda name: unicodedata.normalize("NFD", name))
@@ -231,7 +208,7 @@ def _refuse_other_orders(scan: Scan) -> None:
     differing = (place for place, name in enumerate(plain) if name != natural[place])
     start = 0 if len(plain) <= 2 * _SHOWN or reason else next(differing)
     raise InputError(
-        f"the class folders have two orders{reason}: plain (torchvision) {_excerpt(plain, start)}; "
+        f"the {scan.called} have two orders{reason}: plain (torchvision) {_excerpt(plain, start)}; "
         f"natural (timm) {_excerpt(natural, start)}",
         where=scan.root,
         fix=_WAYS,
@@ -248,15 +225,16 @@ def _numbered(names: Sequence[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def _name_missing(scan: Scan, classes: Classes) -> None:
+def _name_missing(scan: Classified, classes: Classes) -> None:
     there = set(scan.names)
     missing = [name for name in classes.indices if name not in there]
     if missing or scan.empty:
         logger.warning(
-            "%s: %d of %d classes have no folder, %d have one without an image%s",
+            "%s: %d of %d classes have no %s, %d have one without an image%s",
             scan.root,
             len(missing),
             len(classes.indices),
+            scan.called.removeprefix("class ").removesuffix("s"),
             len(scan.empty),
             f": {', '.join([*missing, *scan.empty][:_SHOWN])}",
         )
@@ -271,7 +249,7 @@ def _was_guessed(indices: Mapping[str, int]) -> bool:
 def _said(choice: ClassChoice, known: Classes) -> Classes | None:
     """The run's classes as the user's options number them."""
     if choice.map_file is not None:
-        return _from_map(choice.map_file, None)
+        return from_map(choice.map_file, None)
     return None if choice.order is None else _in_order(list(known.indices), choice.order)
 
 

@@ -39,6 +39,7 @@ class Scan:
         empty: Classes without an image.
         passed_over: Files and folders that are no images, by file name ending or name, and how many there are.
         class_from: Which folders were taken as classes.
+        called: What a class name is here, in the plural.
     """
 
     root: Path
@@ -48,6 +49,7 @@ class Scan:
     empty: Sequence[str] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
     class_from: ClassLevel | None = None
+    called: str = "class folders"
 
 
 def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
@@ -64,30 +66,41 @@ def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
     """
     walk = _Walk(root)
     walk.visit("", frozenset())
-    pictured = sorted(folder for folder, files in walk.pictures.items() if files)
+    return arrange(root, walk.pictures, walk.passed_over, class_from)
+
+
+def arrange(
+    root: Path, pictures: dict[str, list[str]], passed_over: Counter[str], class_from: ClassLevel | None
+) -> Scan:
+    """Finds the classes of images that lie in folders, and puts them into their order.
+
+    Args:
+        root: Where the folders are.
+        pictures: Names of images by their folder's path relative to the root.
+        passed_over: How many files and folders of a kind are no images.
+        class_from: See `scan_folder`.
+
+    Raises:
+        InputError: See `scan_folder`.
+    """
+    pictured = sorted(folder for folder, files in pictures.items() if files)
     if not pictured:
         raise InputError(
-            f"no images in this folder{f', only {_listed(walk.passed_over)}' if walk.passed_over else ''}",
+            f"no images in this {kind_of(root)}{f', only {_listed(passed_over)}' if passed_over else ''}",
             where=root,
             fix="give one with images that Pillow opens, jpg, png, webp, tiff, bmp, ...",
         )
     if class_from is None:
-        _refuse_splits(root, walk.pictures)
+        _refuse_splits(root, pictures)
     names: list[str] = []
     class_of_folder = {"": ""}
     if pictured == [""]:
         class_from = None
-        walk.passed_over.update(f"{name}/" for name in walk.pictures if name and "/" not in name)
+        passed_over.update(f"{name}/" for name in pictures if name and "/" not in name)
     else:
-        class_of_folder, names, class_from = _classes(root, walk.pictures, pictured, class_from)
-    if walk.passed_over:
-        logger.warning(
-            "%s: passed over %d files or folders that are no images: %s",
-            root,
-            walk.passed_over.total(),
-            _listed(walk.passed_over),
-        )
-    paths = [f"{folder}/{file}" if folder else file for folder in pictured for file in walk.pictures[folder]]
+        class_of_folder, names, class_from = _classes(root, pictures, pictured, class_from)
+    warn_passed_over(root, passed_over)
+    paths = [f"{folder}/{file}" if folder else file for folder in pictured for file in pictures[folder]]
     files = natural_order(paths)
     class_of = [class_of_folder[file.rpartition("/")[0]] for file in files]
     held = set(class_of)
@@ -97,9 +110,25 @@ def scan_folder(root: Path, class_from: ClassLevel | None = None) -> Scan:
         class_of,
         names,
         [name for name in names if name not in held],
-        dict(sorted(walk.passed_over.items())),
+        dict(sorted(passed_over.items())),
         class_from,
     )
+
+
+def kind_of(root: Path) -> str:
+    """What holds the folders."""
+    return "folder" if root.is_dir() else "archive"
+
+
+def warn_passed_over(root: Path | str, passed_over: Counter[str]) -> None:
+    """Says what is no image."""
+    if passed_over:
+        logger.warning(
+            "%s: passed over %d files or folders that are no images: %s",
+            root,
+            passed_over.total(),
+            _listed(passed_over),
+        )
 
 
 class _Walk:
@@ -138,16 +167,16 @@ class _Walk:
             self._sort_in(entry, folder, above | {here})
 
     def _sort_in(self, entry: os.DirEntry[str], folder: str, above: frozenset[tuple[int, int]]) -> None:
-        if entry.name.startswith(".") or entry.name.casefold() in _HIDDEN:
+        if is_hidden(entry.name):
             self.passed_over[_hidden_kind(entry)] += 1
         elif _is(entry, "dir"):
             self.visit(f"{folder}/{entry.name}" if folder else entry.name, above)
         elif not _is(entry, "file"):
             self.passed_over["broken link" if entry.is_symlink() else "no regular file"] += 1
-        elif _ending(entry.name) in picture_extensions():
+        elif ending(entry.name) in picture_extensions():
             self.pictures[folder].append(entry.name)
         else:
-            self.passed_over[_ending(entry.name) or "no file name ending"] += 1
+            self.passed_over[ending(entry.name) or "no file name ending"] += 1
 
 
 def _is(entry: os.DirEntry[str], kind: str) -> bool:
@@ -158,8 +187,14 @@ def _is(entry: os.DirEntry[str], kind: str) -> bool:
         return False
 
 
-def _ending(name: str) -> str:
+def ending(name: str) -> str:
+    """A file name's ending in lower case, with the dot."""
     return PurePosixPath(name).suffix.lower()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name.casefold() in _HIDDEN
 
 
 def _hidden_kind(entry: os.DirEntry[str]) -> str:
@@ -167,7 +202,7 @@ def _hidden_kind(entry: os.DirEntry[str]) -> str:
         return f"{entry.name}/"
     if entry.name.startswith("._"):
         return "._*"
-    return f".*{_ending(entry.name)}" if _ending(entry.name) in picture_extensions() else entry.name
+    return f".*{ending(entry.name)}" if ending(entry.name) in picture_extensions() else entry.name
 
 
 def _classes(
@@ -203,6 +238,11 @@ def _is_class_path(folder: str, folders: dict[str, list[str]]) -> bool:
     return bool(folders[folder]) or not any(other.startswith(f"{folder}/") for other in folders)
 
 
+def is_container(folders: str) -> bool:
+    """Whether folders below a class are no classes themselves."""
+    return all(_CONTAINER.fullmatch(part.casefold()) for part in folders.split("/"))
+
+
 def _text(name: str) -> str:
     """A file name as text that can be written, whatever bytes it has."""
     return os.fsencode(name).decode("utf-8", "replace")
@@ -211,7 +251,7 @@ def _text(name: str) -> str:
 def _refuse_ambiguous(root: Path, pictured: Sequence[str]) -> None:
     """Takes `class/images/x` as it is meant, and nothing else below the first level."""
     below = [folder for folder in pictured if "/" in folder]
-    strange = [f for f in below if not all(_CONTAINER.fullmatch(p.casefold()) for p in f.split("/")[1:])]
+    strange = [f for f in below if not is_container(f.partition("/")[2])]
     if strange:
         raise InputError(
             f"the images lie below the first level, and their classes could be {strange[0].partition('/')[0]!r} or "
@@ -234,10 +274,14 @@ def _refuse_splits(root: Path, folders: dict[str, list[str]]) -> None:
     if (training and held_out) or len(held_out) > 1:
         splits = sorted(training + held_out)
         choices = " or ".join(f"`data` {root / name}" for name in splits)
+        which = f"{choices} (or `class_from` first, if they are classes)"
         raise InputError(
-            f"this folder holds {' and '.join(f'{name}/' for name in splits)}: these are parts of a data set, not classes",
+            f"this {kind_of(root)} holds {' and '.join(f'{name}/' for name in splits)}: "
+            "these are parts of a data set, not classes",
             where=root,
-            fix=f"say which: {choices} (or `class_from` first, if they are classes)",
+            fix=f"say which: {which}"
+            if root.is_dir()
+            else "give one of them, or `class_from` first, if they are classes",
         )
 
 

@@ -1,10 +1,9 @@
 """Batches of preprocessed images, streamed in a fixed order; one that cannot be read is named, not fatal."""
 
+from __future__ import annotations
+
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -12,48 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ospq_export.data.classes import ClassChoice, Classes, check_folders, number_classes
+from ospq_export.data.choice import ClassChoice, Classes
+from ospq_export.data.classes import check_folders, number_classes
 from ospq_export.data.config import DataConfig, ImagesRecord
 from ospq_export.data.folders import Scan, scan_folder
-from ospq_export.data.pixels import Notes
-from ospq_export.data.sources import (
-    NO_LABEL,
-    ArraySource,
-    Decoded,
-    Decoder,
-    FolderSource,
-    Source,
-    gather,
-    stratified,
-)
+from ospq_export.data.found import Found, found_in
+from ospq_export.data.loading import Batch, Images, Item
+from ospq_export.data.sources import ArraySource, Gathering, Source, stratified
 from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BATCH = 64
+_GATHERED = 1024
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images as the network takes them.
-
-    Attributes:
-        images: float32, (B, C, H, W), normalised.
-        labels: int64, (B,); -1 where the class is not known.
-        ids: B names.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-class ImageSet:
+class ImageSet(Images):
     """An ordered set of images with one network's preprocessing.
 
     Attributes:
@@ -70,13 +44,8 @@ class ImageSet:
         name: str,
         origin: ImagesRecord | None = None,
     ) -> None:
-        self.config = config
-        self.class_to_idx = dict(class_to_idx)
-        self.skipped: list[str] = []
+        super().__init__(config, class_to_idx, name, origin)
         self._source = source
-        self._name = name
-        self._origin = origin or ImagesRecord()
-        self._notes = Notes()
 
     @classmethod
     def from_folder(
@@ -118,18 +87,30 @@ class ImageSet:
         Raises:
             InputError: A folder is not among the classes.
         """
-        indices = classes.indices if scan.names else {}
-        if indices:
-            check_folders(scan, classes)
-        labels = np.array([indices.get(name, NO_LABEL) for name in scan.class_of], np.int64)
-        ids = [os.fsencode(file).decode("utf-8", "replace") for file in scan.files]
-        source = FolderSource([scan.root / file for file in scan.files], labels, ids)
+        return cls.from_found(found_in(scan), config, classes)
+
+    @classmethod
+    def from_found(cls, found: Found, config: DataConfig, classes: Classes) -> Self:
+        """The images that were found in any source.
+
+        Args:
+            found: What was found.
+            config: The preprocessing.
+            classes: The classes' indices; none at all leaves the images without labels.
+
+        Raises:
+            InputError: A class of the images is not among the classes.
+        """
+        indices = classes.indices if found.labels.codes is not None else {}
+        if indices and not classes.by_number:
+            check_folders(found, classes)
+        labels = found.numbers(indices, as_they_are=classes.by_number)
         origin = ImagesRecord(
-            classes_source=classes.source if indices else None,
-            class_from=scan.class_from,
-            passed_over=scan.passed_over,
+            classes_source=classes.source if indices or classes.by_number else None,
+            class_from=found.class_from,
+            passed_over=dict(found.passed_over),
         )
-        return cls(source, config, indices, str(scan.root), origin)
+        return cls(found.source(labels), config, indices, str(found.root), origin)
 
     @classmethod
     def from_arrays(
@@ -163,10 +144,9 @@ class ImageSet:
         """Their names, readable or not, in order."""
         return self._source.ids
 
-    @property
-    def record(self) -> ImagesRecord:
-        """Where the images came from, with what was noted on those read so far."""
-        return self._origin.model_copy(update={"notes": self._notes.counts()})
+    def at_most(self, count: int) -> int:
+        """How many of `count` images there can be."""
+        return min(len(self), count)
 
     def choose(self, count: int, seed: int = 0) -> Sequence[int]:
         """Places of `count` images in their order, drawn at random with each class's share; all where there are not more."""
@@ -190,16 +170,16 @@ class ImageSet:
         Raises:
             InputError: Not one of the images can be read.
         """
-        order = range(len(self)) if indices is None else indices
-        readable = self._readable(order, batch_size, workers)
-        found = 0
-        try:
-            while held := list(islice(readable, batch_size)):
-                found += len(held)
-                yield self._collate(held)
-        finally:
-            # Also where the caller has enough before the end.
-            self._notes.log(self._name)
+        yield from self._stream(
+            range(len(self)) if indices is None else indices, batch_size, workers, _GATHERED
+        )
+
+    def _stream(self, order: Sequence[int], batch_size: int, workers: int, held: int) -> Iterator[Batch]:
+        """See `batches`; `held` images at a time are gathered, where the source has to."""
+        found = False
+        for batch in self._batched(self._items(order, batch_size, workers, held), batch_size):
+            found = True
+            yield batch
         if len(order) and not found:
             raise InputError(
                 f"none of {len(order)} images can be read",
@@ -221,14 +201,17 @@ class ImageSet:
         Raises:
             InputError: Not one image can be read, or none is asked for.
         """
+        return self.first(count, np.random.default_rng(seed).permutation(len(self)).tolist(), workers)
+
+    def first(self, count: int, order: Sequence[int], workers: int = 0) -> Batch:
+        """The first images in an order that can be read; see `sample`."""
         if count < 1:
             raise InputError("no images are asked for", where=count, fix="ask for one at least")
-        order = np.random.default_rng(seed).permutation(len(self)).tolist()
         # One allocation: joining batches at the end would hold every image twice.
         images = torch.empty(min(count, len(self)), *self.config.input_size)
         labels: list[Tensor] = []
         ids: list[str] = []
-        for batch in self.batches(min(count, _SAMPLE_BATCH), order, workers):
+        for batch in self._stream(order, min(count, _SAMPLE_BATCH), workers, min(count, _GATHERED)):
             room = min(len(batch), count - len(ids))
             images[len(ids) : len(ids) + room] = batch.images[:room]
             labels.append(batch.labels[:room])
@@ -239,34 +222,11 @@ class ImageSet:
             logger.warning("%s: %d images asked for, all %d readable ones used", self._name, count, len(ids))
         return Batch(images[: len(ids)], torch.cat(labels), ids)
 
-    def _readable(self, order: Sequence[int], batch_size: int, workers: int) -> Iterator[tuple[int, Tensor]]:
-        """Places and pixels of the images in `order`, without those that cannot be read, which are noted."""
-        loader: DataLoader[Decoded] = DataLoader(
-            Decoder(self._source, self.config),
-            batch_size=batch_size,
-            sampler=order,
-            num_workers=workers,
-            collate_fn=gather,
-            # A generator of its own, else every pass would draw a number from torch's global one.
-            generator=torch.Generator(),
-        )
-        for chunk in loader:
-            for index, reason in chunk.unreadable:
-                self._skip(index, reason)
-            for index, notes in zip(chunk.indices, chunk.notes, strict=True):
-                self._notes.add(index, notes)
-            yield from zip(chunk.indices, chunk.images, strict=True)
-
-    def _collate(self, images: list[tuple[int, Tensor]]) -> Batch:
-        indices = [index for index, _ in images]
-        return Batch(
-            torch.stack([pixels for _, pixels in images]),
-            torch.from_numpy(self._source.labels[indices]),
-            [self._source.ids[index] for index in indices],
-        )
-
-    def _skip(self, index: int, reason: str) -> None:
-        name = self._source.ids[index]
-        if name not in self.skipped:
-            self.skipped.append(name)
-            logger.warning("skipped, it cannot be read: %s (%s)", name, reason)
+    def _items(self, order: Sequence[int], batch_size: int, workers: int, held: int) -> Iterator[Item]:
+        """The images in `order`, without those that cannot be read, which are noted."""
+        if not isinstance(self._source, Gathering):
+            yield from self._decoded(self._source, order, batch_size, workers)
+            return
+        for start in range(0, len(order), held):
+            part = order[start : start + held]
+            yield from self._decoded(self._source.gather(part), part, batch_size, workers)

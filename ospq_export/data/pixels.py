@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,13 +87,15 @@ class Notes:
                 self._told[note] = count
 
 
-def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
+def read_picture(
+    file: Path | BinaryIO, mode: str, *, exif: bool = False
+) -> tuple[Image.Image, tuple[str, ...]]:
     """Decodes a file's first frame.
 
     Pixels of more than 8 bits are scaled, not clipped: Pillow's own `convert` saturates them at 255.
 
     Args:
-        path: The file.
+        file: Its path, or the file itself, open and seekable.
         mode: PIL mode `L` or `RGB`.
         exif: Whether the EXIF orientation is applied; timm ignores it.
 
@@ -103,7 +107,8 @@ def read_picture(path: Path, mode: str, *, exif: bool = False) -> tuple[Image.Im
         Exception: Whatever Pillow's decoders raise on a damaged file.
     """
     # By its path, Pillow maps an uncompressed file into memory, and then misreads a TIFF that is stored on its side.
-    with path.open("rb") as file, Image.open(file, formats=picture_formats()) as image:
+    opened = file.open("rb") if isinstance(file, Path) else nullcontext(file)
+    with opened as content, Image.open(content, formats=picture_formats()) as image:
         notes = [HIGH_BYTE] if ";16" in str(image.tile) and not _is_deep(image) else []
         if image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append(FRAMES)

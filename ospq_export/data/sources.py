@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ospq_export.data.config import DataConfig
+from ospq_export.data.masks import MaskReader
 from ospq_export.data.pixels import read_picture
 
 NO_LABEL = -1
@@ -36,6 +38,12 @@ class Source(Protocol):
         """Image `index`, all pixels read, as PIL mode `mode`, and notes on it; raises anything where that fails."""
 
 
+def check_images(images: NDArray[Any]) -> None:
+    """Raises ValueError where these are no images in 8 bits."""
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+        raise ValueError(f"images are uint8 (N, H, W[, 3]), not {images.dtype} {images.shape}")
+
+
 @dataclass(frozen=True)
 class ArraySource:
     """Images that lie in memory.
@@ -52,8 +60,7 @@ class ArraySource:
 
     def __post_init__(self) -> None:
         """Raises ValueError where the three do not belong together."""
-        if self.images.dtype != np.uint8 or self.images.shape[3:] not in ((), (3,)) or self.images.ndim < 3:
-            raise ValueError(f"images are uint8 (N, H, W[, 3]), not {self.images.dtype} {self.images.shape}")
+        check_images(self.images)
         if not len(self.images) == len(self.labels) == len(self.ids):
             raise ValueError("images, labels and ids differ in number")
 
@@ -70,15 +77,64 @@ class FolderSource:
         paths: The files.
         labels: int64, (N,); NO_LABEL where the class is not known.
         ids: The paths relative to the folder, with forward slashes.
+        masks: Pictures with a class in each pixel, one per image; None without.
     """
 
     paths: Sequence[Path]
     labels: NDArray[np.int64]
     ids: Sequence[str]
+    masks: Sequence[Path] | None = None
 
     def decode(self, index: int, mode: str, exif: bool) -> tuple[Image.Image, tuple[str, ...]]:
         """Image `index` in PIL mode `mode`, and notes on it; see `read_picture`."""
         return read_picture(self.paths[index], mode, exif=exif)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image out of a stream, still encoded.
+
+    Attributes:
+        id: Its name.
+        content: The file's bytes.
+        label: A class name or number; None without.
+        by_name: Whether the label is a name, though it may look like a number.
+    """
+
+    id: str
+    content: bytes
+    label: str | int | None = None
+    by_name: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images that lie in memory, still encoded.
+
+    Attributes:
+        content: Files by their images' places, or the reason why there is none.
+        labels: int64, (N,).
+        ids: N names; there may be more than files.
+    """
+
+    content: Mapping[int, bytes | Exception]
+    labels: NDArray[np.int64]
+    ids: Sequence[str]
+
+    def decode(self, index: int, mode: str, exif: bool) -> tuple[Image.Image, tuple[str, ...]]:
+        """Image `index` in PIL mode `mode`, and notes on it; see `read_picture`."""
+        content = self.content[index]
+        if isinstance(content, Exception):
+            raise content
+        return read_picture(io.BytesIO(content), mode, exif=exif)
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A source that cannot read single images well."""
+
+    def gather(self, indices: Sequence[int]) -> Held:
+        """The images at these places."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +145,13 @@ class Decoded:
         index: Its place in the source.
         pixels: (C, H, W) float32, or the reason why there are none.
         notes: What has to be said about it.
+        mask: int64, (H, W), the class of each pixel; None without.
     """
 
     index: int
     pixels: Tensor | str
     notes: tuple[str, ...] = ()
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +163,14 @@ class Chunk:
         images: float32, (len(indices), C, H, W).
         notes: What has to be said about each of them.
         unreadable: Places of the others, and why they could not be read.
+        masks: int64, (len(indices), H, W); None without.
     """
 
     indices: list[int]
     images: Tensor
     notes: list[tuple[str, ...]]
     unreadable: list[tuple[int, str]]
+    masks: Tensor | None = None
 
 
 class Decoder(Dataset[Decoded]):
@@ -120,24 +180,29 @@ class Decoder(Dataset[Decoded]):
         self._source = source
         self._config = config
         self._transform = config.transform()
+        masks = getattr(source, "masks", None)
+        self._masks = None if masks is None else MaskReader(masks, config)
 
     def __getitem__(self, index: int) -> Decoded:
         try:
             image, notes = self._source.decode(index, self._config.image_mode, self._config.exif)
+            mask = None if self._masks is None else self._masks.read(index, image.size)
         except Exception as error:
             # PIL's decoders raise all sorts of things on damaged files, SyntaxError and struct.error too.
             return Decoded(index, f"{type(error).__name__}: {error}")
-        return Decoded(index, self._transform(image), notes)
+        return Decoded(index, self._transform(image), notes, mask)
 
 
 def gather(decoded: list[Decoded]) -> Chunk:
     """Puts a batch of decoded images together."""
     readable = [(d.index, d.pixels, d.notes) for d in decoded if isinstance(d.pixels, Tensor)]
+    masks = [d.mask for d in decoded if d.mask is not None]
     return Chunk(
         [index for index, _, _ in readable],
         torch.stack([pixels for _, pixels, _ in readable]) if readable else torch.empty(0),
         [notes for _, _, notes in readable],
         [(d.index, d.pixels) for d in decoded if isinstance(d.pixels, str)],
+        torch.stack(masks) if masks else None,
     )
 
 

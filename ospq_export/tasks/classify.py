@@ -66,7 +66,7 @@ def total_variation(output: Tensor, target: Tensor, temperature: float = 1.0) ->
 class Logits(Measure):
     """Keeps every execution's logits, (N, K) float32 each."""
 
-    def __init__(self, pairs: Sequence[Pair], images: int, threshold: float | None = None) -> None:
+    def __init__(self, pairs: Sequence[Pair], images: int | None, threshold: float | None = None) -> None:
         super().__init__(pairs, images, threshold)
         self._single = False
 

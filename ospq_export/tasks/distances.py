@@ -45,7 +45,7 @@ def distances(reference: FloatArray, other: FloatArray) -> NDArray[np.float64]:
 class Distances(Measure):
     """Keeps the distances of every pair of executions, output by output; four numbers for each image."""
 
-    def __init__(self, pairs: Sequence[Pair], images: int, threshold: float | None = None) -> None:
+    def __init__(self, pairs: Sequence[Pair], images: int | None, threshold: float | None = None) -> None:
         super().__init__(pairs, images, threshold)
         self.swapped: dict[Pair, dict[str, str]] = {}
 

@@ -15,7 +15,7 @@ from ospq_export.tasks.accuracy import AccuracyChange, accuracy_change
 from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits, relative_error
 from ospq_export.tasks.comparison import Comparison, compare, has_labels, predictions
 from ospq_export.tasks.distances import Distances
-from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
+from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs, Pair
 from ospq_export.tasks.statistics import FloatArray, IntArray, Rate, wilson
 from ospq_export.tasks.tensors import gaussian_loss
 
@@ -30,9 +30,14 @@ _SAMPLE = "sample"
 class Neighbours(Distances):
     """Distances of every image; of a sample the embeddings themselves, whose neighbours are looked up at the end."""
 
+    def __init__(self, pairs: Sequence[Pair], images: int | None, threshold: float | None = None) -> None:
+        super().__init__(pairs, images, threshold)
+        self._seen = 0
+
     def reduce(self, outputs: Mapping[str, Outputs], labels: IntArray, ids: Sequence[str]) -> Columns:
         """Distances of all, embeddings of those in the sample."""
-        chosen = sampled(ids, self.images)
+        chosen = sampled(ids, self.images, self._seen)
+        self._seen += len(ids)
         kept = {f"{name}: {_SAMPLE}": _only(held)[chosen] for name, held in outputs.items()}
         return self.distance_columns(outputs) | kept
 
@@ -73,8 +78,16 @@ class Neighbours(Distances):
         return neighbour_votes(similarity, labels) if has_labels(labels) else similarity
 
 
-def sampled(ids: Sequence[str], images: int) -> NDArray[np.bool_]:
-    """Which images are in the sample: all where there are few, else those whose names have a small checksum."""
+def sampled(ids: Sequence[str], images: int | None, seen: int = 0) -> NDArray[np.bool_]:
+    """Which images are in the sample: all where there are few, else those whose names have a small checksum.
+
+    Args:
+        ids: their names.
+        images: how many there are in all; None where that is not known, and then the first are taken.
+        seen: how many came before these.
+    """
+    if images is None:
+        return np.arange(seen, seen + len(ids)) < NEIGHBOUR_IMAGES
     share = NEIGHBOUR_IMAGES / max(images, 1)
     if share >= 1:
         return np.ones(len(ids), np.bool_)

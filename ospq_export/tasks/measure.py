@@ -23,6 +23,11 @@ Pair = tuple[str, str]
 FINITE = "finite"
 
 
+def _doubled(values: NDArray[Any]) -> NDArray[Any]:
+    """The values, with as much room again behind them."""
+    return np.concatenate([values, np.empty_like(values)])
+
+
 class Collector:
     """Keeps columns batch by batch; memory grows with them only.
 
@@ -30,7 +35,7 @@ class Collector:
     the holes that those leave could not be used again. Memory that was never written to is not taken.
 
     Args:
-        capacity: images that may be added, at most.
+        capacity: images that are expected; where more come, room is doubled.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,6 +46,9 @@ class Collector:
 
     def add(self, columns: Mapping[str, NDArray[Any]], labels: IntArray, ids: Sequence[str]) -> None:
         """Add one batch: columns with up to B rows, labels (B,), ids."""
+        while len(self.ids) + len(ids) > len(self._labels):
+            self._labels = _doubled(self._labels)
+            self._columns = {name: _doubled(values) for name, values in self._columns.items()}
         for name, values in columns.items():
             if name not in self._columns:
                 self._columns[name] = np.empty((len(self._labels), *values.shape[1:]), values.dtype)
@@ -93,13 +101,13 @@ class Measure(ABC):
 
     Args:
         pairs: of executions that will be compared.
-        images: how many there will be, in all processes.
+        images: how many there will be, in all processes; None where that is not known.
         threshold: of a network with a single logit, above which it stands for the second class; None is 0.
     """
 
     uses_labels: ClassVar[bool] = True
 
-    def __init__(self, pairs: Sequence[Pair], images: int, threshold: float | None = None) -> None:
+    def __init__(self, pairs: Sequence[Pair], images: int | None, threshold: float | None = None) -> None:
         self.pairs, self.images, self.threshold = list(dict.fromkeys(pairs)), images, threshold
 
     @property

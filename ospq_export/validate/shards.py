@@ -53,7 +53,7 @@ class Samples:
         calibrated_on: frozenset[str] = frozenset(),
     ) -> None:
         self.calibrated_on, self.seen = calibrated_on, 0
-        batches = max(1, -(-count // batch_size))
+        self.planned = batches = max(1, -(-count // batch_size))
         self.per_batch = -(-floor_images // batches)
         self.wanted = code_images
         self.every = max(1, batches // max(1, code_images))
@@ -71,7 +71,8 @@ class Samples:
         """Take what is needed of a batch (B, C, H, W) and of every execution's outputs."""
         if self.first is None:
             self.first = images[:_LATENCY_IMAGES].copy()
-        if self.meter is not None:
+        # A stream goes on after the images that it was expected to have.
+        if self.meter is not None and self.batches < self.planned:
             reference = {name: values[: self.per_batch] for name, values in outputs[FAKE_QUANT].items()}
             self.meter.add(images[: self.per_batch], reference)
         if self.calibrated_on:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,13 +30,13 @@ from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
-    from ospq_export.data import ImageSet
+    from ospq_export.data import ImageSet, StreamSet
     from ospq_export.runs.run import Run
 
 
 def validate(
     run: Run,
-    images: ImageSet,
+    images: ImageSet | StreamSet,
     *,
     backends: Sequence[str] | None = None,
     batch_size: int = 100,
@@ -84,15 +84,16 @@ def validate(
     """
     check_request(run, backends, device, baseline)
     check_preprocessing(run, images.config)
-    check_batch_memory(min(limit or len(images), len(images)), batch_size, images.config.input_size)
+    check_batch_memory(_most(images, limit or batch_size), batch_size, images.config.input_size)
     executions = open_executions(run, backends, device, float_type)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)
-    chosen = range(len(images)) if limit is None else images.choose(limit)
+    total = len(images) if isinstance(images, Sized) else None
+    images, chosen = _chosen(images, limit, world, max(floor_images, code_images, batch_size))
     count = len(chosen)
     pairs = pairs_of(executions, references, float_type, [backend.name for backend in others])
-    measured = TASKS[run.manifest.task].measure(pairs, count, decision_threshold)
+    measured = TASKS[run.manifest.task].measure(pairs, total and count, decision_threshold)
     here = share_of(world, count, batch_size)
     share = chosen[here.start : here.stop]
     samples = Samples(
@@ -109,8 +110,10 @@ def validate(
     collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, measured)
     found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
     collector, seconds, unreadable, notes = found
-    if count < len(images):
-        notes[f"of {len(images)} were drawn at random, with each class's share"] = count
+    if total is None and limit is not None:
+        notes["were drawn at random from a stream"] = count
+    elif total is not None and count < total:
+        notes[f"of {total} were drawn at random, with each class's share"] = count
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
@@ -138,6 +141,29 @@ def validate(
     return report
 
 
+def _most(images: ImageSet | StreamSet, count: int) -> int:
+    """How many of `count` images there can be."""
+    return min(count, len(images)) if isinstance(images, Sized) else count
+
+
+def _chosen(
+    images: ImageSet | StreamSet, limit: int | None, world: World, nominal: int
+) -> tuple[ImageSet | StreamSet, Sequence[int]]:
+    """The images and which of them are used; of a stream, which goes by once, all, and `nominal` is how many are expected.
+
+    Raises:
+        InputError: several processes cannot share a stream.
+    """
+    if isinstance(images, Sized):
+        return images, range(len(images)) if limit is None else images.choose(limit)
+    if world.size > 1:
+        raise InputError("several processes cannot share a stream", where="`data`", fix="start one process")
+    if limit is None:
+        return images, range(nominal)
+    drawn = images.drawn(limit)
+    return drawn, range(len(drawn))
+
+
 def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[Backend]:
     """Every float file of the run that is not among its executions."""
     names = {e.name for e in executions}
@@ -147,7 +173,7 @@ def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[B
 
 def _collect(
     executions: Sequence[Backend],
-    images: ImageSet,
+    images: ImageSet | StreamSet,
     batch_size: int,
     share: Sequence[int],
     workers: int,
@@ -155,7 +181,8 @@ def _collect(
     samples: Samples,
     measured: Measure,
 ) -> tuple[Collector, dict[str, float]]:
-    advance = stepper(progress, "validate", -(-len(share) // batch_size))
+    total = -(-len(share) // batch_size) if isinstance(images, Sized) else None
+    advance = stepper(progress, "validate", total)
     collector = Collector(len(share))
     seconds = {execution.name: 0.0 for execution in executions}
     for batch in images.batches(batch_size, share, workers):

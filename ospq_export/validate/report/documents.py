@@ -22,7 +22,7 @@ from ospq_export.validate.verdict import worst_of
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from ospq_export.data import DataConfig, ImageSet
+    from ospq_export.data import DataConfig, ImageSet, StreamSet
     from ospq_export.runs.manifest import Manifest
     from ospq_export.runs.run import Run
     from ospq_export.tasks.comparison import Comparison, Flip
@@ -34,7 +34,7 @@ _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 _SIDE = 112
 
 
-def write_documents(run: Run, report: Report, images: ImageSet) -> Path:
+def write_documents(run: Run, report: Report, images: ImageSet | StreamSet) -> Path:
     """Write report.md and report.html into the run directory.
 
     Args:
@@ -196,7 +196,7 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
     }
 
 
-def thumbnails(images: ImageSet, ids: Sequence[str]) -> dict[str, str]:
+def thumbnails(images: ImageSet | StreamSet, ids: Sequence[str]) -> dict[str, str]:
     """PNG data URLs by id, preprocessed and then de-normalised: what the network saw, not the file.
 
     Args:
