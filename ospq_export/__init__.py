@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
+    from ospq_export.api import Run, Session
+    from ospq_export.data.config import DataConfig
     from ospq_export.recipes import Recipe, load_recipe
-    from ospq_export.runs.run import Run
     from ospq_export.validate.report.model import Report
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Recipe", "Report", "Run", "__version__", "load_recipe"]
+__all__ = ["DataConfig", "InputError", "Recipe", "Report", "Run", "Session", "__version__", "load_recipe"]
 _WHERE = {
     "Recipe": "ospq_export.recipes",
     "load_recipe": "ospq_export.recipes",
     "Report": "ospq_export.validate.report.model",
-    "Run": "ospq_export.runs.run",
+    "Run": "ospq_export.api",
+    "Session": "ospq_export.api",
+    "DataConfig": "ospq_export.data.config",
 }
 
 

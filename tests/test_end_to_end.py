@@ -51,7 +51,7 @@ def test_demo_is_faithful(tmp_path, model, recipe):
     if recipe == "w8a8":
         assert lines[1].startswith("accuracy is kept: ")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    top1 = {b["name"]: b["top1"] for b in report["backends"]}
+    top1 = {b["name"]: b["scores"]["Top-1"] for b in report["backends"]}
     assert top1["float"] > 85 and top1["fake_quant"] > (top1["float"] - 1 if recipe == "w8a8" else 75)
 
 
@@ -68,7 +68,7 @@ def test_lost_accuracy_is_said_at_every_size_that_shows_it(tmp_path):
     )
     line = next(line for line in out.splitlines() if line.startswith("accuracy is not kept"))
     report = json.loads((folder / "report.json").read_text())
-    top1 = {b["name"]: b["top1"] for b in report["backends"]}
+    top1 = {b["name"]: b["scores"]["Top-1"] for b in report["backends"]}
     assert f"{top1['onnxruntime']:.2f} %" in line and f"float {top1['float']:.2f} %" in line
     assert top1["float"] - top1["onnxruntime"] > 10 and report["verdict"]["exit_status"] == 1
     run = Run.open(folder)

@@ -26,6 +26,7 @@ from ospq_export.formats.choice import integers
 from ospq_export.formats.search import Grid, compress, search_activation_range, search_weight_scale
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
+from ospq_export.graph.outputs import output_shapes
 from ospq_export.graph.quantizers import Mode
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
@@ -33,6 +34,7 @@ from ospq_export.onnx.half import fits_fp16, to_half
 from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import json_line, json_text
+from ospq_export.tasks.choice import choose_task
 from ospq_export.validate.executions.half import HalfNetwork
 
 SIZE = (3, 16, 16)
@@ -141,7 +143,7 @@ def test_a_graph_of_another_function_is_refused_and_its_own_is_not() -> None:
     check_graph(model, capture(model, SIZE), IMAGES)
     with torch.no_grad():
         other.head.weight[2] *= 1.5
-    with pytest.raises(InputError, match="captured graph computes other logits"):
+    with pytest.raises(InputError, match="captured graph computes another output"):
         check_graph(model, capture(other, SIZE), IMAGES)
 
 
@@ -181,10 +183,13 @@ def test_one_part_left_in_training_mode_is_named() -> None:
         check_module(model)
 
 
-def test_a_network_without_pooling_is_refused() -> None:
+def test_a_network_without_pooling_is_no_classifier() -> None:
     model = create_model(ModelSpec(name="vit_tiny_patch16_224", kwargs={**TINY_VIT, "global_pool": ""}))
-    with pytest.raises(InputError, match=r"\(3, 5, 4\), not one logit per class"):
-        check_graph(model, capture(model, SIZE), IMAGES)
+    captured = capture(model, SIZE)
+    check_graph(model, captured, IMAGES)
+    assert choose_task(None, output_shapes(captured.graph), SIZE)[0].name == "tensors"
+    with pytest.raises(InputError, match=r"\(5, 4\) for an image, the task classify"):
+        choose_task("classify", output_shapes(captured.graph), SIZE)
 
 
 # What stays float

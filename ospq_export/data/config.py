@@ -49,6 +49,7 @@ class DataConfig(BaseModel):
         crop_pct: Share of the resized image's side that the centre crop keeps.
         crop_mode: `center` keeps the aspect ratio and crops, `squash` does not keep it, `border` pads.
         exif: Whether an image's EXIF orientation is applied; timm ignores it.
+        known: Whether all this is known; of tensors that came without it only the input size is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,8 +63,12 @@ class DataConfig(BaseModel):
     # Without `exif` it is timm's own data configuration, and that of files written before there was such a field.
     exif: bool = Field(default=False, exclude_if=lambda applied: not applied)
 
+    known: bool = Field(default=True, exclude_if=lambda known: known)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.known:
+            return self
         channels = self.input_size[0]
         if channels not in (1, 3) or min(self.input_size) < 1:
             raise ValueError(f"input size {self.input_size}: images have 1 or 3 channels and some pixels")
@@ -86,7 +91,21 @@ class DataConfig(BaseModel):
         """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
         from timm.data import create_transform
 
-        return create_transform(is_training=False, **self.model_dump(exclude={"exif"}))
+        return create_transform(is_training=False, **self.model_dump(exclude={"exif", "known"}))
+
+
+def unknown_preprocessing(input_size: Sequence[int]) -> DataConfig:
+    """Of tensors (C, H, W) of which nothing else is known."""
+    channels, height, width = input_size
+    return DataConfig(
+        input_size=(channels, height, width),
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        interpolation="bilinear",
+        crop_pct=1.0,
+        crop_mode="center",
+        known=False,
+    )
 
 
 def _check_units(**settings: tuple[float, ...]) -> None:

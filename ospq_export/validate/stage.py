@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.progress import Progress
 
+from ospq_export.errors import InputError
 from ospq_export.progress import stepper
 from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.choice import TASKS
@@ -31,12 +32,13 @@ from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
     from ospq_export.data import ImageSet, StreamSet
+    from ospq_export.data.tensors import TensorSet
     from ospq_export.runs.run import Run
 
 
 def validate(
     run: Run,
-    images: ImageSet | StreamSet,
+    images: ImageSet | StreamSet | TensorSet,
     *,
     backends: Sequence[str] | None = None,
     batch_size: int = 100,
@@ -141,14 +143,14 @@ def validate(
     return report
 
 
-def _most(images: ImageSet | StreamSet, count: int) -> int:
+def _most(images: ImageSet | StreamSet | TensorSet, count: int) -> int:
     """How many of `count` images there can be."""
     return min(count, len(images)) if isinstance(images, Sized) else count
 
 
 def _chosen(
-    images: ImageSet | StreamSet, limit: int | None, world: World, nominal: int
-) -> tuple[ImageSet | StreamSet, Sequence[int]]:
+    images: ImageSet | StreamSet | TensorSet, limit: int | None, world: World, nominal: int
+) -> tuple[ImageSet | StreamSet | TensorSet, Sequence[int]]:
     """The images and which of them are used; of a stream, which goes by once, all, and `nominal` is how many are expected.
 
     Raises:
@@ -173,7 +175,7 @@ def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[B
 
 def _collect(
     executions: Sequence[Backend],
-    images: ImageSet | StreamSet,
+    images: ImageSet | StreamSet | TensorSet,
     batch_size: int,
     share: Sequence[int],
     workers: int,

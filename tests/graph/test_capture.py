@@ -1,5 +1,9 @@
 """Capture: the canonical graph computes what the module computes, with three kinds of quantizable operators."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -9,6 +13,8 @@ from torch import nn
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE, capture, fingerprint, quantizable_nodes
+from ospq_export.graph.outputs import as_tuple, named_leaves, output_names
+from ospq_export.graph.serialize import describe, rebuild
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 
@@ -155,18 +161,80 @@ def test_uncapturable_model_names_the_module():
     assert "\n" not in str(info.value)
 
 
-def test_two_outputs_are_refused():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 2)
+class Heads(nn.Module):
+    """Returns what a test makes of two heads' outputs and of the images."""
 
-        def forward(self, x):
-            y = self.fc(x.flatten(1))
-            return y, y + 1
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.a, self.b = form, nn.Linear(12, 2), nn.Linear(12, 3)
 
-    with pytest.raises(InputError, match="more than one tensor"):
-        capture(Two().eval(), (3, 2, 2))
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.form(self.a(x), self.b(x).relu())
+
+
+@dataclasses.dataclass
+class Found:
+    boxes: torch.Tensor
+    classes: torch.Tensor
+    nothing: None = None
+
+
+torch.export.register_dataclass(Found, serialized_type_name="tests.Found")
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        (lambda a, b: (a, b), ["output_0", "output_1"]),
+        (lambda a, b: [b, a], ["output_0", "output_1"]),
+        (lambda a, b: {"logits": a, "images": b}, ["logits", "output_images"]),
+        (lambda a, b: {"maps": [a, b], "none": None}, ["maps_0", "maps_1"]),
+        (lambda a, b: Found(b, a), ["boxes", "classes"]),
+        (lambda a, b: (a, b.argmax(1), b.sum(), a.argmax(1)[:, None]), ["output_0"]),
+        (lambda a, b: (a, a), ["output_1"]),
+        (lambda a, b: a, ["logits"]),
+    ],
+)
+def test_outputs_have_names(form, names):
+    model = Heads(form).eval()
+    captured = capture(model, (3, 2, 2))
+    assert list(output_names(captured.graph)) == names
+    x = torch.randn(5, 3, 2, 2)
+    found = dict(zip(names, as_tuple(captured(x)), strict=True))
+    for name, expected in named_leaves(model(x)).items():
+        if name in found:
+            torch.testing.assert_close(found[name], expected)
+    again = rebuild(json.loads(json.dumps(describe(captured))), Path("graph.json"))
+    assert output_names(again.graph) == tuple(names)
+
+
+def test_outputs_are_chosen_by_name():
+    model = Heads(lambda a, b: {"a": a, "b": b, "ids": b.argmax(1)}).eval()
+    captured = capture(model, (3, 2, 2), outputs=["b"])
+    assert captured.meta["left_out"] == {"a": "not asked for", "ids": "holds int64, no real numbers"}
+    assert tuple(captured(torch.zeros(2, 3, 2, 2)).shape) == (2, 3), "one is returned as it is"
+    assert "a.weight" not in dict(captured.named_buffers())
+    for wrong in ("c", "ids"):
+        with pytest.raises(InputError, match=f"no output '{wrong}'"):
+            capture(model, (3, 2, 2), outputs=["a", wrong])
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (lambda a, b: a.argmax(1), "logits holds int64"),
+        (
+            lambda a, b: {"n": b.sum(), "i": a.argmax(1)},
+            "n does not hold a row for every image; i holds int64",
+        ),
+        (lambda a, b: None, "returns no tensor"),
+    ],
+)
+def test_a_network_without_an_output_to_compare_is_refused(form, said):
+    with pytest.raises(InputError, match=said) as info:
+        capture(Heads(form).eval(), (3, 2, 2))
+    assert "\n" not in str(info.value)
 
 
 def test_nothing_to_quantize_is_refused():

@@ -10,7 +10,6 @@ from hypothesis.extra import numpy as hnp
 
 from ospq_export.tasks import statistics
 from ospq_export.tasks.comparison import (
-    Collector,
     agreement,
     compare,
     flipped,
@@ -18,6 +17,7 @@ from ospq_export.tasks.comparison import (
     predictions,
     topk_accuracy,
 )
+from ospq_export.tasks.measure import Collector
 from ospq_export.tasks.statistics import (
     class_changes,
     excess_p_value,
@@ -88,15 +88,15 @@ def test_more_images_than_are_looked_at_at_once():
     assert found.mean_logit_difference == pytest.approx(np.abs(ours - theirs).mean())
 
 
-@pytest.mark.parametrize("capacity", [6, 9])
+@pytest.mark.parametrize("capacity", [1, 6, 9])
 def test_collector_joins_batches_in_order(capacity):
-    """Also where fewer images can be read than there are."""
+    """Also where fewer or more images come than were expected."""
     collector = Collector(capacity)
     rows = np.arange(12, dtype=np.float32).reshape(6, 2)
     for start in (0, 4):
         part = rows[start : start + 4]
         collector.add({"x": part}, np.arange(start, start + len(part)), [str(i) for i in range(len(part))])
-    np.testing.assert_array_equal(collector.logits("x"), rows)
+    np.testing.assert_array_equal(collector.column("x"), rows)
     assert collector.labels().tolist() == [0, 1, 2, 3, 4, 5] and len(collector.ids) == 6
 
 

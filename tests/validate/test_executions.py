@@ -14,8 +14,10 @@ from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.jobs import Extras
+from ospq_export.graph.outputs import LOGITS
 from ospq_export.runs.files import sha256
 from ospq_export.runs.run import Run
+from ospq_export.tasks.classify import Logits
 from ospq_export.validate import latency, validate, write_documents
 from ospq_export.validate.executions.backends import OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.chosen import Executions, open_executions
@@ -36,6 +38,9 @@ from ospq_export.validate.floor import FloorMeter
 IMAGES = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype(np.float32)
 
 
+VARY = Logits([], 20).vary
+
+
 class Edge(nn.Module):
     """Two logits; the second wins only where the sum is computed as float64, or in batches of fewer than 10."""
 
@@ -52,7 +57,7 @@ class Edge(nn.Module):
 @pytest.mark.parametrize("cause", ["float64", "batch split", "nothing"])
 def test_floor_counts_the_flips_of_each_variation(cause):
     module = Edge(cause)
-    meter = FloorMeter(module, "cpu")
+    meter = FloorMeter(module, "cpu", [LOGITS], VARY)
     reference = TorchBackend("t", module)(IMAGES)
     meter.add(IMAGES, reference)
     meter.add(IMAGES, reference)
@@ -79,7 +84,7 @@ class OnlyFloat32(nn.Module):
 
 
 def test_floor_says_what_it_could_not_run():
-    meter = FloorMeter(OnlyFloat32(), "cpu")
+    meter = FloorMeter(OnlyFloat32(), "cpu", [LOGITS], VARY)
     meter.add(IMAGES, TorchBackend("t", OnlyFloat32())(IMAGES))
     found = {v.name: v for v in meter.result().variations}
     assert found["float64"].skipped == "float32 only" and found["float64"].images == 0
@@ -88,7 +93,7 @@ def test_floor_says_what_it_could_not_run():
 
 def test_threads_are_set_back():
     before = torch.get_num_threads()
-    FloorMeter(Edge("nothing"), "cpu").add(IMAGES, np.zeros((20, 2), np.float32))
+    FloorMeter(Edge("nothing"), "cpu", [LOGITS], VARY).add(IMAGES, {LOGITS: np.zeros((20, 2), np.float32)})
     assert torch.get_num_threads() == before
 
 
@@ -290,7 +295,7 @@ def images(count, channels=3):
 def test_onnx_runtime_against_numpy(tmp_path, optimize, batch, count):
     backend = OnnxRuntimeBackend("x", save(tmp_path / "m.onnx", batch), optimize=optimize, threads=1)
     x = images(count)
-    np.testing.assert_allclose(backend(x), x.reshape(count, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(backend(x)[LOGITS], x.reshape(count, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
     assert backend.detail["provider"] == "CPUExecutionProvider"
     assert backend.detail["optimisations"] == ("all" if optimize else "off")
 
@@ -327,4 +332,6 @@ def test_torch():
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False))
     module[1].weight.data = torch.from_numpy(WEIGHT.T.copy())
     x = images(3)
-    np.testing.assert_allclose(TorchBackend("t", module)(x), x.reshape(3, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        TorchBackend("t", module)(x)[LOGITS], x.reshape(3, 12) @ WEIGHT, rtol=1e-5, atol=1e-6
+    )

@@ -85,7 +85,7 @@ def test_report_json_is_the_report(validated):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(text, parse_constant=refuse)["schema_version"] == 5
+    assert json.loads(text, parse_constant=refuse)["schema_version"] == 6
     assert Report.model_validate_json(text) == report
 
 
@@ -184,7 +184,8 @@ def test_markdown_says_the_same(validated):
     assert lines[2] == f"- {shown.verdict.text[2]}"
     for b in shown.backends:
         assert (
-            f"| {b.name} | {b.top1:.2f} | {b.top1_interval.low:.2f} to {b.top1_interval.high:.2f} |" in text
+            f"| {b.name} | {b.top1:.2f} | {b.intervals['Top-1'].low:.2f} to {b.intervals['Top-1'].high:.2f} |"
+            in text
         )
     for s in shown.locations[0].slices:
         assert f"| {s.name} | {s.quantization:.1f} |" in text

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from ospq_export.tasks.accuracy import accuracy_change
 from ospq_export.tasks.comparison import compare, margin_change, two_classes
 from ospq_export.validate.codes.records import Location
-from ospq_export.validate.criteria import accuracy_change, accuracy_criteria, faithful_criteria
+from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
+from ospq_export.validate.kept import accuracy_criteria
 from ospq_export.validate.verdict import Thresholds, conclude
 
 IMAGES = 1000
@@ -216,18 +218,19 @@ def test_margin_change_by_loops():
 
 def test_a_single_logit_is_two_classes():
     from ospq_export.errors import InputError
-    from ospq_export.tasks.base import Outputs
+    from ospq_export.tasks.classify import Logits
     from ospq_export.tasks.comparison import margins, predictions
 
     logits = np.array([[-1.0], [0.4], [0.6], [np.nan]], np.float32)
     both = two_classes(logits, 0.5)
     assert predictions(both).tolist() == [0, 0, 1, 0]
     np.testing.assert_allclose(margins(both)[:3], [1.5, 0.1, 0.1], rtol=1e-6)
-    outputs = Outputs(0.5)
-    assert outputs(logits).shape == (4, 2) and outputs.used == 0.5
-    assert Outputs(None)(both) is both
+    measure = Logits([], 4, 0.5)
+    assert measure.decision_threshold is None
+    assert measure.logits({"x": logits}).shape == (4, 2) and measure.decision_threshold == 0.5
+    assert Logits([], 4).logits({"x": both}) is both
     with pytest.raises(InputError, match="2 logits"):
-        Outputs(0.5)(both)
+        Logits([], 4, 0.5).logits({"x": both})
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from ospq_export.data import DataConfig, ImageSet, StreamSet
+    from ospq_export.data.tensors import TensorSet
     from ospq_export.runs.manifest import Manifest
     from ospq_export.runs.run import Run
     from ospq_export.tasks.comparison import Comparison, Flip
@@ -34,7 +35,7 @@ _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 _SIDE = 112
 
 
-def write_documents(run: Run, report: Report, images: ImageSet | StreamSet) -> Path:
+def write_documents(run: Run, report: Report, images: ImageSet | StreamSet | TensorSet) -> Path:
     """Write report.md and report.html into the run directory.
 
     Args:
@@ -196,7 +197,7 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
     }
 
 
-def thumbnails(images: ImageSet | StreamSet, ids: Sequence[str]) -> dict[str, str]:
+def thumbnails(images: ImageSet | StreamSet | TensorSet, ids: Sequence[str]) -> dict[str, str]:
     """PNG data URLs by id, preprocessed and then de-normalised: what the network saw, not the file.
 
     Args:
@@ -211,7 +212,11 @@ def thumbnails(images: ImageSet | StreamSet, ids: Sequence[str]) -> dict[str, st
 
 def data_url(image: Tensor, config: DataConfig) -> str:
     """One normalised image, float32 (C, H, W), as a PNG of at most 112 px."""
+    if len(image) not in (1, 3):
+        image = image.mean(0, keepdim=True)
     mean, std = torch.tensor(config.mean)[:, None, None], torch.tensor(config.std)[:, None, None]
+    if not config.known:
+        mean, std = image.amin((1, 2), keepdim=True), (image.amax() - image.amin()).clamp_min(1e-6)
     pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
     if max(picture.size) > _SIDE:

@@ -12,7 +12,7 @@ from ospq_export.tasks.statistics import Rate, Record
 from ospq_export.validate.codes.records import Location, WeightComparison
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
-from ospq_export.validate.verdict import Thresholds, Verdict
+from ospq_export.validate.verdict import Outcome, Thresholds, Verdict
 from ospq_export.world.processor import Processor
 from ospq_export.world.processor import machine_name as machine_name
 
@@ -102,6 +102,23 @@ class Report(BaseModel):
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None
     provenance: Provenance
+
+    @property
+    def faithful(self) -> bool | None:
+        """Whether the deployed network is the fake-quantized one; None where the images are too few to tell."""
+        return _held(self.verdict.faithful.outcome)
+
+    @property
+    def accuracy_kept(self) -> bool | None:
+        """Whether accuracy is kept against the float network; None where the images are too few to tell."""
+        return _held(self.verdict.accuracy.outcome)
+
+    def __bool__(self) -> bool:
+        return bool(self.verdict)
+
+
+def _held(outcome: Outcome) -> bool | None:
+    return None if outcome == "open" else outcome == "met"
 
 
 def number(value: float | None, form: str = "%.2f") -> str:

@@ -1,0 +1,227 @@
+"""The three stages from Python, with any module and any images.
+
+from ospq_export import Run
+
+run = Run.calibrate(model, images, recipe="w8a8", out="runs/mine")
+run.export(fp16=True)
+report = run.validate(others)
+assert report, report.verdict.text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from ospq_export.calibrate.checkpoints import Events, no_events
+from ospq_export.calibrate.reconstruct.store import parse_bytes
+from ospq_export.data import ClassChoice, Classes, DataConfig, ImageSet, StreamSet, image_set, open_source
+from ospq_export.data.config import unknown_preprocessing
+from ospq_export.data.tensors import TensorSet, first_size
+from ospq_export.errors import InputError
+from ospq_export.export.jobs import Extras
+from ospq_export.models.record import ModelSpec
+from ospq_export.progress import stage_progress
+from ospq_export.recipes import Recipe, load_recipe
+from ospq_export.runs.run import Run as StoredRun
+from ospq_export.validate.report.model import Report
+from ospq_export.validate.verdict import Thresholds
+from ospq_export.world.processes import joined
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Data = str | Path | ImageSet | StreamSet | Iterable[Any]
+"""A folder or whatever else `--data` takes, or an iterable of tensors; see `data.tensors.TensorSet`."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """How work is done, as opposed to what is computed.
+
+    Processes are those that torchrun has started; each of them makes the same calls.
+
+    Attributes:
+        device: torch device.
+        seed: of every random choice.
+        progress: whether bars are shown on standard error.
+        events: told what happens during a calibration; see `calibrate.checkpoints.json_lines`.
+        memory_budget: host memory for cached activations, "8GB"; None takes half of what is free.
+        workers: processes that decode image files.
+    """
+
+    device: str = "cpu"
+    seed: int = 0
+    progress: bool = False
+    events: Events = no_events
+    memory_budget: str | None = None
+    workers: int = 0
+
+
+class Run(StoredRun):
+    """A run directory, and the stages that write it and read it."""
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: nn.Module,
+        data: Data,
+        recipe: str | Path | Recipe = "w8a8",
+        out: str | Path = "runs/run",
+        *,
+        overrides: Sequence[str] = (),
+        task: str | None = None,
+        outputs: Sequence[str] | None = None,
+        preprocessing: DataConfig | None = None,
+        classes: Sequence[str] = (),
+        name: str | None = None,
+        session: Session | None = None,
+    ) -> Self:
+        """Quantize a module and write a run directory; interrupted, the same call goes on where it was.
+
+        Args:
+            model: in eval mode, float32, of one image tensor (B, C, H, W); whatever `torch.export` captures.
+            data: calibration images, of which the recipe takes as many as it wants: the first tensors, or files at random.
+            recipe: a packaged one by name, a TOML file, or an object.
+            out: the run directory; new, empty, or left by an interruption of the same call.
+            overrides: "key=value" of the recipe.
+            task: "classify", "embed", "dense" or "tensors"; None takes what the outputs look like, and says so.
+            outputs: names of the outputs that are kept; None keeps all that hold real numbers.
+            preprocessing: what the tensors have had, or image files are to have; kept with the run. Files need one.
+            classes: names of the classes in the order of the network's outputs.
+            name: of the model, in reports; None takes its class.
+            session: device, seed, progress.
+
+        Raises:
+            InputError: anything that the stage refuses, see `calibrate.stage.calibrate`, or images that are not alike.
+        """
+        from ospq_export.calibrate.stage import calibrate
+
+        how = session or Session()
+        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), list(overrides))
+        images = _images(data, preprocessing, classes, None)
+        sample = images.sample(chosen.calibration_images, how.seed, how.workers)
+        with stage_progress(disable=not how.progress) as progress:
+            run = calibrate(
+                model,
+                ModelSpec(name=name or type(model).__name__),
+                sample,
+                images.config,
+                chosen,
+                Path(out),
+                task=task,
+                outputs=outputs,
+                class_to_idx=images.class_to_idx,
+                skipped=images.skipped,
+                origin=images.record,
+                device=how.device,
+                seed=how.seed,
+                progress=progress if how.progress else None,
+                memory_budget=None if how.memory_budget is None else parse_bytes(how.memory_budget),
+                events=how.events,
+            )
+        return cls(run.path, run.manifest)
+
+    def export(
+        self,
+        *,
+        batch_size: int | None = None,
+        extras: Extras | None = None,
+        fp16: bool = False,
+        overwrite: bool = False,
+        session: Session | None = None,
+    ) -> Self:
+        """Write model.onnx, model_fp32.onnx, scales.json and what else is asked for into the run directory.
+
+        Args:
+            batch_size: a fixed one; None is dynamic.
+            extras: further files.
+            fp16: also the files with FP16 float parts, which engines are built from.
+            overwrite: whether files of an earlier export may be replaced.
+            session: progress.
+
+        Returns:
+            This run, with the new files.
+
+        Raises:
+            InputError: see `export.stage.export`.
+        """
+        from ospq_export.export.stage import export
+
+        show = (session or Session()).progress
+        with stage_progress(disable=not show) as progress:
+            written = export(
+                self.path,
+                batch_size=batch_size,
+                extras=extras or Extras(fp16=fp16),
+                overwrite=overwrite,
+                progress=progress if show else None,
+            )
+        self.manifest = written.manifest
+        return self
+
+    def validate(
+        self,
+        data: Data,
+        *,
+        thresholds: Thresholds | None = None,
+        session: Session | None = None,
+        documents: bool = True,
+        **settings: Any,
+    ) -> Report:
+        """Hold the exported network to the fake-quantized one and to the float one, image by image.
+
+        Args:
+            data: images that the calibration has not seen.
+            thresholds: what is allowed; None takes the defaults.
+            session: device, progress, workers.
+            documents: whether report.md and report.html are written beside report.json.
+            settings: of `validate.stage.validate`: backends, batch_size, limit, float_type, baseline, ...
+
+        Returns:
+            The report: true where both verdicts hold; `faithful` and `accuracy_kept` are None where the images are too few.
+
+        Raises:
+            InputError: see `validate.stage.validate`.
+        """
+        from ospq_export.validate import validate, write_documents
+
+        how = session or Session()
+        names = sorted(self.manifest.class_to_idx, key=self.manifest.class_to_idx.__getitem__)
+        images = _images(data, self.manifest.data, names, self)
+        with joined() as world, stage_progress(disable=not how.progress or world.rank > 0) as progress:
+            report = validate(
+                self,
+                images,
+                thresholds=thresholds,
+                device=how.device,
+                workers=how.workers,
+                progress=progress if how.progress else None,
+                world=world,
+                **settings,
+            )
+        if documents and world.rank == 0:
+            write_documents(self, report, images)
+        return report
+
+
+def _images(
+    data: Data, config: DataConfig | None, classes: Sequence[str], run: StoredRun | None
+) -> ImageSet | StreamSet | TensorSet:
+    """Whatever was given as images, as the stages take them."""
+    if isinstance(data, ImageSet | StreamSet | TensorSet):
+        return data
+    if isinstance(data, str | Path):
+        if config is None or not config.known:
+            raise InputError(
+                "nothing tells how image files become this network's input",
+                where=str(data),
+                fix="give `preprocessing`, or tensors",
+            )
+        known = Classes({name: i for i, name in enumerate(classes)}, "given by the caller")
+        choice, outputs = ClassChoice(), None if run is None else run.manifest.outputs
+        return image_set(open_source(data, choice), config, choice, outputs, known, needed=False)
+    size, data = first_size(data)
+    return TensorSet(data, config or unknown_preprocessing(size), classes)
