@@ -214,7 +214,7 @@ def _images(
     if isinstance(data, ImageSet | StreamSet | TensorSet):
         return data
     if isinstance(data, str | Path):
-        if config is None or not config.known:
+        if config is None:
             raise InputError(
                 "nothing tells how image files become this network's input",
                 where=str(data),

@@ -38,6 +38,8 @@ def calibrate(
     crop_pct: options.CropPctOption = None,
     interpolation: options.InterpolationOption = None,
     exif: options.ExifOption = False,
+    task: options.TaskOption = None,
+    outputs: options.OutputsOption = None,
     class_map: options.ClassMapOption = None,
     class_order: options.ClassOrderOption = None,
     class_from: options.ClassFromOption = None,
@@ -82,6 +84,8 @@ def calibrate(
         images,
         chosen,
         out,
+        task=task,
+        outputs=outputs,
         device=device,
         seed=seed,
         workers=workers,
@@ -98,6 +102,8 @@ def run_calibrate(
     recipe: Recipe,
     out: Path,
     *,
+    task: str | None = None,
+    outputs: list[str] | None = None,
     device: str,
     seed: int,
     workers: int,
@@ -128,7 +134,7 @@ def run_calibrate(
     torch.manual_seed(seed)
     network = create_model(spec)
     config = resolve_data_config(network, spec, settings)
-    found: ImageSet | StreamSet = prepared(config, network.num_classes)
+    found: ImageSet | StreamSet = prepared(config, _classes(network, config, task))
     _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network)
     sample: Batch = found.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
@@ -140,6 +146,8 @@ def run_calibrate(
             config,
             recipe,
             out,
+            task=task,
+            outputs=outputs,
             class_to_idx=found.class_to_idx,
             skipped=found.skipped,
             origin=found.record,
@@ -155,6 +163,21 @@ def run_calibrate(
         f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
         f"({len(found.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )
+
+
+def _classes(network: nn.Module, config: DataConfig, task: str | None) -> int | None:
+    """How many classes a classifier tells apart, from one image; None of another network."""
+    import torch
+
+    from ospq_export.graph.outputs import named_leaves
+
+    if task not in (None, "classify") or getattr(network, "num_classes", None) == 0:
+        return None
+    with torch.no_grad():
+        found = [
+            x for x in named_leaves(network(torch.zeros(1, *config.input_size))).values() if x is not None
+        ]
+    return int(found[0].shape[1]) if len(found) == 1 and found[0].dim() == 2 else None
 
 
 def _check_apart(out: Path, data: str) -> None:

@@ -77,6 +77,17 @@ ClassFromOption = Annotated[
         help="Class of an image in nested folders: the first level below --data, or the whole path."
     ),
 ]
+TaskOption = Annotated[
+    Literal["classify", "embed", "dense", "tensors"] | None,
+    typer.Option(
+        help="What the outputs are: logits of an image, a feature vector, logits of every pixel, or any tensors. "
+        "Default: what they look like."
+    ),
+]
+OutputsOption = Annotated[
+    list[str] | None,
+    typer.Option("--output", help="Output to keep; repeat for several. Default: all that hold real numbers."),
+]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate` wrote.")]
 RecipeOption = Annotated[
     str, typer.Option(help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, paper-w4a4) or a TOML file.")

@@ -58,6 +58,10 @@ def validate(
         float,
         typer.Option(help="Faithful: level of the exact tests against the noise floor, above 0 and below 1."),
     ] = 0.01,
+    max_error: Annotated[
+        float,
+        typer.Option(min=0, help="Task tensors: percent that outputs may be off float's, on average."),
+    ] = 10.0,
     floor_images: Annotated[
         int, typer.Option(min=0, help="Images the noise floor is measured on; 0 leaves it out.")
     ] = 1000,
@@ -97,6 +101,7 @@ def validate(
         min_agreement=min_agreement,
         max_top1_difference=max_top1_difference,
         significance=significance,
+        max_error=max_error,
     )
     opened = Run.open(run)
     images = _images(opened, data, class_choice(class_map, class_order, class_from), exif)

@@ -83,8 +83,14 @@ def image_set(
         needed: Whether labels are needed.
 
     Raises:
-        InputError: Nothing tells the images' classes, or a contradiction.
+        InputError: Nothing tells the images' classes, or how they become the network's input; or a contradiction.
     """
+    if not config.known:
+        raise InputError(
+            "nothing tells how image files become this network's input",
+            where=found.root,
+            fix="give `preprocessing` when the network is calibrated, or tensors",
+        )
     if isinstance(found, Stream):
         return StreamSet(found, config, stream_classes(choice, known, outputs), needed=needed)
     return ImageSet.from_found(found, config, find_classes(found, choice, outputs, known, needed=needed))

@@ -90,6 +90,12 @@ def jobs_of(run: Run, extras: Extras, batch_size: int | None, deploy_batch_size:
         layout = ((ACTIVATION_LAYOUT, "uint8"),)
         jobs.append(Job(UINT8_ACTIVATIONS_ONNX, batch_size, passes=(shift_activations,), metadata=layout))
     if extras.uint8_input:
+        if not run.manifest.data.known:
+            raise InputError(
+                "nothing tells how the network's images were normalised",
+                where="`uint8_input`",
+                fix="leave it out, or calibrate with `preprocessing`",
+            )
         layout = (("input", "uint8 (B, H, W, C), resized and cropped"),)
         normalise = partial(take_uint8, data=run.manifest.data)
         jobs.append(Job(UINT8_ONNX, batch_size, passes=(normalise,), metadata=layout))
