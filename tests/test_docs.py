@@ -1,6 +1,5 @@
 """The examples in docs/ that are Python run as they stand."""
 
-import os
 import re
 from pathlib import Path
 
@@ -18,4 +17,4 @@ def test_examples_in_python_md(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     assert "faithful" in capsys.readouterr().out
-    assert (Path(os.getcwd()) / "runs" / "mine" / "report.html").is_file()
+    assert (Path.cwd() / "runs" / "mine" / "report.html").is_file()
