@@ -92,7 +92,7 @@ def validate(
     outputs = task.reader(decision_threshold)
     references = executions.references(float_type)
     total = len(images) if isinstance(images, Sized) else None
-    images, chosen = _chosen(images, limit, world, max(floor_images, code_images, batch_size))
+    images, chosen = _chosen(images, limit, world, max(1, floor_images))
     count = len(chosen)
     here = share_of(world, count, batch_size)
     share = chosen[here.start : here.stop]
@@ -150,7 +150,8 @@ def _most(images: ImageSet | StreamSet, count: int) -> int:
 def _chosen(
     images: ImageSet | StreamSet, limit: int | None, world: World, nominal: int
 ) -> tuple[ImageSet | StreamSet, Sequence[int]]:
-    """The images and which of them are used; of a stream, which goes by once, all, and `nominal` is how many are expected.
+    """The images and which of them are used; of a stream, which goes by once, all; `nominal` are expected, so that the first of
+    them are looked at closely.
 
     Raises:
         InputError: several processes cannot share a stream.
