@@ -150,8 +150,9 @@ def _most(images: ImageSet | StreamSet, count: int) -> int:
 def _chosen(
     images: ImageSet | StreamSet, limit: int | None, world: World, nominal: int
 ) -> tuple[ImageSet | StreamSet, Sequence[int]]:
-    """The images and which of them are used; of a stream, which goes by once, all; `nominal` are expected, so that the first of
-    them are looked at closely.
+    """The images and which of them are used; of a stream, which goes by once, all.
+
+    As many of its images as `nominal` are expected, so that the first ones are looked at closely.
 
     Raises:
         InputError: several processes cannot share a stream.
