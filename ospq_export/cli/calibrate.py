@@ -10,6 +10,7 @@ import typer
 
 from ospq_export.cli import options
 from ospq_export.cli.options import check_recipe, class_choice, data_settings, model_spec, say
+from ospq_export.errors import InputError
 from ospq_export.world.room import check_apart
 from ospq_export.world.threads import use_threads
 
@@ -72,6 +73,8 @@ def calibrate(
 
     def images() -> Any:
         found = open_source(data, choice)
+        if getattr(found, "once", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("several processes cannot share a pipe", where="`data`", fix="start one process")
 
         def prepared(config: DataConfig, outputs: int) -> ImageSet | StreamSet:
             return image_set(found, config, choice, outputs, needed=False)

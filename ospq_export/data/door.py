@@ -52,7 +52,7 @@ def open_source(where: str | Path, choice: ClassChoice | None = None) -> Found |
     path = Path(where)
     packed = text.lower().endswith(pipes.ENDINGS) and path.is_file()
     if text == pipes.STANDARD_INPUT or path.is_fifo() or packed:
-        return Stream(text, partial(pipes.stream_tar, text, said))
+        return Stream(text, partial(pipes.stream_tar, text, said), once=not packed)
     if path.is_dir():
         return _open_folder(path, said)
     return _open_files([path] if path.exists() else several(text), path, said)

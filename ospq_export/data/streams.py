@@ -31,10 +31,12 @@ class Stream:
     Attributes:
         root: Where they come from.
         records: Opens it; of a pipe, once.
+        once: Whether it can be opened once only, by one process.
     """
 
     root: str
     records: Callable[[], Iterator[Record]]
+    once: bool = False
 
 
 class StreamSet(Images):

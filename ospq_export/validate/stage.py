@@ -92,7 +92,7 @@ def validate(
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)
     total = len(images) if isinstance(images, Sized) else None
-    images, chosen = _chosen(images, limit, world, max(floor_images, code_images, batch_size))
+    images, chosen = _chosen(images, limit, world, max(1, floor_images))
     count = len(chosen)
     pairs = pairs_of(executions, references, float_type, [backend.name for backend in others])
     measured = TASKS[run.manifest.task].measure(pairs, total and count, decision_threshold)
@@ -151,7 +151,9 @@ def _most(images: ImageSet | StreamSet | TensorSet, count: int) -> int:
 def _chosen(
     images: ImageSet | StreamSet | TensorSet, limit: int | None, world: World, nominal: int
 ) -> tuple[ImageSet | StreamSet | TensorSet, Sequence[int]]:
-    """The images and which of them are used; of a stream, which goes by once, all, and `nominal` is how many are expected.
+    """The images and which of them are used; of a stream, which goes by once, all.
+
+    As many of its images as `nominal` are expected, so that the first ones are looked at closely.
 
     Raises:
         InputError: several processes cannot share a stream.
