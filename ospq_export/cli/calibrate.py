@@ -56,7 +56,7 @@ def calibrate(
         str | None, typer.Option(help="File that a JSON line per event is appended to; - is standard error.")
     ] = None,
 ) -> None:
-    """Quantize a timm model on calibration images and write a run directory."""
+    """Quantize a network on calibration images and write a run directory."""
     use_threads(threads)
     from ospq_export.recipes import load_recipe
 
@@ -71,7 +71,7 @@ def calibrate(
     def images() -> Any:
         scan = scan_folder(data, choice.level)
 
-        def prepared(config: DataConfig, outputs: int) -> ImageSet:
+        def prepared(config: DataConfig, outputs: int | None) -> ImageSet:
             return ImageSet.from_scan(scan, config, number_classes(scan, choice, outputs, needed=False))
 
         return prepared
@@ -116,7 +116,8 @@ def run_calibrate(
     from ospq_export.calibrate.reconstruct.store import parse_bytes
     from ospq_export.calibrate.stage import calibrate
     from ospq_export.data import resolve_data_config
-    from ospq_export.models.timm import create_model
+    from ospq_export.models.sources import check_input, create_model
+    from ospq_export.models.timm import for_size
     from ospq_export.progress import stage_progress
 
     check_output_folder(out)
@@ -125,10 +126,11 @@ def run_calibrate(
     _check_before(spec, recipe, out, device, log_json)
     # Before the network is made: a folder that cannot be used is said at once.
     prepared = images()
+    spec = for_size(spec, settings.get("input_size"))
     torch.manual_seed(seed)
     network = create_model(spec)
     config = resolve_data_config(network, spec, settings)
-    image_set: ImageSet = prepared(config, network.num_classes)
+    image_set: ImageSet = prepared(config, check_input(network, spec, config.input_size))
     _check_images(len(image_set), config, recipe, budget, network)
     sample: Batch = image_set.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
@@ -160,7 +162,8 @@ def run_calibrate(
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
     """What is known before the network is built."""
     from ospq_export.calibrate.checks import check_processes
-    from ospq_export.models.timm import network_bytes, torch_device
+    from ospq_export.models.sources import network_bytes
+    from ospq_export.models.timm import torch_device
     from ospq_export.world import room
 
     room.check_folder(out, "--out")

@@ -50,17 +50,20 @@ def inspect(
     from ospq_export.calibrate.observe import outlier_profile
     from ospq_export.data import Classes, ImageSet, resolve_data_config, scan_folder
     from ospq_export.graph.capture import capture
-    from ospq_export.models.timm import create_model, torch_device
+    from ospq_export.models.sources import check_input, create_model
+    from ospq_export.models.timm import for_size, torch_device
     from ospq_export.progress import stage_progress, stepper
     from ospq_export.runs.files import write_json
 
     target = torch_device(device)
     scan = scan_folder(data, class_from)
+    settings = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
+    spec = for_size(spec, settings.get("input_size"))
     torch.manual_seed(seed)
     network = create_model(spec)
-    settings = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     config = resolve_data_config(network, spec, settings)
+    check_input(network, spec, config.input_size)
     sample = ImageSet.from_scan(scan, config, Classes()).sample(images, seed, workers).images
     with stage_progress(disable=quiet) as progress:
         advance = stepper(progress, "profile", -(-len(sample) // 32))

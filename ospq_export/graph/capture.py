@@ -68,7 +68,7 @@ def _unlogged(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unfused() -> Iterator[None]:
-    """torch's modules for transformers without their fused kernels, which nothing here could take apart."""
+    """Torch's modules for transformers without their fused kernels, which nothing here could take apart."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

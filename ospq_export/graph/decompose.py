@@ -1,4 +1,4 @@
-"""Operators of a captured program written as simpler ones: attention as matrix products, and what the allow-list has no name for."""
+"""Operators of a captured program written as simpler ones: attention as products, and what the allow-list has no name for."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def explicit_attention(
 
 
 def _sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> list[Tensor]:
-    """torch's only order among equals is the stable one, and ONNX's is too."""
+    """Torch's only order among equals is the stable one, and ONNX's is too."""
     values, indices = aten.sort.default(x, dim, descending)
     return [values, indices]
 
@@ -80,7 +80,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def _simpler(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
-    """torch's decompositions of the operators in a graph that are not in the allow-list."""
+    """What torch makes of the operators in a graph that are not in the allow-list."""
     unknown = {n.target for n in graph.nodes if n.op == "call_function" and not _is_known(n.target)}
     if not unknown:
         return {}
