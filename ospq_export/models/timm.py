@@ -172,6 +172,11 @@ def _build(spec: ModelSpec) -> nn.Module:
     if reserved:
         where = ", ".join(reserved)
         raise InputError("not a keyword argument of the network", where=where, fix="leave it out")
+    classes = spec.kwargs.get("num_classes", 0)
+    if isinstance(classes, int) and classes < 0:
+        raise InputError(
+            "fewer than no classes", where=f"num_classes={classes}", fix="0 leaves the classifier out"
+        )
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
     except Exception as error:

@@ -13,6 +13,13 @@ from ospq_export.models.preprocessing import Preprocessing, crop_share
 from ospq_export.models.record import ModelSpec
 
 _DEFAULT = "DEFAULT"
+# By the package that a network lies in.
+_OTHER_INPUTS = {
+    "detection": "a list of images, and chooses boxes by their content",
+    "optical_flow": "pairs of images",
+    "video": "clips, not images",
+}
+_WRAP = "give a network of single images, or a module of your own around its backbone"
 
 
 def build(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
@@ -49,7 +56,11 @@ def _builder(name: str) -> Any:
     from torchvision import models
 
     if name in models.list_models():
-        return models.get_model_builder(name)
+        builder = models.get_model_builder(name)
+        kind = builder.__module__.split(".")[2]
+        if kind in _OTHER_INPUTS:
+            raise InputError(f"torchvision's {name} takes {_OTHER_INPUTS[kind]}", where=name, fix=_WRAP)
+        return builder
     close = difflib.get_close_matches(name, models.list_models(), n=3)
     fix = f"did you mean {', '.join(close)}?" if close else "torchvision.models.list_models() lists all names"
     raise InputError("torchvision knows no such model", where=name, fix=fix)

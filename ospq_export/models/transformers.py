@@ -34,7 +34,7 @@ def build(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
         config = _config(spec)
         kind = _class(spec, config)
         try:
-            model, missing = _loaded(kind, spec, config) if pretrained else (_random(kind, config), [])
+            model, missing = _loaded(kind, spec, config) if pretrained else (kind(config), [])
         except Exception as error:
             raise InputError(
                 f"{kind.__name__} cannot be built: {reason_of(error)}",
@@ -119,20 +119,20 @@ def _class(spec: ModelSpec, config: Any) -> Any:
         raise InputError(f"transformers has no {named}", where=spec.name, fix=fix) from error
 
 
-def _random(kind: Any, config: Any) -> Any:
-    return kind(config)
-
-
 def _loaded(kind: Any, spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     """The network with its weights, and the names of those that are missing."""
     model, report = kind.from_pretrained(
         spec.name,
         config=config,
         dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are named instead
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
     )
+    other = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if other:
+        raise ValueError(f"the weights have another shape: {listed(other)}")
     return model, sorted(report["missing_keys"])
 
 
