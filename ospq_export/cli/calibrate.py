@@ -59,7 +59,7 @@ def calibrate(
         str | None, typer.Option(help="File that a JSON line per event is appended to; - is standard error.")
     ] = None,
 ) -> None:
-    """Quantize a timm model on calibration images and write a run directory."""
+    """Quantize a network on calibration images and write a run directory."""
     use_threads(threads)
     from ospq_export.recipes import load_recipe
 
@@ -76,7 +76,7 @@ def calibrate(
         if getattr(found, "once", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("several processes cannot share a pipe", where="`data`", fix="start one process")
 
-        def prepared(config: DataConfig, outputs: int) -> ImageSet | StreamSet:
+        def prepared(config: DataConfig, outputs: int | None) -> ImageSet | StreamSet:
             return image_set(found, config, choice, outputs, needed=False)
 
         return prepared
@@ -125,7 +125,8 @@ def run_calibrate(
     from ospq_export.calibrate.reconstruct.store import parse_bytes
     from ospq_export.calibrate.stage import calibrate
     from ospq_export.data import resolve_data_config
-    from ospq_export.models.timm import create_model
+    from ospq_export.models.sources import check_input, create_model
+    from ospq_export.models.timm import for_size
     from ospq_export.progress import stage_progress
 
     check_output_folder(out)
@@ -134,10 +135,12 @@ def run_calibrate(
     _check_before(spec, recipe, out, device, log_json)
     # Before the network is made: a folder that cannot be used is said at once.
     prepared = images()
+    spec = for_size(spec, settings.get("input_size"))
     torch.manual_seed(seed)
     network = create_model(spec)
     config = resolve_data_config(network, spec, settings)
-    found: ImageSet | StreamSet = prepared(config, _classes(network, config, task))
+    classes = check_input(network, spec, config.input_size)
+    found: ImageSet | StreamSet = prepared(config, classes if task in (None, "classify") else None)
     _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network)
     sample: Batch = found.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
@@ -168,21 +171,6 @@ def run_calibrate(
     )
 
 
-def _classes(network: nn.Module, config: DataConfig, task: str | None) -> int | None:
-    """How many classes a classifier tells apart, from one image; None of another network."""
-    import torch
-
-    from ospq_export.graph.outputs import named_leaves
-
-    if task not in (None, "classify") or getattr(network, "num_classes", None) == 0:
-        return None
-    with torch.no_grad():
-        found = [
-            x for x in named_leaves(network(torch.zeros(1, *config.input_size))).values() if x is not None
-        ]
-    return int(found[0].shape[1]) if len(found) == 1 and found[0].dim() == 2 else None
-
-
 def _check_apart(out: Path, data: str) -> None:
     from ospq_export.data import folder_of
 
@@ -194,7 +182,8 @@ def _check_apart(out: Path, data: str) -> None:
 def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_json: str | None) -> None:
     """What is known before the network is built."""
     from ospq_export.calibrate.checks import check_processes
-    from ospq_export.models.timm import network_bytes, torch_device
+    from ospq_export.models.sources import network_bytes
+    from ospq_export.models.timm import torch_device
     from ospq_export.world import room
 
     room.check_folder(out, "--out")

@@ -39,12 +39,19 @@ ThreadsOption = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-ModelArgument = Annotated[str, typer.Argument(help="timm model name, e.g. deit_tiny_patch16_224.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="timm's name of a model, e.g. deit_tiny_patch16_224, hf-hub:ORG/NAME or local-dir:PATH; or torchvision:NAME, "
+        "transformers:PATH or a name of its hub, module:package.module:function (runs your code)."
+    ),
+]
 ModelKwargsOption = Annotated[
     str, typer.Option(help="Model arguments as one string, 'img_size=112 num_classes=10'.")
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights: safetensors, or a torch file. Default: timm's pretrained ones.")
+    Path | None,
+    typer.Option(help="Weights: safetensors, or a torch file. Default: the source's pretrained ones."),
 ]
 CheckpointKeyOption = Annotated[
     str | None,
@@ -126,10 +133,13 @@ def model_spec(
         InputError: the keyword arguments cannot be read.
     """
     from ospq_export.models.record import ModelSpec
+    from ospq_export.models.sources import split_name
     from ospq_export.models.timm import parse_model_kwargs
 
+    source, name = split_name(name)
     return ModelSpec(
         name=name,
+        source=source,
         kwargs=parse_model_kwargs(kwargs),
         checkpoint=None if checkpoint is None else str(checkpoint),
         checkpoint_key=checkpoint_key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ospq_export.errors import InputError
 from ospq_export.models.record import ModelSpec
+from ospq_export.models.sources import preprocessing_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 ClassLevel = Literal["first", "path"]
 _OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _WHITE = 255
+# What most networks for photographs were trained with.
+_ASSUMED: dict[str, Any] = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+log = logging.getLogger(__name__)
 
 
 class ImagesRecord(BaseModel):
@@ -50,6 +61,7 @@ class DataConfig(BaseModel):
         crop_mode: `center` keeps the aspect ratio and crops, `squash` does not keep it, `border` pads.
         exif: Whether an image's EXIF orientation is applied; timm ignores it.
         known: Whether all this is known; of tensors that came without it only the input size is.
+        assumed: Fields that neither the network's source nor the user stated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +74,7 @@ class DataConfig(BaseModel):
     crop_mode: Literal["center", "squash", "border"]
     # Without `exif` it is timm's own data configuration, and that of files written before there was such a field.
     exif: bool = Field(default=False, exclude_if=lambda applied: not applied)
-
+    assumed: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     known: bool = Field(default=True, exclude_if=lambda known: known)
 
     @model_validator(mode="after")
@@ -91,7 +103,7 @@ class DataConfig(BaseModel):
         """What timm evaluates with: image of mode `image_mode` to a float32 tensor of `input_size`."""
         from timm.data import create_transform
 
-        return create_transform(is_training=False, **self.model_dump(exclude={"exif", "known"}))
+        return create_transform(is_training=False, **self.model_dump(exclude={"exif", "assumed", "known"}))
 
 
 def unknown_preprocessing(input_size: Sequence[int]) -> DataConfig:
@@ -129,7 +141,8 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
 
     Args:
         model: The network, as built from `spec`.
-        spec: Its `img_size` and `in_chans` win over timm's configuration of the pretrained weights.
+        spec: Its `img_size` and `in_chans` win over timm's configuration of the pretrained weights. Other sources state what
+            they state; the rest is assumed, and said.
         overrides: Any of DataConfig's fields; None means not given, and one mean or std serves all channels.
             `exif` is False unless given.
 
@@ -137,10 +150,8 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         The configuration, with as many means and stds as channels: where timm's do not fit, their average.
 
     Raises:
-        InputError: A value is impossible, or the network does not take inputs of this size.
+        InputError: A value is impossible, or nobody states a size.
     """
-    from timm.data import resolve_input_data_config
-
     given = {key: value for key, value in overrides.items() if value is not None}
     exif = given.pop("exif", False)
     unknown = sorted(given.keys() - set(_OVERRIDES))
@@ -149,8 +160,10 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
             "no such setting", where=", ".join(unknown), fix=f"choose from {', '.join(_OVERRIDES)}"
         )
     try:
-        resolved = resolve_input_data_config(model, {**given, "model_kwargs": spec.kwargs})
-        return DataConfig.model_validate({**{key: resolved[key] for key in _OVERRIDES}, "exif": exif})
+        resolved = (
+            _from_timm(model, spec, given) if spec.source == "timm" else _from_source(model, spec, given)
+        )
+        return DataConfig.model_validate({**resolved, "exif": exif})
     except ValidationError as error:
         where, what = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
         message = ": ".join([*map(str, where[:1]), what])
@@ -161,3 +174,34 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         where=spec.name,
         fix="check `input_size`, `mean`, `std`, `crop_pct`, `interpolation`, and img_size in `model_kwargs`",
     )
+
+
+def _from_timm(model: nn.Module, spec: ModelSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    from timm.data import resolve_input_data_config
+
+    resolved = resolve_input_data_config(model, {**given, "model_kwargs": spec.kwargs})
+    return {key: resolved[key] for key in _OVERRIDES}
+
+
+def _from_source(model: nn.Module, spec: ModelSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user gives, then what the source states; what is left is assumed, logged and recorded."""
+    found = preprocessing_of(model, spec)
+    known = {**found.values, **given}
+    if "input_size" not in known:
+        fix = "give `input_size`, for example 3,224,224"
+        raise InputError("nothing states the size of the network's images", where=spec.name, fix=fix)
+    assumed = {key: value for key, value in _ASSUMED.items() if key not in known}
+    channels = len(known["input_size"]) and known["input_size"][0]
+    values = {key: _per_channel(value, channels) for key, value in {**assumed, **known}.items()}
+    if assumed:
+        said = ", ".join(f"{key} {values[key]}" for key in assumed)
+        stated_by = found.stated_by or "the network"
+        log.warning("%s: %s does not state all of its preprocessing; assumed: %s", spec.name, stated_by, said)
+    return {**values, "assumed": tuple(assumed)}
+
+
+def _per_channel(value: Any, channels: int) -> Any:
+    """One mean or std serves all channels; several that do not fit, by their average, as timm has it."""
+    if not isinstance(value, tuple | list) or not value or not isinstance(value[0], float):
+        return value
+    return tuple(value) if len(value) == channels else (sum(value) / len(value),) * channels

@@ -39,6 +39,8 @@ _CHECKS = (
     aten._assert_async.msg,
     aten.sym_constrain_range_for_size.default,
 )
+REWRITTEN = frozenset({*_IDENTITIES, *_CHECKS, aten.conv2d.padding})
+"""Operators that the canonical form has no more."""
 
 
 def drop_identities(module: fx.GraphModule) -> None:

@@ -9,58 +9,73 @@ After `capture`, a graph has one placeholder (images) and call_function nodes ov
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ospq_export.errors import InputError, reason_of
 from ospq_export.graph import canonical
+from ospq_export.graph.decompose import decompose
 from ospq_export.graph.outputs import choose_outputs
 
 aten = torch.ops.aten
 QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
 
 
-def _explicit_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Scaled dot product attention as two matmuls, the scale applied to the query."""
-    if is_causal or enable_gqa:
-        raise NotImplementedError("causal or grouped-query attention")
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.matmul(query * factor, key.transpose(-2, -1))
-    if attn_mask is not None:
-        bias = torch.where(attn_mask, 0.0, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
-        logits = logits + bias
-    return torch.matmul(torch.softmax(logits, -1), value)
-
-
 def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
-            return program.run_decompositions(
-                {aten.scaled_dot_product_attention.default: _explicit_attention}
-            )
+        with warnings.catch_warnings(action="ignore"), _unfused(), torch.no_grad():
+            return decompose(_traced(model, example))
     except Exception as error:
         raise InputError(
             f"the model cannot be captured as one graph: {reason_of(error)}",
             where=_failing_module(model, example) or type(model).__name__,
             fix="data-dependent control flow cannot be exported; choose another model or rewrite that module",
         ) from error
+
+
+def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The program, by running the module on symbols; where Python makes a number of one, by reading its bytecode."""
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        # len(tensor) can be nothing but a number, and fixes the batch size.
+        if "specialized" in str(error):
+            with contextlib.suppress(Exception), _unlogged("torch._guards"):
+                return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
+        raise
+
+
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without the tracebacks that a logger writes of an error that is raised as well."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Torch's modules for transformers without their fused kernels, which nothing here could take apart."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _failing_module(model: nn.Module, example: Tensor) -> str:
@@ -109,6 +124,20 @@ def _annotate(nodes: Iterable[fx.Node]) -> None:
         node.meta["module_path"] = stack[-1][0] if stack else ""
 
 
+def _check_sizes(graph: fx.Graph) -> None:
+    """Refuse what has as many elements as the images' content says: a deployed file needs sizes that are known."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else ()
+        if any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes):
+            source = node.all_input_nodes[0] if node.target is operator.getitem else node
+            raise InputError(
+                f"the size of what operator {source.target} gives depends on the images' content",
+                where=f"module {node.meta['module_path'] or '(root)'}",
+                fix="take the selection out of the network, and do it on its outputs",
+            )
+
+
 def capture(
     model: nn.Module,
     input_size: Sequence[int],
@@ -138,6 +167,7 @@ def capture(
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _annotate(module.graph.nodes)
+    _check_sizes(module.graph)
     left_out = choose_outputs(module.graph, program.call_spec.out_spec, outputs)
     result = canonical.canonicalize(module, share=share)
     result.meta["left_out"] = left_out

@@ -23,34 +23,41 @@ from ospq_export.errors import InputError, damaged, reason_of
 from ospq_export.graph.outputs import LOGITS, output_names, output_node
 
 _ATEN = """
-_native_batch_norm_legit_no_training.default _softmax.default _to_copy.default _unsafe_view.default
-abs.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default add.Scalar add.Tensor
-addcmul.default addmm.default alias.default amax.default amin.default arange.default arange.start
-arange.start_step argmax.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
-baddbmm.default batch_norm.default bitwise_not.default bmm.default cat.default chunk.default
-clamp.default clamp_max.default clamp_min.default clone.default col2im.default
-constant_pad_nd.default contiguous.default conv1d.default conv2d.default conv3d.default
-conv_transpose2d.input convolution.default copy.default cos.default cumsum.default detach.default
-div.Scalar div.Tensor div.Tensor_mode dropout.default einsum.default elu.default embedding.default
-eq.Scalar eq.Tensor erf.default exp.default expand.default flatten.using_ints flip.default
-floor.default full.default full_like.default gather.default ge.Scalar gelu.default glu.default
-group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default hardtanh.default
-im2col.default index.Tensor index_select.default instance_norm.default layer_norm.default le.Scalar
-leaky_relu.default linalg_vector_norm.default linear.default log.default log_softmax.int
-logical_and.default logical_not.default lt.Scalar lt.Tensor masked_fill.Scalar matmul.default
-max.dim max_pool2d.default max_pool2d_with_indices.default maximum.default mean.default mean.dim
-min.dim minimum.default mish.default mm.default movedim.int mul.Scalar mul.Tensor narrow.default
-ne.Scalar ne.Tensor neg.default new_full.default new_ones.default new_zeros.default ones.default
-ones_like.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
-pow.Tensor_Scalar prelu.default reciprocal.default relu.default relu6.default repeat.default
-repeat_interleave.self_int reshape.default roll.default round.default rsqrt.default rsub.Scalar
-scalar_tensor.default select.int select_scatter.default selu.default sigmoid.default silu.default
-sin.default slice.Tensor slice_scatter.default softmax.int softplus.default split.Tensor
-split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim squeeze.dims
-stack.default std.correction sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
-tanh.default to.dtype transpose.int type_as.default unbind.int unflatten.int unsqueeze.default
-upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.correction
-var_mean.correction view.default where.self zeros.default zeros_like.default
+__and__.Tensor __or__.Tensor _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default
+_unsafe_view.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec abs.default acos.default acosh.default
+adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default add.Scalar add.Tensor addcdiv.default
+addcmul.default addmm.default alias.default all.default all.dim all.dims amax.default amin.default any.default any.dim
+any.dims arange.default arange.start arange.start_step argmax.default argmin.default asin.default asinh.default atan.default
+atan2.default atanh.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default batch_norm.default
+bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bitwise_xor.Tensor bmm.default cat.default
+ceil.default celu.default chunk.default clamp.Tensor clamp.default clamp_max.Tensor clamp_max.default clamp_min.Tensor
+clamp_min.default clone.default col2im.default constant_pad_nd.default contiguous.default conv1d.default conv2d.default
+conv3d.default conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input convolution.default copy.default
+cos.default cosh.default cumsum.default detach.default diagonal.default div.Scalar div.Tensor div.Tensor_mode dropout.default
+einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default exp.default exp2.default
+expand.default expm1.default fill.Scalar fill.Tensor flatten.using_ints flip.default floor.default floor_divide.default
+fmod.Scalar fmod.Tensor frac.default full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default
+glu.default grid_sampler_2d.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
+hardtanh.default im2col.default index.Tensor index_put.default index_select.default instance_norm.default isinf.default
+isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor linalg_vector_norm.default
+linear.default linspace.default log.default log10.default log1p.default log2.default log_sigmoid.default log_softmax.int
+logaddexp.default logical_and.default logical_not.default logical_or.default logical_xor.default logit.default
+logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
+max_pool1d.default max_pool2d.default max_pool2d_with_indices.default max_pool3d.default maximum.default mean.default
+mean.dim min.default min.dim minimum.default mish.default mm.default movedim.int mul.Scalar mul.Tensor narrow.default
+ne.Scalar ne.Tensor neg.default new_full.default new_ones.default new_zeros.default ones.default ones_like.default
+pad.default permute.default pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
+prelu.default prod.default prod.dim_int reciprocal.default reflection_pad1d.default reflection_pad2d.default relu.default
+relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int replication_pad1d.default
+replication_pad2d.default reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
+scalar_tensor.default scatter.src scatter.value scatter_add.default select.int select_scatter.default selu.default
+sigmoid.default sign.default silu.default sin.default sinh.default slice.Tensor slice_scatter.default softmax.int
+softplus.default sort.default split.Tensor split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim
+squeeze.dims stack.default std.correction sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int tan.default
+tanh.default to.dtype topk.default transpose.int tril.default triu.default trunc.default type_as.default unbind.int
+unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec
+upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_trilinear3d.vec var.correction
+var_mean.correction view.default where.Scalar where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
 """
 ATEN = frozenset(f"aten.{name}" for name in _ATEN.split())
 # Arithmetic on sizes, and the parts of what gives several tensors.

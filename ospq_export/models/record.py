@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ospq_export.errors import listed
 
@@ -11,17 +11,23 @@ class ModelSpec(BaseModel):
     """What a network is made from.
 
     Attributes:
-        name: timm's name of the model, with or without a weight tag.
-        kwargs: Keyword arguments of `timm.create_model`; lists become tuples, so that a specification
+        name: what its source calls it: timm's and torchvision's names, a folder or hub name of transformers, or
+            "package.module:function".
+        source: `timm`, `torchvision`, `transformers` or `module`, a user's own function.
+        kwargs: Keyword arguments of the function that builds it; lists become tuples, so that a specification
             read back from JSON equals the one written.
         checkpoint: Path of a weight file, or None.
         checkpoint_key: Which entry or prefix of the file holds the weights; None takes the one that fits.
-        pretrained: Whether timm's pretrained weights are used where there is no checkpoint.
+        pretrained: Whether the source's pretrained weights are used where there is no checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    # Without it, it is what files of times with timm alone are.
+    source: Literal["timm", "torchvision", "transformers", "module"] = Field(
+        default="timm", exclude_if=lambda source: source == "timm"
+    )
     kwargs: dict[str, Any] = {}
     checkpoint: str | None = None
     checkpoint_key: str | None = None

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ospq_export.errors import InputError, reason_of
+from ospq_export.models.preprocessing import Preprocessing
 from ospq_export.models.record import ModelSpec, plain
-from ospq_export.models.weights import check_finite, load_checkpoint
+from ospq_export.models.sources import create_model, network_bytes
 from ospq_export.world.processes import local_rank
 
+__all__ = ["ModelSpec", "create_model", "network_bytes", "parse_model_kwargs", "torch_device"]
 logger = logging.getLogger(__name__)
 
 # Arguments of timm.create_model that would read weights, or place them, behind the specification's back.
@@ -25,13 +27,15 @@ _RESERVED = frozenset(
         "checkpoint_path",
         "device",
         "dtype",
-        "features_only",
         "model_name",
         "pretrained",
         "pretrained_cfg",
         "pretrained_cfg_overlay",
     }
 )
+_PREFIXES = ("hf-hub:", "local-dir:", "torchvision:", "transformers:", "module:")
+_ELSEWHERE = _PREFIXES[:2]  # as timm itself reads them
+_STATED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _NOT_PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -79,56 +83,72 @@ def _literal(text: str, part: str) -> Any:
     )
 
 
-def network_bytes(spec: ModelSpec) -> int | None:
-    """float32 bytes of a network's parameters, from its structure alone, or None where that cannot be made without them."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
-    except Exception:
-        # A constructor that reads values, or arguments that are wrong: who builds the network in earnest says which.
-        return None
-    return sum(4 * p.numel() for p in model.parameters())
-
-
-def create_model(spec: ModelSpec, *, load_weights: bool = True) -> nn.Module:
-    """Builds the network: float32, on the CPU, in eval mode, with attention as explicit matrix products.
-
-    Args:
-        spec: What to build.
-        load_weights: False builds the same module with random weights and reads nothing.
-
-    Returns:
-        The network, (B, C, H, W) float32 to (B, K) float32 logits. Weights that are neither read nor
-        pretrained are random, from torch's global generator.
+def build(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
+    """The network, with attention as explicit matrix products.
 
     Raises:
-        InputError: Unknown model, arguments it does not take, no classifier, a checkpoint that cannot be
-            read or belongs to another model, weights that are not finite, or pretrained weights that
-            cannot be had.
+        InputError: unknown model, arguments it does not take, or pretrained weights that cannot be had.
     """
     _check_name(spec.name)
-    if spec.checkpoint_key is not None and spec.checkpoint is None:
-        raise InputError(
-            "there is no checkpoint to take it from",
-            where=f"`checkpoint_key` {spec.checkpoint_key}",
-            fix="give the file with `checkpoint`",
-        )
-    pretrained = load_weights and spec.pretrained and spec.checkpoint is None
     model = _build_pretrained(spec) if pretrained else _build(spec)
     module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    if load_weights and spec.checkpoint is not None:
-        load_checkpoint(model, Path(spec.checkpoint), spec.checkpoint_key)
-    if load_weights:
-        check_finite(model, spec.checkpoint or spec.name)
-    return model.float().eval()
+    return model
+
+
+def preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
+    """Timm's own answer; where its means do not fit the channels, their average.
+
+    Raises:
+        InputError: an argument of the network has an impossible value.
+    """
+    from timm.data import resolve_input_data_config
+
+    found = resolve_input_data_config(model, {"model_kwargs": spec.kwargs})
+    return Preprocessing("timm", {key: found[key] for key in _STATED})
+
+
+def for_size(spec: ModelSpec, input_size: tuple[int, ...] | None) -> ModelSpec:
+    """The specification with `img_size` where a network that is built for one size is asked for another.
+
+    Args:
+        spec: of any source; other sources' networks, and those that take images of any size, stay as they are.
+        input_size: (channels, height, width) in pixels; None where none is asked for.
+    """
+    if spec.source != "timm" or input_size is None or len(input_size) != 3 or "img_size" in spec.kwargs:
+        return spec
+    size = input_size[1] if input_size[1] == input_size[2] else tuple(input_size[1:])
+    sized = spec.model_copy(update={"kwargs": {**spec.kwargs, "img_size": size}})
+    if not _is_fixed(spec, tuple(input_size[1:])):
+        return spec
+    logger.warning("%s: built with img_size=%s for the size of its input", spec.name, size)
+    return sized
+
+
+def _is_fixed(spec: ModelSpec, size: tuple[int, ...]) -> bool:
+    """Whether the network takes `img_size`, and is built for another one than `size` without it."""
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
+            if tuple(model.pretrained_cfg["input_size"][1:]) == size:
+                return False
+            timm.create_model(spec.name, pretrained=False, **spec.kwargs, img_size=size)
+    except TypeError:
+        return False
+    except Exception:
+        # It takes the argument, and not this value, or cannot be built at all: that is said when it is built in earnest.
+        return True
+    return True
 
 
 def _check_name(name: str) -> None:
+    if name.startswith(_ELSEWHERE):
+        _check_folder(name)
+        return
     if re.search(r"[:/\\]", name):
-        fix = "give local weights with `checkpoint`"
+        fix = f"give local weights with `checkpoint`, or begin with {', '.join(_PREFIXES)}"
         raise InputError("a model is called by its name in timm", where=name, fix=fix)
     if timm.is_model(name):
         return
@@ -137,12 +157,26 @@ def _check_name(name: str) -> None:
     raise InputError("timm knows no such model", where=name, fix=fix)
 
 
+def _check_folder(name: str) -> None:
+    """A folder is named with its configuration in it, before timm looks for it."""
+    schema, _, path = name.partition(":")
+    if schema == "local-dir" and not (Path(path) / "config.json").is_file():
+        raise InputError(
+            "there is no config.json", where=path, fix="give a folder that timm saved for its hub"
+        )
+
+
 def _build(spec: ModelSpec) -> nn.Module:
     """The module with random weights; whatever its constructor raises is blamed on the arguments."""
     reserved = sorted(_RESERVED & spec.kwargs.keys())
     if reserved:
         where = ", ".join(reserved)
         raise InputError("not a keyword argument of the network", where=where, fix="leave it out")
+    classes = spec.kwargs.get("num_classes", 0)
+    if isinstance(classes, int) and classes < 0:
+        raise InputError(
+            "fewer than no classes", where=f"num_classes={classes}", fix="0 leaves the classifier out"
+        )
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=False, **spec.kwargs)
     except Exception as error:
@@ -152,16 +186,13 @@ def _build(spec: ModelSpec) -> nn.Module:
             where=given or "no `model_kwargs`",
             fix="check `model_kwargs` and the name's weight tag",
         ) from error
-    # timm counts the outputs of a headless network as 0, and takes negative numbers for it too.
-    if getattr(model, "num_classes", 0) < 1:
-        raise InputError("the network has no classifier", where=spec.name, fix="give num_classes=N")
     return model
 
 
 def _build_pretrained(spec: ModelSpec) -> nn.Module:
     """The module with timm's pretrained weights."""
     # Built without weights first: what fails then is the arguments' fault, not the network's.
-    classes = _build(spec).num_classes
+    classes = getattr(_build(spec), "num_classes", 0)
     try:
         model: Any = timm.create_model(spec.name, pretrained=True, **spec.kwargs)
     except Exception as error:
@@ -170,7 +201,7 @@ def _build_pretrained(spec: ModelSpec) -> nn.Module:
             where=spec.name,
             fix="check the connection, or give weights with `checkpoint`",
         ) from error
-    if classes != model.pretrained_cfg["num_classes"]:
+    if classes > 0 and classes != model.pretrained_cfg["num_classes"]:
         logger.warning("%s: the pretrained weights have another classifier; this one is random", spec.name)
     return cast(nn.Module, model)
 

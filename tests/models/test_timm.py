@@ -143,7 +143,7 @@ def test_attention_is_explicit_and_timms_setting_is_left_alone(
         ("vit_tiny_patch16_225", "vit_tiny_patch16_224"),
         ("no-such-thing-at-all", "timm knows no such model"),
         ("", "timm knows no such model"),
-        ("hf-hub:someone/model", "`checkpoint`"),
+        ("someone/model", "`checkpoint`, or begin with hf-hub:"),
         ("some/where/model.onnx", "`checkpoint`"),
         ("vit_tiny_patch16_224.nosuchtag", "nosuchtag"),
     ],
@@ -159,11 +159,9 @@ def test_unknown_model(name: str, expected: str) -> None:
         ({"image_size": 32}, "image_size"),
         ({"embed_dim": 25}, "divisible"),
         ({"img_size": "32"}, "img_size='32'"),
-        ({"num_classes": -3}, "no classifier"),
-        ({"num_classes": 0}, "no classifier"),
+        ({"num_classes": -3}, "fewer than no classes"),
         ({"checkpoint_path": "x.pth"}, "checkpoint_path"),
         ({"pretrained": True}, "pretrained"),
-        ({"features_only": True}, "features_only"),
     ],
 )
 def test_wrong_kwargs(kwargs: dict[str, object], expected: str) -> None:
@@ -173,12 +171,19 @@ def test_wrong_kwargs(kwargs: dict[str, object], expected: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_model_without_a_classifier_of_its_own() -> None:
-    with pytest.raises(InputError, match="num_classes=N"):
-        create_model(
-            ModelSpec(name="vit_small_patch14_dinov2", kwargs={"depth": 1, "img_size": 28}),
-            load_weights=False,
-        )
+def test_networks_without_a_classifier() -> None:
+    own = ModelSpec(name="vit_small_patch14_dinov2", kwargs={"depth": 1, "img_size": 28})
+    asked = ModelSpec(name=SPEC.name, kwargs={**SMALL, "num_classes": 0})
+    for spec in (own, asked):
+        model = create_model(spec, load_weights=False)
+        size = (3, *model.patch_embed.img_size)
+        assert model(torch.randn(1, *size)).shape == (1, model.num_features)
+
+
+def test_features_only() -> None:
+    spec = ModelSpec(name="resnet10t", kwargs={"features_only": True, "out_indices": (1, 3)})
+    features = create_model(spec)(torch.randn(1, 3, 64, 64))
+    assert [tuple(f.shape[1:]) for f in features] == [(64, 16, 16), (256, 4, 4)]
 
 
 @pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "state_dict_ema"])

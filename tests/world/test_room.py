@@ -156,7 +156,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a network is built")
 
-    monkeypatch.setattr("ospq_export.models.timm.create_model", built)
+    monkeypatch.setattr("ospq_export.models.sources.create_model", built)
 
 
 def calibrate_words(tmp_path: Path, *words: str) -> list[str]:
