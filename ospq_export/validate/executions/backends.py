@@ -44,6 +44,20 @@ class Backend(Protocol):
         raise NotImplementedError
 
 
+def batches_of(images: FloatArray, size: int | None) -> list[FloatArray]:
+    """Images (B, C, H, W) as a file takes them: in batches of its size, the last one filled up with zeros, or all at once.
+
+    Args:
+        images: one or more.
+        size: the one batch size that the file takes; None where it takes any.
+    """
+    if size is None:
+        return [images]
+    padding = np.zeros((-len(images) % size, *images.shape[1:]), np.float32)
+    padded = np.concatenate([images, padding]) if len(padding) else images
+    return [padded[start : start + size] for start in range(0, len(padded), size)]
+
+
 class TorchBackend:
     """A torch module on a device."""
 
@@ -100,12 +114,7 @@ class OnnxRuntimeBackend:
     def __call__(self, images: FloatArray) -> FloatArray:
         """Logits (B, K) float32 of images (B, C, H, W) float32."""
         self._check(images)
-        if self.fixed_batch is None:
-            return self._run(images)
-        size = self.fixed_batch
-        padding = np.zeros((-len(images) % size, *images.shape[1:]), np.float32)
-        padded = np.concatenate([images, padding]) if len(padding) else images
-        parts = [self._run(padded[start : start + size]) for start in range(0, len(padded), size)]
+        parts = [self._run(part) for part in batches_of(images, self.fixed_batch)]
         return np.concatenate(parts)[: len(images)]
 
     def _check(self, images: FloatArray) -> None:
