@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from ospq_export.validate.executions.backends import batches_of
 from ospq_export.validate.executions.probes import read_proto
 from ospq_export.world.processor import examine_processor, saturates
 
-EXACT = "LP_TRANSFORMS_MODE"
+FLOAT_PRODUCTS = "LP_TRANSFORMS_MODE"
 """Property of OpenVINO's CPU plugin: "NO" leaves out the low precision transformations, so that products stay in float."""
 _TELEMETRY = "openvino_telemetry"
 _INTEGERS = ("i8", "u8")
+# Kinds of nodes of a compiled network that multiply.
+_PRODUCTS = ("MatMul", "FullyConnected", "Convolution")
 # Lines of OpenVINO's messages that say where in its sources they come from, and nothing of the file.
 _WHEREABOUTS = ("Exception from ", "Check '", "FrontEnd API failed")
 
@@ -86,16 +88,18 @@ class OpenVinoBackend:
         openvino, saturated = load_openvino(), openvino_saturates()
         in_float = exact and saturated
         properties = _properties(threads or torch.get_num_threads())
-        properties |= {EXACT: "NO"} if in_float else {}
+        properties |= {FLOAT_PRODUCTS: "NO"} if in_float else {}
         self.compiled = _compile(path, properties)
         self.input = self.compiled.inputs[0]
         self.names = [output.any_name for output in self.compiled.outputs]
         batch = self.input.partial_shape[0]
         self.fixed_batch = None if batch.is_dynamic else batch.get_length()
         products = read_products(self.compiled, path)
-        self.findings = list(_findings(path.name, products, in_float, saturated)) if products.names else []
+        if in_float:
+            products = replace(products, fused=0)
+        self.findings = list(_findings(path.name, products, in_float, saturated)) if products.total else []
         self.detail = {
-            "runtime": f"openvino {openvino.__version__}",
+            "runtime": f"openvino {openvino.__version__.partition('-')[0]}",
             "device": str(self.compiled.get_property("EXECUTION_DEVICES")[0]),
             "threads": str(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             "quantized products": str(products),
@@ -103,7 +107,7 @@ class OpenVinoBackend:
             "bytes": str(stored_bytes(path)),
         }
         if in_float:
-            self.detail["properties"] = f"{EXACT}=NO"
+            self.detail["properties"] = f"{FLOAT_PRODUCTS}=NO"
 
     def __call__(self, images: FloatArray) -> FloatArray:
         """Logits (B, K) float32 of images (B, C, H, W) float32."""
@@ -181,24 +185,26 @@ class Products:
     """What became of a file's quantized products (MatMul, Gemm, Conv) in OpenVINO's compiled network.
 
     Attributes:
-        names: of all of them, nodes of the file.
-        integers: those with operands of 8-bit integers.
-        fused: those inside kernels that do not say what they multiply.
+        total: how many there are.
+        integers: how many have operands of 8-bit integers.
+        fused: how many lie inside kernels that do not say what they multiply.
+        named_float: names of others, nodes of the file; OpenVINO loses some.
     """
 
-    names: tuple[str, ...]
-    integers: frozenset[str]
-    fused: frozenset[str]
+    total: int
+    integers: int
+    fused: int
+    named_float: tuple[str, ...]
 
     @property
-    def in_float(self) -> list[str]:
-        """The others."""
-        return [name for name in self.names if name not in self.integers | self.fused]
+    def floats(self) -> int:
+        """How many are computed in float."""
+        return self.total - self.integers - self.fused
 
     def __str__(self) -> str:
         """How many of each kind."""
-        inside = f", {len(self.fused)} in fused kernels that do not say" if self.fused else ""
-        return f"{len(self.integers)} of {len(self.names)} in 8-bit integers, {len(self.in_float)} in float{inside}"
+        inside = f", {self.fused} in fused kernels that do not say" if self.fused else ""
+        return f"{self.integers} of {self.total} in 8-bit integers, {self.floats} in float{inside}"
 
 
 def read_products(compiled: Any, path: Path) -> Products:
@@ -214,38 +220,51 @@ def read_products(compiled: Any, path: Path) -> Products:
         InputError: the file is not readable.
     """
     graph = OnnxGraph(read_proto(path), path)
-    products = [n for n in graph.nodes if n.op_type in PRODUCTS and not graph.unquantized(n)]
-    names = tuple(node.name for node in products)
-    integers, fused = set(), set()
+    names = {n.name for n in graph.nodes if n.op_type in PRODUCTS and not graph.unquantized(n)}
+    integers, fused, floats, unnamed = set(), set(), set(), 0
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         kind, layers = (info[key].astype(str) for key in ("layerType", "originalLayersNames"))
         # A node that takes the product's place is called <product>/<what it adds>.
-        found = {name for layer in layers.split(",") for name in _prefixes(layer)} & set(names)
+        found = {name for layer in layers.split(",") for name in _beginnings(layer)} & names
         if kind == "Subgraph":
             fused |= found
-        elif all(operand.get_element_type().get_type_name() in _INTEGERS for operand in node.inputs()[:2]):
+        elif kind in _PRODUCTS and _multiplies_integers(node):
             integers |= found
-    return Products(names, frozenset(integers), frozenset(fused - integers))
+            unnamed += not found
+        elif kind in _PRODUCTS:
+            floats |= found
+    integers, fused = integers - floats, fused - integers - floats
+    lost = names - integers - fused - floats
+    # OpenVINO gives some nodes names of its own, and executes some products twice.
+    count = len(integers) + min(unnamed, len(lost))
+    return Products(len(names), count, len(fused), tuple(sorted(floats if unnamed else floats | lost)))
 
 
-def _prefixes(layer: str) -> list[str]:
+def _multiplies_integers(node: Any) -> bool:
+    operands = node.inputs()[:2]
+    return all(operand.get_element_type().get_type_name() in _INTEGERS for operand in operands)
+
+
+def _beginnings(layer: str) -> list[str]:
     parts = layer.split("/")
     return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _findings(file: str, products: Products, in_float: bool, saturated: bool) -> Iterator[str]:
+    """What is to be said of a file with quantized products."""
     if saturated:
-        how = f"its property {EXACT}=NO computes products in float"
-        done = "as it is executed here, and has to be deployed on such a processor" if in_float else "not set here"
+        how = f"its property {FLOAT_PRODUCTS}=NO, which computes them in float"
+        done = f"executed with {how}, to be deployed with it on such a processor"
+        advice = f"use a processor with VNNI, or set {how}"
         yield (
-            f"{file}: OpenVINO's 8-bit products saturate on this processor ({examine_processor()}): {how}, {done}; "
-            "a processor with VNNI needs neither"
+            f"{file}: OpenVINO's 8-bit products can saturate on this processor ({examine_processor()}): "
+            f"{done if in_float else advice}"
         )
-    if products.in_float and not in_float:
+    if products.floats and not in_float:
+        shown = listed(list(products.named_float)) or "it does not say which"
         yield (
-            f"{file}: OpenVINO computes {len(products.in_float)} of {len(products.names)} quantized products in float: "
-            f"{listed(products.in_float)}"
+            f"{file}: OpenVINO computes {products.floats} of {products.total} quantized products in float: {shown}"
         )
 
 

@@ -69,8 +69,8 @@ class Execution:
 
     @property
     def shows_codes(self) -> bool:
-        """Whether the codes inside of its file can be looked at."""
-        return self.role is Role.DEPLOYED and self.runtime is Runtime.ONNX_RUNTIME
+        """Whether the codes inside of its file can be looked at; ONNX Runtime does it, whoever executes the file."""
+        return self.role is Role.DEPLOYED and self.file is not None
 
     def reference(self, float_type: str) -> str | None:
         """The execution that it is held to: the float network for a float file, else the fake-quantized one of its float type.
