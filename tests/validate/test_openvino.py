@@ -165,6 +165,16 @@ def test_not_installed_it_is_refused_by_name_before_any_work(without_openvino, f
         check_request(Run.open(finished_runs["w8a8"]), [OPENVINO], "cpu", None)
 
 
+def test_formats_that_it_computes_otherwise_are_refused(finished_runs, monkeypatch):
+    monkeypatch.setattr(Run, "has_integers_only", False)
+    run = Run.open(finished_runs["w8a8"])
+    with pytest.raises(InputError, match=r"integer formats only as the file says \(.*model\.onnx\)"):
+        TABLE[OPENVINO].open(run, "cpu")
+    with pytest.raises(InputError, match="integer formats only"):
+        check_request(run, [OPENVINO_INTEGER], "cpu", None)
+    assert TABLE[OPENVINO_FP32].open(run, "cpu").detail["file"] == "model_fp32.onnx"
+
+
 def test_it_tells_nobody_and_leaves_nothing_behind(tmp_path):
     """Neither an identifier nor a cache in the home directory, the working directory or that of temporary files."""
     path = linear(tmp_path / "m.onnx")

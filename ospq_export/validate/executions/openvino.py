@@ -13,18 +13,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ospq_export.errors import InputError, listed, reason_of
 from ospq_export.onnx.view import PRODUCTS, OnnxGraph
-from ospq_export.runs.files import stored_bytes
+from ospq_export.runs.files import FLOAT_ONNX, stored_bytes
 from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.executions.backends import batches_of
 from ospq_export.validate.executions.probes import read_proto
 from ospq_export.world.processor import examine_processor, saturates
+
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
 
 FLOAT_PRODUCTS = "LP_TRANSFORMS_MODE"
 """Property of OpenVINO's CPU plugin: "NO" leaves out the low precision transformations, so that products stay in float."""
@@ -67,6 +70,26 @@ def _hidden(name: str) -> Iterator[None]:
             sys.modules[name] = before
 
 
+def check_openvino(run: Run, file: str) -> None:
+    """Hold an execution in OpenVINO to what there is.
+
+    It reads files with FP8 as well, and computes something else: no logits of any image were those of the quantized network.
+
+    Args:
+        run: exported.
+        file: in the run directory.
+
+    Raises:
+        InputError: the run has no such file, or formats that are no integers in it; OpenVINO is not installed.
+    """
+    path = run.file(file)
+    if file != FLOAT_ONNX and not run.has_integers_only:
+        raise InputError(
+            "OpenVINO computes integer formats only as the file says", where=path, fix="use ONNX Runtime"
+        )
+    load_openvino()
+
+
 class OpenVinoBackend:
     """An ONNX file compiled by OpenVINO for the processor.
 
@@ -102,10 +125,11 @@ class OpenVinoBackend:
             "runtime": f"openvino {openvino.__version__.partition('-')[0]}",
             "device": str(self.compiled.get_property("EXECUTION_DEVICES")[0]),
             "threads": str(self.compiled.get_property("INFERENCE_NUM_THREADS")),
-            "quantized products": str(products),
             "file": path.name,
             "bytes": str(stored_bytes(path)),
         }
+        if products.total:
+            self.detail["quantized products"] = str(products)
         if in_float:
             self.detail["properties"] = f"{FLOAT_PRODUCTS}=NO"
 

@@ -12,7 +12,7 @@ from ospq_export.runs.files import FLOAT_ONNX, HALF_ONNX, QUANTIZED_HALF_ONNX, Q
 from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.engines import EngineBackend, engine_file
 from ospq_export.validate.executions.half import HalfNetwork
-from ospq_export.validate.executions.openvino import OpenVinoBackend
+from ospq_export.validate.executions.openvino import OpenVinoBackend, check_openvino
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -97,6 +97,7 @@ class Execution:
         if self.runtime is Runtime.ENGINE:
             return EngineBackend(self.name, engine_file(run.path))
         if self.runtime is Runtime.OPENVINO:
+            check_openvino(run, str(self.file))
             return OpenVinoBackend(self.name, run.runnable(str(self.file)), exact=self.exact)
         if self.file is not None:
             path, provider, without = run.runnable(self.file), self.provider_on(device), run.unoptimized()
@@ -128,7 +129,7 @@ def _table() -> Iterator[Execution]:
     yield Execution(QDQ_FP16, Role.DEPLOYED, ort, QUANTIZED_HALF_ONNX, "fp16")
     yield Execution(OPENVINO_INTEGER, Role.DEPLOYED, compiled, QUANTIZED_ONNX, exact=False)
     yield Execution(FP32, Role.FLOAT_FILE, ort, FLOAT_ONNX)
-    yield Execution(OPENVINO_FP32, Role.FLOAT_FILE, compiled, FLOAT_ONNX)
+    yield Execution(OPENVINO_FP32, Role.FLOAT_FILE, compiled, FLOAT_ONNX, exact=False)
     yield Execution(FP16, Role.FLOAT_FILE, ort, HALF_ONNX, "fp16")
 
 
