@@ -211,10 +211,10 @@ def _static(source: Path, target: Path, feed: dict[str, Any]) -> None:
 
 
 def _openvino(source: Path, _: Path, feed: dict[str, Any]) -> list[Any]:
-    import openvino
+    from ospq_export.validate.executions.openvino import load_openvino
 
     # In bfloat16, its choice on some processors, float parts would not be the same function.
-    compiled = openvino.Core().compile_model(str(source), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = load_openvino().Core().compile_model(str(source), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     results = compiled(feed)
     return [results[output] for output in compiled.outputs]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX
-from ospq_export.validate.executions.table import TABLE
+from ospq_export.validate.executions.table import TABLE, Runtime
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
         return []
     from ospq_export.onnx.kernels import integer_kernels
 
-    plain = (e for e in TABLE.values() if e.shows_codes and e.optimize and e.provider is None)
-    files = [str(e.file) for e in plain if e.name in names]
+    ours = (e for e in TABLE.values() if e.name in names and e.runtime is Runtime.ONNX_RUNTIME)
+    files = [str(e.file) for e in ours if e.shows_codes and e.optimize and e.provider is None]
     files += [UINT8_ACTIVATIONS_ONNX] if UINT8_ACTIVATIONS_ONNX in run.manifest.files else []
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
     how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"

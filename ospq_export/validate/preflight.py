@@ -10,6 +10,7 @@ from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import check_provider
 from ospq_export.validate.executions.chosen import named_executions
 from ospq_export.validate.executions.engines import check_engine
+from ospq_export.validate.executions.openvino import check_openvino
 from ospq_export.validate.executions.table import TABLE, Runtime
 from ospq_export.world.room import check_folder, check_memory
 
@@ -38,6 +39,8 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
     for execution in (TABLE[name] for name in names or ()):
         if execution.runtime is Runtime.ENGINE:
             check_engine(execution.name, run.path)
+        elif execution.runtime is Runtime.OPENVINO:
+            check_openvino(run, str(execution.file))
         elif execution.file is not None:
             run.file(execution.file)
             check_provider(execution.provider_on(device))

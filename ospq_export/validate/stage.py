@@ -21,7 +21,7 @@ from ospq_export.validate.executions.chosen import (
     open_executions,
     pairs_of,
 )
-from ospq_export.validate.executions.table import TABLE, Role, with_role
+from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble
@@ -169,10 +169,11 @@ def _chosen(
 
 
 def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[Backend]:
-    """Every float file of the run that is not among its executions."""
+    """Every float file of the run that is not among its executions; in OpenVINO, too, where that executes another file."""
     names = {e.name for e in executions}
+    runtimes = {Runtime.ONNX_RUNTIME, *(TABLE[name].runtime for name in names & set(TABLE))}
     missing = [TABLE[name] for name in with_role(Role.FLOAT_FILE) if name not in names]
-    return [e.open(run, device) for e in missing if e.file in run.manifest.files]
+    return [e.open(run, device) for e in missing if e.file in run.manifest.files and e.runtime in runtimes]
 
 
 def _collect(

@@ -9,10 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # torch's name for a feature, and how vendors write it; what matters to products of 8-bit integers, in rising order.
 _INSTRUCTIONS = {
@@ -97,22 +102,36 @@ _DEPTH = 64
 _LARGEST = 127
 
 
-def _saturates() -> bool | None:
-    """Whether a product of the largest codes, which ONNX Runtime computes in integers, comes out wrong."""
+def saturates(execute: Callable[[bytes, NDArray[np.float32]], NDArray[Any]]) -> bool:
+    """Whether a product of the largest codes, which a runtime computes in integers, comes out wrong.
+
+    Args:
+        execute: runs an ONNX model on its one input, and returns its one output.
+    """
     import numpy as np
+
+    result = execute(_probe(), np.full((1, 8, _DEPTH), _LARGEST, np.float32))
+    right = _DEPTH * _LARGEST * _LARGEST
+    return bool(np.abs(result - right).max() > 1e-3 * right)
+
+
+def _saturates() -> bool | None:
+    """Whether ONNX Runtime's products do."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+
+    def execute(model: bytes, x: NDArray[np.float32]) -> NDArray[Any]:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x})[0]
+
     try:
-        session = onnxruntime.InferenceSession(_probe(), options, providers=["CPUExecutionProvider"])
-        result = session.run(None, {"x": np.full((1, 8, _DEPTH), _LARGEST, np.float32)})[0]
+        return saturates(execute)
     except Exception:
         # ONNX Runtime raises a dozen unrelated types; none of them says anything about the processor.
         return None
-    right = _DEPTH * _LARGEST * _LARGEST
-    return bool(np.abs(result - right).max() > 1e-3 * right)
 
 
 def _probe() -> bytes:

@@ -13,6 +13,7 @@ from ospq_export.runs.files import FLOAT_ONNX, HALF_ONNX, QUANTIZED_HALF_ONNX, Q
 from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.engines import EngineBackend, engine_file
 from ospq_export.validate.executions.half import HalfNetwork
+from ospq_export.validate.executions.openvino import OpenVinoBackend, check_openvino
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "float", "fake_quant", "fake_quant-fp16"
 OPTIMIZED, UNOPTIMIZED = "onnxruntime", "onnxruntime-unoptimised"
 QDQ_FP16, FP32, FP16 = "onnxruntime-qdq-fp16", "onnxruntime-fp32", "onnxruntime-fp16"
+OPENVINO, OPENVINO_INTEGER, OPENVINO_FP32 = "openvino", "openvino-integer", "openvino-fp32"
 
 
 class Role(StrEnum):
@@ -36,6 +38,7 @@ class Runtime(StrEnum):
 
     TORCH = "torch"
     ONNX_RUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
     ENGINE = "engine"
 
 
@@ -51,6 +54,7 @@ class Execution:
         float_type: of what is not quantized, "fp32" or "fp16"; None where the file says.
         provider: ONNX Runtime's; None takes the one that goes with the torch device.
         optimize: whether ONNX Runtime may change the graph.
+        exact: whether OpenVINO leaves its integer kernels where they saturate.
         default: whether it runs where no execution is asked for by name.
     """
 
@@ -61,12 +65,13 @@ class Execution:
     float_type: str | None = "fp32"
     provider: str | None = None
     optimize: bool = True
+    exact: bool = True
     default: bool = False
 
     @property
     def shows_codes(self) -> bool:
-        """Whether the codes inside of its file can be looked at."""
-        return self.role is Role.DEPLOYED and self.runtime is Runtime.ONNX_RUNTIME
+        """Whether the codes inside of its file can be looked at; ONNX Runtime does it, whoever executes the file."""
+        return self.role is Role.DEPLOYED and self.file is not None
 
     def reference(self, float_type: str) -> str | None:
         """The execution that it is held to: the float network for a float file, else the fake-quantized one of its float type.
@@ -92,6 +97,9 @@ class Execution:
         """
         if self.runtime is Runtime.ENGINE:
             return EngineBackend(self.name, engine_file(run.path))
+        if self.runtime is Runtime.OPENVINO:
+            check_openvino(run, str(self.file))
+            return OpenVinoBackend(self.name, run.runnable(str(self.file)), exact=self.exact)
         if self.file is not None:
             path, provider, without = run.runnable(self.file), self.provider_on(device), run.unoptimized()
             return OnnxRuntimeBackend(
@@ -104,6 +112,7 @@ class Execution:
 
 def _table() -> Iterator[Execution]:
     torch, ort, engine = Runtime.TORCH, Runtime.ONNX_RUNTIME, Runtime.ENGINE
+    compiled = Runtime.OPENVINO
     yield Execution(FLOAT, Role.FLOAT, torch, default=True)
     yield Execution(FAKE_QUANT, Role.SIMULATED, torch, default=True)
     yield Execution(UNOPTIMIZED, Role.DEPLOYED, ort, QUANTIZED_ONNX, optimize=False, default=True)
@@ -112,11 +121,14 @@ def _table() -> Iterator[Execution]:
     yield Execution(
         "onnxruntime-tensorrt", Role.DEPLOYED, ort, QUANTIZED_ONNX, provider="tensorrt", default=True
     )
+    yield Execution(OPENVINO, Role.DEPLOYED, compiled, QUANTIZED_ONNX, default=True)
     for product in Product:
         yield Execution(product.value, Role.DEPLOYED, engine, float_type=None, default=True)
     yield Execution(FAKE_QUANT_FP16, Role.SIMULATED, torch, float_type="fp16")
     yield Execution(QDQ_FP16, Role.DEPLOYED, ort, QUANTIZED_HALF_ONNX, "fp16")
+    yield Execution(OPENVINO_INTEGER, Role.DEPLOYED, compiled, QUANTIZED_ONNX, exact=False)
     yield Execution(FP32, Role.FLOAT_FILE, ort, FLOAT_ONNX)
+    yield Execution(OPENVINO_FP32, Role.FLOAT_FILE, compiled, FLOAT_ONNX, exact=False)
     yield Execution(FP16, Role.FLOAT_FILE, ort, HALF_ONNX, "fp16")
 
 

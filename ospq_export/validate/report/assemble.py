@@ -19,6 +19,7 @@ from ospq_export.validate.codes.records import Location, weight_comparisons
 from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
+from ospq_export.validate.executions.openvino import openvino_findings
 from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.findings import processor_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
@@ -93,7 +94,8 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         _warn_about_classes(class_names, evidence.collector.column(names[0]).shape[1])
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
     comparisons = [evidence.pair(reference, name, floor) for name, reference in evidence.references.items()]
-    left, findings = not_executed(run, evidence.backends), processor_findings(run, names)
+    left = not_executed(run, evidence.backends)
+    findings = [*processor_findings(run, names), *openvino_findings(evidence.backends)]
     not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
         comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
