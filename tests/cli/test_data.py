@@ -32,6 +32,7 @@ FIXED = [
     ),
 ]
 LOOSE = ["--workers", "0", "--quiet", "--min-agreement", "50", "--max-drop", "100", "--floor-images", "9"]
+LOOSE += ["--backend", "onnxruntime", "--code-images", "2"]
 
 
 def run(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
@@ -121,12 +122,11 @@ def report(capsys: Any, finished: Path, data: Any, *extra: Any) -> tuple[int, di
 @pytest.mark.slow
 def test_a_report_does_not_depend_on_the_source(capsys: Any, files: dict[str, Path], finished: Path) -> None:
     status, reference = report(capsys, finished, files["folder"])
-    for source in ("tar", "stream"):
-        again, ours = report(capsys, finished, files[source], "--batch-size", 7)
-        assert (again, ours["images"], ours["labelled"]) == (status, 24, True)
-        assert [b["top1"] for b in ours["backends"]] == [b["top1"] for b in reference["backends"]]
-        assert ours["classes_source"] == reference["classes_source"]
-        assert 9 <= ours["floor"]["variations"][0]["images"] <= 14
+    again, ours = report(capsys, finished, files["stream"], "--batch-size", 7)
+    assert (again, ours["images"], ours["labelled"]) == (status, 24, True)
+    assert [b["top1"] for b in ours["backends"]] == [b["top1"] for b in reference["backends"]]
+    assert ours["classes_source"] == reference["classes_source"]
+    assert 9 <= ours["floor"]["variations"][0]["images"] <= 14
     _, part = report(capsys, finished, files["stream"], "--limit", 10)
     assert part["images"] == 10 and part["image_notes"]["were drawn at random from a stream"] == 10
 
