@@ -106,7 +106,7 @@ class Run(StoredRun):
         with stage_progress(disable=not how.progress) as progress:
             run = calibrate(
                 model,
-                ModelSpec(name=name or type(model).__name__),
+                ModelSpec(name=name or type(model).__name__, source="object"),
                 sample,
                 images.config,
                 chosen,

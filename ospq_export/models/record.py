@@ -13,7 +13,7 @@ class ModelSpec(BaseModel):
     Attributes:
         name: what its source calls it: timm's and torchvision's names, a folder or hub name of transformers, or
             "package.module:function".
-        source: `timm`, `torchvision`, `transformers` or `module`, a user's own function.
+        source: `timm`, `torchvision`, `transformers`, `module`, a user's own function, or `object`, what Python was given.
         kwargs: Keyword arguments of the function that builds it; lists become tuples, so that a specification
             read back from JSON equals the one written.
         checkpoint: Path of a weight file, or None.
@@ -25,7 +25,7 @@ class ModelSpec(BaseModel):
 
     name: str
     # Without it, it is what files of times with timm alone are.
-    source: Literal["timm", "torchvision", "transformers", "module"] = Field(
+    source: Literal["timm", "torchvision", "transformers", "module", "object"] = Field(
         default="timm", exclude_if=lambda source: source == "timm"
     )
     kwargs: dict[str, Any] = {}

@@ -207,12 +207,12 @@ class Manifest(_Record):
         )
         result = {key: dumped[key] for key in keys}
         # Neither the threads nor a file that is no image tell one run from another.
-        result["calibration"] = {
-            k: v for k, v in dumped["calibration"].items() if k not in ("threads", "passed_over", "notes")
+        aside = {
+            "calibration": ("threads", "passed_over", "notes"),
+            "model": ("checkpoint", "checkpoint_key"),
         }
-        result["model"] = {
-            k: v for k, v in dumped["model"].items() if k not in ("checkpoint", "checkpoint_key")
-        }
+        for key, left in aside.items():
+            result[key] = {k: v for k, v in dumped[key].items() if k not in left}
         result["weights"] = self.files.get(FLOAT_TENSORS)
         return result
 
