@@ -309,10 +309,16 @@ def located(folder):
         model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     onnx.save(model, str(folder / "probed.onnx"))
     backend = OpenVinoBackend("x", folder / "probed.onnx")
-    probed = Probed(backend.outputs, frozenset(names), "logits", half=False)
+    size = backend.fixed_batch or 4
+
+    def run_probed(x):
+        results = backend.compiled({0: x})
+        return {name: results[name] for name in backend.names}
+
+    probed = Probed(run_probed, frozenset(names), "logits", half=False)
     locator = Locator(reference, probed, "probed.onnx")
-    images = demo_images("test", run.manifest.data)
-    locator.add(next(iter(images.batches(4, range(4), 0))).images.numpy())
+    for batch in demo_images("test", run.manifest.data).batches(size, range(4), 0):
+        locator.add(batch.images.numpy())
     return locator.result()
 
 
