@@ -102,7 +102,8 @@ def _differ(mine: Tensor, theirs: Tensor) -> bool:
     # What is not finite is said with the name of the activation by the observation.
     if not bool(torch.isfinite(theirs).all()):
         return False
-    return bool((mine - theirs).abs().max() > _TOLERANCE * theirs.abs().max().clamp_min(1e-12))
+    # A NaN on one side alone is a difference too.
+    return not bool((mine - theirs).abs().max() <= _TOLERANCE * theirs.abs().max().clamp_min(1e-12))
 
 
 def float_products(captured: fx.GraphModule) -> list[str]:

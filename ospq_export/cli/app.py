@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Quantize a timm vision transformer after training, export it as QDQ ONNX, and prove that the file predicts the same.",
+    help="Quantize a vision network after training, export it as QDQ ONNX, and prove that the file predicts the same.",
 )
 for command in (calibrate, export, validate, inspect, lint, doctor, demo):
     app.command()(command)

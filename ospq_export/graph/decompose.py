@@ -69,6 +69,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         aten.scaled_dot_product_attention.default: explicit_attention,
         aten.sort.stable: _sort,
     }
+    table = _simpler(program.graph) | table
     program = program.run_decompositions(table)
     for _ in range(_ROUNDS):
         further = _simpler(program.graph)
@@ -91,5 +92,8 @@ def _simpler(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
 def _is_known(target: Any) -> bool:
     name = str(target)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return True
+    if target._schema.is_mutable or target is aten.scaled_dot_product_attention.default:
+        # What changes a tensor in place is written otherwise by every decomposition.
         return True
     return name in ATEN or target in REWRITTEN or name.startswith(_RECURRENT)
