@@ -227,7 +227,6 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
         "fake_quant",
         "onnxruntime",
         "onnxruntime-unoptimised",
-        "openvino",
     }
 
     model = onnx.load(str(copy / "model.onnx"))

@@ -28,7 +28,6 @@ from ospq_export.validate.executions.table import (
     FAKE_QUANT_FP16,
     FLOAT,
     FP16,
-    OPENVINO,
     OPTIMIZED,
     QDQ_FP16,
     TABLE,
@@ -153,10 +152,10 @@ def test_fp16_float_parts(finished_runs):
 def test_all_that_is_here(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     found = open_executions(run, None, "cpu", "fp32")
-    assert {FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED, OPENVINO} <= set(found.names)
+    assert {FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED} <= set(found.names)
     assert "no model.engine" in found.skipped["tensorrt"]
     assert set(found.names) | set(found.skipped) <= set(ALL_BACKENDS)
-    assert found.references("fp32") == dict.fromkeys([UNOPTIMIZED, OPTIMIZED, OPENVINO], FAKE_QUANT)
+    assert found.references("fp32") == dict.fromkeys([UNOPTIMIZED, OPTIMIZED], FAKE_QUANT)
     assert FAKE_QUANT_FP16 not in found.names
     with pytest.raises(InputError, match=r"no model_qdq_fp16\.onnx.*`fp16`"):
         open_executions(run, None, "cpu", "fp16")

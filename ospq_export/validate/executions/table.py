@@ -121,7 +121,7 @@ def _table() -> Iterator[Execution]:
     yield Execution(
         "onnxruntime-tensorrt", Role.DEPLOYED, ort, QUANTIZED_ONNX, provider="tensorrt", default=True
     )
-    yield Execution(OPENVINO, Role.DEPLOYED, compiled, QUANTIZED_ONNX, default=True)
+    yield Execution(OPENVINO, Role.DEPLOYED, compiled, QUANTIZED_ONNX)
     for product in Product:
         yield Execution(product.value, Role.DEPLOYED, engine, float_type=None, default=True)
     yield Execution(FAKE_QUANT_FP16, Role.SIMULATED, torch, float_type="fp16")
