@@ -25,7 +25,7 @@ class EngineRecord(BaseModel):
         compute_capabilities: what it was built for; "current" is the GPU named in `gpu`.
         gpu: the builder's GPU, or None where there was none.
         input: name, dtype and shape of the images; -1 is a dynamic batch.
-        output: the same of the logits.
+        outputs: the same of what it returns.
         profile: min, opt and max batch of a dynamic one.
         preprocessing: what an image goes through before the engine sees it, or None where the file does not say.
         classes: class names by index, where they are known.
@@ -45,7 +45,7 @@ class EngineRecord(BaseModel):
     version_compatible: bool
     hardware_compatibility: str | None
     input: dict[str, Any]
-    output: dict[str, Any]
+    outputs: list[dict[str, Any]]
     profile: tuple[int, int, int] | None
     preprocessing: dict[str, Any] | None
     classes: list[str]
@@ -124,7 +124,7 @@ def _record(
         version_compatible=settings.version_compatible,
         hardware_compatibility=settings.hardware_compatibility,
         input=_tensor(model.graph.input[0]),
-        output=_tensor(model.graph.output[0]),
+        outputs=[_tensor(value) for value in model.graph.output],
         profile=settings.profile,
         preprocessing=None if preprocessing is None else json.loads(preprocessing),
         classes=json.loads(properties.get("classes", "[]")),

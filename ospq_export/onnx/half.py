@@ -85,7 +85,7 @@ class _Half:
             node.attributes["to"] = self.ir.AttrInt64("to", int(self.half))
             node.outputs[0].type = self.ir.TensorType(self.half)
             return
-        keeps = self._keeps_float(node) or self._needs_range(node)
+        keeps = self._keeps_float(node) or self._needs_range(node) or self._makes_float(node)
         wanted = self.float if keeps or target is not None else self.half
         for index, value in enumerate(node.inputs):
             if self._is_real(value):
@@ -102,6 +102,14 @@ class _Half:
         )
         lacks_brain = self.is_brain and not _takes_bf16(node.op_type, node.domain, self.opset)
         return node.op_type in KEEPS_FLOAT32 or part_of_quantizer or lacks_brain
+
+    def _makes_float(self, node: Any) -> bool:
+        """Whether real numbers begin here whose type is the operator's own: a ConstantOfShape without a value, an EyeLike."""
+        return not any(map(self._is_real, node.inputs)) and not self._holds_tensor(node)
+
+    def _holds_tensor(self, node: Any) -> bool:
+        attribute = node.attributes.get("value")
+        return attribute is not None and attribute.type == self.ir.AttributeType.TENSOR
 
     def _needs_range(self, node: Any) -> bool:
         """Whether a constant, or what was computed with one just before, needs FP32's range, which BF16 has."""
@@ -127,9 +135,10 @@ class _Half:
         return None if constant is None or value.dtype != self.float else constant.numpy()
 
     def _constant(self, node: Any, wanted: Any) -> None:
-        attribute = node.attributes.get("value")
-        is_tensor = attribute is not None and attribute.type == self.ir.AttributeType.TENSOR
-        if is_tensor and wanted == self.half and attribute.value.dtype == self.float:
+        if not self._holds_tensor(node):
+            return
+        attribute = node.attributes["value"]
+        if wanted == self.half and attribute.value.dtype == self.float:
             node.attributes["value"] = self.ir.AttrTensor("value", self._rounded(attribute.value, None))
 
     def _rounded(self, tensor: Any, name: str | None) -> Any:

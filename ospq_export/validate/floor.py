@@ -76,32 +76,25 @@ def _worst(errors: Sequence[Noise]) -> Noise:
     return Noise(mean=_HEADROOM * mean, largest=_HEADROOM * largest)
 
 
-class FloorMeter:
-    """Measures how far each variation is from the reference execution.
+class Meter:
+    """Measures how far each variation is from the execution that it varies.
 
     Args:
-        module: the fake-quantized network, float32, on `device`.
-        device: torch device.
-        outputs: names of what it returns.
+        reference: name of that execution.
+        variations: the other ways of executing the same network, by name.
         vary: what tells how far apart two executions' outputs are.
+        skipped: variations that cannot be run, and why.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        device: str,
-        outputs: Sequence[str],
+        reference: str,
+        variations: Mapping[str, Execution],
         vary: Callable[[Outputs, Outputs], Variation],
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
-        self.outputs, self.vary = outputs, vary
-        self.module, self.device = module, torch.device(device)
-        self.double = copy.deepcopy(module).double()
-        self.variations: dict[str, Execution] = {"batch split": self._split, "float64": self._double}
-        self.skipped: dict[str, str] = {}
-        if self.device.type == "cpu":
-            self.variations["thread count"] = self._other_threads
-        else:
-            self.skipped["thread count"] = "the network runs on a GPU"
+        self.reference, self.vary = reference, vary
+        self.variations, self.skipped = dict(variations), dict(skipped or {})
         self.images = dict.fromkeys(self.variations, 0)
         self.flips = dict.fromkeys(self.variations, 0)
         self.difference = dict.fromkeys(self.variations, 0.0)
@@ -152,14 +145,64 @@ class FloorMeter:
             self.skipped.setdefault(name, reason)
             self.variations.pop(name, None)
 
+    def result(self) -> list[FloorVariation]:
+        """What was counted so far."""
+        counted = [
+            FloorVariation(
+                name=name,
+                reference=self.reference,
+                images=self.images[name],
+                flips=self.flips[name],
+                mean_logit_difference=finite(self.difference[name] / max(self.images[name], 1)),
+                margin_change=self.margins[name],
+                errors=self.errors[name],
+            )
+            for name in self.variations
+        ]
+        left = {"reference": self.reference, "images": 0, "flips": 0, "mean_logit_difference": 0.0}
+        return counted + [FloorVariation(name=n, skipped=why, **left) for n, why in self.skipped.items()]
+
+
+def in_parts(execute: Execution, images: FloatArray) -> Outputs:
+    """What an execution gives for images in batches of seven."""
+    parts = [execute(images[start : start + _SPLIT]) for start in range(0, len(images), _SPLIT)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class FloorMeter(Meter):
+    """Varies the fake-quantized network in torch.
+
+    Args:
+        module: the network, float32, on `device`.
+        device: torch device.
+        outputs: names of what it returns.
+        vary: what tells how far apart two executions' outputs are.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        outputs: Sequence[str],
+        vary: Callable[[Outputs, Outputs], Variation],
+    ) -> None:
+        self.outputs = outputs
+        self.module, self.device = module, torch.device(device)
+        self.double = copy.deepcopy(module).double()
+        variations: dict[str, Execution] = {"batch split": self._split, "float64": self._double}
+        on_gpu = self.device.type != "cpu"
+        if not on_gpu:
+            variations["thread count"] = self._other_threads
+        skipped = {"thread count": "the network runs on a GPU"} if on_gpu else {}
+        super().__init__("fake_quant", variations, vary, skipped)
+
     def _run(self, module: nn.Module, x: torch.Tensor) -> Outputs:
         with torch.inference_mode():
             returned = as_tuple(module(x.to(self.device)))
         return {name: y.float().cpu().numpy() for name, y in zip(self.outputs, returned, strict=True)}
 
     def _split(self, images: FloatArray) -> Outputs:
-        parts = [self._run(self.module, part) for part in torch.from_numpy(images).split(_SPLIT)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+        return in_parts(lambda part: self._run(self.module, torch.from_numpy(part)), images)
 
     def _double(self, images: FloatArray) -> Outputs:
         return self._run(self.double, torch.from_numpy(images).double())
@@ -171,22 +214,3 @@ class FloorMeter:
             return self._run(self.module, torch.from_numpy(images))
         finally:
             torch.set_num_threads(before)
-
-    def result(self) -> NoiseFloor:
-        """What was counted so far."""
-        counted = [
-            FloorVariation(
-                name=name,
-                images=self.images[name],
-                flips=self.flips[name],
-                mean_logit_difference=finite(self.difference[name] / max(self.images[name], 1)),
-                margin_change=self.margins[name],
-                errors=self.errors[name],
-            )
-            for name in self.variations
-        ]
-        skipped = [
-            FloorVariation(name=name, images=0, flips=0, mean_logit_difference=0.0, skipped=reason)
-            for name, reason in self.skipped.items()
-        ]
-        return NoiseFloor(variations=[*counted, *skipped])

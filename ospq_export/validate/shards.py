@@ -22,7 +22,7 @@ from ospq_export.validate.executions.backends import TorchBackend
 from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed
 from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
-from ospq_export.validate.floor import FloorMeter
+from ospq_export.validate.floor import FloorMeter, Meter, NoiseFloor
 from ospq_export.world.processes import World
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Samples:
     Attributes:
         kept: images for the comparison of codes, (n, C, H, W) each.
         first: the first images, for timing.
-        meter: None where the noise floor is not measured.
+        meters: of the noise floor; none where it is not measured.
         seen: how many images are among those that the run was calibrated on, by their digests.
     """
 
@@ -61,20 +61,26 @@ class Samples:
         self.kept: list[FloatArray] = []
         self.first: FloatArray | None = None
         self.batches = 0
-        self.meter: FloorMeter | None = None
+        self.meters: list[Meter] = []
         for backend in executions.backends:
             if backend.name == FAKE_QUANT and floor_images:
                 assert isinstance(backend, TorchBackend)
-                self.meter = FloorMeter(backend.module, device, backend.outputs, vary)
+                self.meters.append(FloorMeter(backend.module, device, backend.outputs, vary))
+
+    def floor(self) -> NoiseFloor | None:
+        """What was measured of the noise floor; None where nothing was."""
+        found = [variation for meter in self.meters for variation in meter.result()]
+        return NoiseFloor(variations=found) if found else None
 
     def add(self, images: FloatArray, outputs: Mapping[str, Outputs]) -> None:
         """Take what is needed of a batch (B, C, H, W) and of every execution's outputs."""
         if self.first is None:
             self.first = images[:_LATENCY_IMAGES].copy()
         # A stream goes on after the images that it was expected to have.
-        if self.meter is not None and self.batches < self.planned:
-            reference = {name: values[: self.per_batch] for name, values in outputs[FAKE_QUANT].items()}
-            self.meter.add(images[: self.per_batch], reference)
+        for meter in self.meters if self.batches < self.planned else ():
+            held = outputs[meter.reference]
+            reference = {name: values[: self.per_batch] for name, values in held.items()}
+            meter.add(images[: self.per_batch], reference)
         if self.calibrated_on:
             self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
         room = self.wanted - sum(map(len, self.kept))
@@ -177,7 +183,7 @@ def pool(
         "notes": dict(notes),
         "kept": kept.shape,
         "seen": samples.seen,
-        "floor": None if samples.meter is None else samples.meter.counts(),
+        "floor": [meter.counts() for meter in samples.meters],
     }
     told = [json.loads(text) for text in world.tell(json.dumps(mine))]
     tensors = [*columns.values(), kept]
@@ -191,8 +197,9 @@ def pool(
         whole.add(rows, np.array(facts["labels"], dtype=np.int64), facts["ids"])
         if facts["kept"][0]:
             samples.kept.append(flat[-1].view(facts["kept"]).numpy())
-        if samples.meter is not None and place != world.rank:
-            samples.meter.absorb(facts["floor"])
+        for meter, counted in zip(samples.meters, facts["floor"], strict=True):
+            if place != world.rank:
+                meter.absorb(counted)
     total = {name: sum(facts["seconds"][name] for facts in told) for name in seconds}
     skipped = list(dict.fromkeys(n for facts in told for n in facts["unreadable"]))
     return whole, total, skipped, dict(sum((Counter(facts["notes"]) for facts in told), Counter()))

@@ -24,7 +24,7 @@ from ospq_export.validate.executions.chosen import (
 from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
-from ospq_export.validate.report.assemble import Evidence, assemble
+from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
 from ospq_export.validate.report.model import Report
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
@@ -128,12 +128,13 @@ def validate(
         class_to_idx=images.class_to_idx,
         references=references,
         uncompared=executions.uncompared(float_type),
-        floor=None if samples.meter is None else samples.meter.result(),
+        floor=samples.floor(),
         locations=locate(run, references, samples.kept, device),
         seen=samples.seen,
         measure=measured,
     )
-    report = assemble(run, evidence, thresholds or Thresholds(), baseline)
+    subject = subject_of(run, evidence)
+    report = assemble(subject, evidence, thresholds or Thresholds(), baseline)
     if latency_batches and samples.first is not None:
         opened = [*everything, *_float_files(run, everything, device)]
         timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]

@@ -6,14 +6,17 @@ import shutil
 import helpers as q
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from helpers import RTX, SETTINGS
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from ospq_export.engines.record import build_engine
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.jobs import Extras
+from ospq_export.onnx.half import to_brain, to_half
 from ospq_export.runs.files import BRAIN_ONNX, HALF_ONNX, QUANTIZED_BRAIN_ONNX, QUANTIZED_HALF_ONNX
 from ospq_export.runs.manifest import read_manifest, write_manifest
 from ospq_export.validate.executions.chosen import open_executions
@@ -79,3 +82,41 @@ def test_an_engine_of_bf16(wide, tmp_path):
     export(wide, extras=Extras(fp16=True))
     fusion = build_engine(wide / QUANTIZED_BRAIN_ONNX, tmp_path / "m.engine", SETTINGS).fusion
     assert fusion.gemms == fusion.quantized_gemms and fusion.fused_attentions == fusion.attentions > 0
+
+
+@pytest.mark.parametrize("change", [to_half, to_brain])
+@pytest.mark.parametrize(
+    "source",
+    [
+        helper.make_node("ConstantOfShape", ["shape"], ["made"]),
+        helper.make_node(
+            "ConstantOfShape", ["shape"], ["made"], value=numpy_helper.from_array(np.float32([0.5]))
+        ),
+        helper.make_node("EyeLike", ["like"], ["made"]),
+        helper.make_node("EyeLike", ["like"], ["made"], dtype=TensorProto.FLOAT),
+        helper.make_node("Constant", [], ["made"], value_floats=[0.5, 0.25]),
+    ],
+    ids=["zeros", "halves", "eye", "float eye", "floats"],
+)
+def test_real_numbers_that_an_operator_makes(source, change):
+    """Their type is the operator's own, and the file has to say the same."""
+    graph = helper.make_graph(
+        [source, helper.make_node("Add", ["x", "made"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])],
+        [
+            numpy_helper.from_array(np.int64([2, 2]), "shape"),
+            numpy_helper.from_array(np.zeros((2, 2), np.int32), "like"),
+        ],
+    )
+    plain = onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
+    model = onnx_ir.from_proto(plain)
+    change(model)
+    changed = onnx_ir.to_proto(model)
+    onnx.checker.check_model(changed, full_check=True)
+    x = np.float32([[1, 2], [3, 4]])
+    run = [ReferenceEvaluator(m).run(None, {"x": x})[0] for m in (plain, changed)]
+    np.testing.assert_array_equal(*run)

@@ -33,7 +33,7 @@ from ospq_export.validate.executions.table import (
     TABLE,
     UNOPTIMIZED,
 )
-from ospq_export.validate.floor import FloorMeter
+from ospq_export.validate.floor import FloorMeter, NoiseFloor
 
 IMAGES = np.random.default_rng(0).normal(size=(20, 1, 4, 4)).astype(np.float32)
 
@@ -61,7 +61,7 @@ def test_floor_counts_the_flips_of_each_variation(cause):
     reference = TorchBackend("t", module)(IMAGES)
     meter.add(IMAGES, reference)
     meter.add(IMAGES, reference)
-    found = {v.name: v for v in meter.result().variations}
+    found = {v.name: v for v in meter.result()}
     assert {v.images for v in found.values()} == {40} and set(found) == {
         "batch split",
         "float64",
@@ -70,7 +70,7 @@ def test_floor_counts_the_flips_of_each_variation(cause):
     assert {name: v.flips for name, v in found.items() if v.flips} == (
         {} if cause == "nothing" else {cause: 40}
     )
-    worst = meter.result().worst(FAKE_QUANT)
+    worst = NoiseFloor(variations=meter.result()).worst(FAKE_QUANT)
     assert worst is not None and worst.agreement == (100 if cause == "nothing" else 0)
     if cause != "nothing":
         assert found[cause].mean_logit_difference == pytest.approx(0.5), "one logit of two moves by 1"
@@ -86,7 +86,7 @@ class OnlyFloat32(nn.Module):
 def test_floor_says_what_it_could_not_run():
     meter = FloorMeter(OnlyFloat32(), "cpu", [LOGITS], VARY)
     meter.add(IMAGES, TorchBackend("t", OnlyFloat32())(IMAGES))
-    found = {v.name: v for v in meter.result().variations}
+    found = {v.name: v for v in meter.result()}
     assert found["float64"].skipped == "float32 only" and found["float64"].images == 0
     assert found["batch split"].images == 20
 

@@ -151,13 +151,11 @@ def without_openvino(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
 
 
-def test_not_installed_it_is_left_out_with_the_reason(without_openvino, run_copy, monkeypatch):
+def test_not_installed_it_is_refused_with_the_reason(without_openvino, run_copy, monkeypatch):
     for network in ("float_network", "fake_quant_network"):
         monkeypatch.setattr(Run, network, lambda self: nn.Identity())
-    found = open_executions(Run.open(run_copy), None, "cpu", "fp32")
-    assert OPENVINO not in found.names
-    assert found.skipped[OPENVINO].endswith("pip install 'ospq-export[openvino]'")
-    assert OPENVINO_INTEGER not in found.skipped, "only what runs by default is missed"
+    with pytest.raises(InputError, match=r"pip install 'ospq-export\[openvino\]'"):
+        open_executions(Run.open(run_copy), [OPENVINO], "cpu", "fp32")
 
 
 def test_not_installed_it_is_refused_by_name_before_any_work(without_openvino, finished_runs):

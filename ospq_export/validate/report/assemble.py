@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ospq_export.tasks.accuracy import AccuracyChange
 from ospq_export.tasks.comparison import Comparison, has_labels
 from ospq_export.tasks.measure import Collector, Measure
 from ospq_export.tasks.statistics import Rate
-from ospq_export.validate.codes.records import Location, weight_comparisons
+from ospq_export.validate.codes.records import Location, WeightComparison, weight_comparisons
 from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
@@ -78,38 +78,72 @@ class Evidence:
         return self.measure.compare(self.collector, reference, deployed, noise)
 
 
-def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | None = None) -> Report:
+@dataclass(frozen=True)
+class Subject:
+    """What is validated: a run, or files.
+
+    Attributes:
+        task: name of the task.
+        class_to_idx: its classes, where it knows them.
+        provenance: what it is, and where it was validated.
+        left: networks and engines beside it that were not executed.
+        findings: what a reader has to know of it.
+        weights: comparisons of its weights.
+    """
+
+    task: str
+    class_to_idx: Mapping[str, int]
+    provenance: Provenance
+    left: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    weights: list[WeightComparison] = field(default_factory=list)
+
+
+def subject_of(run: Run, evidence: Evidence) -> Subject:
+    """A run as what is validated."""
+    return Subject(
+        task=run.manifest.task,
+        class_to_idx=run.manifest.class_to_idx,
+        provenance=_provenance(run),
+        left=not_executed(run, evidence.backends),
+        findings=processor_findings(run, evidence.names(baseline=False)),
+        weights=weight_comparisons(run),
+    )
+
+
+def assemble(
+    subject: Subject, evidence: Evidence, thresholds: Thresholds, other: Run | None = None
+) -> Report:
     """All statistics, and the verdicts.
 
     Args:
-        run: what was validated.
+        subject: what was validated.
         evidence: what the pass over the images found.
         thresholds: what is allowed.
         other: the baseline.
     """
     names, labels = evidence.names(baseline=False), evidence.collector.labels()
-    known = evidence.class_to_idx or run.manifest.class_to_idx
+    known = evidence.class_to_idx or subject.class_to_idx
     class_names = sorted(known, key=known.__getitem__)
-    if has_labels(labels) and run.manifest.task == "classify":
+    if has_labels(labels) and subject.task == "classify":
         _warn_about_classes(class_names, evidence.collector.column(names[0]).shape[1])
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
     comparisons = [evidence.pair(reference, name, floor) for name, reference in evidence.references.items()]
-    left = not_executed(run, evidence.backends)
-    findings = [*processor_findings(run, names), *openvino_findings(evidence.backends)]
+    findings = [*subject.findings, *openvino_findings(evidence.backends)]
     not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
         comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
     )
-    notes = [*_notes(evidence, left), *findings]
+    notes = [*_notes(evidence, subject.left), *findings]
     return Report(
         verdict=conclude(faithful, accuracy_criteria(changes, thresholds), notes),
-        task=run.manifest.task,
+        task=subject.task,
         thresholds=thresholds,
         images=len(labels),
         labelled=has_labels(labels),
         decision_threshold=evidence.measure.decision_threshold,
         calibration_images_seen=evidence.seen,
-        not_executed=left,
+        not_executed=subject.left,
         accuracy=changes,
         class_names=class_names,
         classes_source=evidence.images.classes_source,
@@ -124,8 +158,8 @@ def assemble(run: Run, evidence: Evidence, thresholds: Thresholds, other: Run | 
         comparisons=comparisons,
         quantization=evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None,
         baseline=None if other is None else _baseline(other, evidence),
-        weights=weight_comparisons(run),
-        provenance=_provenance(run),
+        weights=subject.weights,
+        provenance=subject.provenance,
     )
 
 
