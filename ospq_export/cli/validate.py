@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import class_choice, console, say, with_options
+from ospq_export.cli.files import run_files
+from ospq_export.cli.options import class_choice, console, data_settings, say, with_options
 from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
@@ -22,8 +23,24 @@ log = logging.getLogger(__name__)
 
 
 def validate(
-    run: options.RunArgument,
     data: options.DataOption,
+    run: Annotated[Path | None, typer.Argument(help="Run directory that `calibrate` wrote.")] = None,
+    float_file: Annotated[
+        Path | None,
+        typer.Option("--float", help="Instead of RUN: a float ONNX file, to compare --deployed with."),
+    ] = None,
+    deployed_file: Annotated[
+        Path | None, typer.Option("--deployed", help="An ONNX file, whoever made it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --float: folder of the report. Default: beside --deployed.")
+    ] = None,
+    task: options.TaskOption = None,
+    input_size: options.InputSizeOption = None,
+    mean: options.MeanOption = None,
+    std: options.StdOption = None,
+    crop_pct: options.CropPctOption = None,
+    interpolation: options.InterpolationOption = None,
     backends: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,8 +120,28 @@ def validate(
         significance=significance,
         max_error=max_error,
     )
-    opened = Run.open(run)
-    images = _images(opened, data, class_choice(class_map, class_order, class_from), exif)
+    choice = class_choice(class_map, class_order, class_from)
+    stated = data_settings(input_size, mean, std, crop_pct, interpolation)
+    if float_file is not None or deployed_file is not None:
+        files = _two_files(run, float_file, deployed_file)
+        report = run_files(
+            *files,
+            data,
+            out,
+            {**stated, "exif": exif or None},
+            choice,
+            quiet,
+            task=task,
+            thresholds=thresholds,
+            batch_size=batch_size,
+            limit=limit,
+            decision_threshold=decision_threshold,
+            floor_images=floor_images,
+            workers=workers,
+        )
+        raise typer.Exit(report.verdict.exit_status)
+    opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
+    images = _images(opened, data, choice, exif)
     report = run_validate(
         opened,
         images,
@@ -123,6 +160,28 @@ def validate(
         workers=workers,
     )
     raise typer.Exit(report.verdict.exit_status)
+
+
+def _two_files(run: Path | None, float_file: Path | None, deployed_file: Path | None) -> tuple[Path, Path]:
+    if float_file is None or deployed_file is None or run is not None:
+        raise InputError(
+            "two files are compared, or a run is validated",
+            where="RUN, --float, --deployed",
+            fix="give --float and --deployed, or RUN alone",
+        )
+    return float_file, deployed_file
+
+
+def _only_run(run: Path | None, of_files: dict[str, Any]) -> Path:
+    """The run; what is stated for files is the run's own."""
+    if run is None:
+        raise InputError("nothing is given to validate", where="RUN", fix="give a run directory")
+    named = [name for name, value in of_files.items() if value is not None]
+    if named:
+        raise InputError(
+            "the run says it itself", where=", ".join(f"`{name}`" for name in named), fix="leave it out"
+        )
+    return run
 
 
 def _images(run: Any, data: str | Path, choice: ClassChoice, exif: bool) -> ImageSet | StreamSet:

@@ -117,7 +117,7 @@ def _annotate(nodes: Iterable[fx.Node]) -> None:
     for node in nodes:
         stack = tuple(
             (path, kind.rsplit(".", 1)[-1])
-            for path, kind in node.meta.get("nn_module_stack", {}).values()
+            for path, kind in (node.meta.get("nn_module_stack") or {}).values()
             if isinstance(kind, str) and "_hook" not in path
         )
         node.meta["module_stack"] = stack

@@ -92,7 +92,7 @@ def validate(
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)
     total = len(images) if isinstance(images, Sized) else None
-    images, chosen = _chosen(images, limit, world, max(1, floor_images))
+    images, chosen = choose_images(images, limit, world, max(1, floor_images))
     count = len(chosen)
     pairs = pairs_of(executions, references, float_type, [backend.name for backend in others])
     measured = TASKS[run.manifest.task].measure(pairs, total and count, decision_threshold)
@@ -109,7 +109,7 @@ def validate(
         calibrated_on=run.calibration_digests(),
     )
     everything = [*executions.backends, *others]
-    collector, seconds = _collect(everything, images, batch_size, share, workers, progress, samples, measured)
+    collector, seconds = collect(everything, images, batch_size, share, workers, progress, samples, measured)
     found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
     collector, seconds, unreadable, notes = found
     if total is None and limit is not None:
@@ -149,7 +149,7 @@ def _most(images: ImageSet | StreamSet | TensorSet, count: int) -> int:
     return min(count, len(images)) if isinstance(images, Sized) else count
 
 
-def _chosen(
+def choose_images(
     images: ImageSet | StreamSet | TensorSet, limit: int | None, world: World, nominal: int
 ) -> tuple[ImageSet | StreamSet | TensorSet, Sequence[int]]:
     """The images and which of them are used; of a stream, which goes by once, all.
@@ -177,7 +177,7 @@ def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[B
     return [e.open(run, device) for e in missing if e.file in run.manifest.files and e.runtime in runtimes]
 
 
-def _collect(
+def collect(
     executions: Sequence[Backend],
     images: ImageSet | StreamSet | TensorSet,
     batch_size: int,
@@ -187,6 +187,21 @@ def _collect(
     samples: Samples,
     measured: Measure,
 ) -> tuple[Collector, dict[str, float]]:
+    """Run every execution over the same tensors.
+
+    Args:
+        executions: what runs.
+        images: the images.
+        batch_size: images per forward pass.
+        share: places of those that are used.
+        workers: processes that decode.
+        progress: where to show a progress bar.
+        samples: takes what it needs of every batch.
+        measured: takes what is compared.
+
+    Returns:
+        What was kept of the outputs, and the seconds spent in each execution.
+    """
     total = -(-len(share) // batch_size) if isinstance(images, Sized) else None
     advance = stepper(progress, "validate", total)
     collector = Collector(len(share))

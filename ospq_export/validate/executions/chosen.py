@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospq_export.errors import InputError
@@ -67,6 +68,16 @@ def _preprocessing(metadata: Mapping[str, str]) -> Any:
         return json.loads(metadata.get("preprocessing", ""))
     except (ValueError, RecursionError):
         return None
+
+
+def file_preprocessing(path: Path) -> dict[str, Any]:
+    """What an ONNX file says of its preprocessing; nothing where it says nothing.
+
+    Raises:
+        InputError: it is no ONNX file.
+    """
+    found = _preprocessing({p.key: p.value for p in read_proto(path).metadata_props})
+    return found if isinstance(found, dict) else {}
 
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:

@@ -35,11 +35,11 @@ _THUMBNAILS, _LISTED_FLIPS, _WORST, _CLASSES = 24, 200, 3, 20
 _SIDE = 112
 
 
-def write_documents(run: Run, report: Report, images: ImageSet | StreamSet | TensorSet) -> Path:
+def write_documents(run: Run | Path, report: Report, images: ImageSet | StreamSet | TensorSet) -> Path:
     """Write report.md and report.html into the run directory.
 
     Args:
-        run: what was validated.
+        run: what was validated, or, of files that are no run's, the folder that the report goes to.
         report: the outcome.
         images: what it was validated on; flipped ones are shown.
 
@@ -49,13 +49,14 @@ def write_documents(run: Run, report: Report, images: ImageSet | StreamSet | Ten
     Raises:
         InputError: a file cannot be written.
     """
-    context = _context(run.manifest, report)
-    _write(run.path / REPORT_MD, "report.md.jinja", context)
+    folder, manifest = (run, None) if isinstance(run, Path) else (run.path, run.manifest)
+    context = _context(manifest, report)
+    _write(folder / REPORT_MD, "report.md.jinja", context)
     shown = list(dict.fromkeys(f.id for c in report.comparisons for f in c.flips))[:_THUMBNAILS]
-    context["plots"] = _plots(run.manifest, report, context["classes"])
+    context["plots"] = _plots(manifest, report, context["classes"])
     context["pictures"] = thumbnails(images, shown)
-    _write(run.path / REPORT_HTML, "report.html.jinja", context)
-    return run.path / REPORT_HTML
+    _write(folder / REPORT_HTML, "report.html.jinja", context)
+    return folder / REPORT_HTML
 
 
 def _write(path: Path, template: str, context: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
+def _context(manifest: Manifest | None, report: Report) -> dict[str, Any]:
     rows = _class_rows(report)
     return {
         "report": report,
@@ -105,10 +106,14 @@ def _context(manifest: Manifest, report: Report) -> dict[str, Any]:
         "flips": [_Flips(c, report.class_names) for c in report.comparisons if c.flips],
         "classes": rows[:_CLASSES],
         "all_classes": len(rows),
-        "recipe_json": json.dumps(manifest.recipe.model_dump(mode="json"), indent=2),
-        "data_json": json.dumps(manifest.data.model_dump(mode="json"), indent=2),
-        "model_json": json.dumps(manifest.model.model_dump(mode="json"), indent=2),
+        "details": {} if manifest is None else _details(manifest),
     }
+
+
+def _details(manifest: Manifest) -> dict[str, str]:
+    """Parts of the manifest as JSON, by their headings."""
+    parts = {"model": manifest.model, "preprocessing": manifest.data, "recipe": manifest.recipe}
+    return {name: json.dumps(part.model_dump(mode="json"), indent=2) for name, part in parts.items()}
 
 
 def _all_comparisons(report: Report) -> list[Comparison]:
@@ -173,11 +178,12 @@ def _class_rows(report: Report) -> list[_ClassRow]:
     return sorted(rows, key=lambda r: -max(abs(r[1] or 0), abs(r[2] or 0)))
 
 
-def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> dict[str, Any]:
+def _plots(manifest: Manifest | None, report: Report, classes: Sequence[_ClassRow]) -> dict[str, Any]:
     """SVG by name; lists of (comparison, SVG) for margins and of (location, SVG) for slices."""
     from ospq_export.validate.report import plots
 
-    formats = manifest.formats()
+    formats = {} if manifest is None else manifest.formats()
+    profile, slices = ([], []) if manifest is None else (manifest.profile, manifest.slices)
 
     def histograms(quantizers: Sequence[Any], name: str) -> str | None:
         worst = sorted(quantizers, key=lambda q: q.sqnr)[:_WORST]
@@ -187,12 +193,12 @@ def _plots(manifest: Manifest, report: Report, classes: Sequence[_ClassRow]) -> 
     return {
         "margins": [(c, svg) for c in report.comparisons if (svg := plots.margin_plot(c)) is not None],
         "sqnr": [(x, plots.sqnr_plot(x)) for x in report.locations],
-        "outliers": plots.outlier_plot(manifest.profile, manifest.slices) if manifest.profile else None,
+        "outliers": plots.outlier_plot(profile, slices) if profile else None,
         "activations": histograms(compared, "activation codes"),
         "weights": histograms(report.weights, "weight codes"),
         "scales": plots.scale_plot(report.weights),
-        "errors": plots.error_plot(manifest.slices) if manifest.slices else None,
-        "losses": plots.loss_plot(manifest.slices),
+        "errors": plots.error_plot(slices) if slices else None,
+        "losses": plots.loss_plot(slices),
         "classes": plots.class_plot(classes) if classes else None,
     }
 

@@ -1,0 +1,55 @@
+"""`ospq-export validate --float A --deployed B`: two ONNX files that nobody calibrated here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospq_export.cli.options import console, say
+
+if TYPE_CHECKING:
+    from ospq_export.data import ClassChoice
+    from ospq_export.validate.report.model import Report
+
+
+def run_files(
+    float_file: Path,
+    deployed_file: Path,
+    data: str,
+    out: Path | None,
+    given: dict[str, Any],
+    choice: ClassChoice,
+    quiet: bool,
+    **settings: Any,
+) -> Report:
+    """Compare two files with a progress bar, print the report, and write it for people.
+
+    Args:
+        float_file: what accuracy is judged against.
+        deployed_file: what is judged.
+        data: images, as `--data` takes them.
+        out: folder of the report; None puts it beside the deployed file, under its name and ".report".
+        given: what is said of the preprocessing.
+        choice: what is said of the classes.
+        quiet: no progress bar.
+        settings: of `validate_files`.
+
+    Raises:
+        InputError: a file or the images cannot be used, or nothing tells how images become the files' input.
+    """
+    from ospq_export.data import image_set, open_source
+    from ospq_export.progress import stage_progress
+    from ospq_export.validate import render, write_documents
+    from ospq_export.validate.files import preprocessing_of_files, validate_files
+    from ospq_export.world.room import check_folder
+
+    folder = out or deployed_file.with_suffix(".report")
+    check_folder(folder, "--out")
+    config = preprocessing_of_files([float_file, deployed_file], given)
+    images = image_set(open_source(data, choice), config, choice, None, needed=False)
+    with stage_progress(disable=quiet) as progress:
+        report = validate_files(float_file, deployed_file, images, folder, progress=progress, **settings)
+    page = write_documents(folder, report, images)
+    console().print(render(report), soft_wrap=True)
+    say(f"report: {page}")
+    return report
