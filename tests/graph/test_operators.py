@@ -5,13 +5,14 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from through import check, rebuilt, through
+from through import rebuilt, run_file
 from torch import Tensor, nn
 
 from ospq_export.calibrate.checks import float_products
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.serialize import ATEN, describe
+from ospq_export.onnx.write import write_onnx
 
 aten = torch.ops.aten
 SIZE = (4, 8, 8)
@@ -281,10 +282,18 @@ def test_operators_are_captured_and_rebuilt(family):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+# Antialiasing in ONNX differs from torch's in the last digits, far above those of float32.
+EXPORTED = [family for family in FAMILIES if family is not smaller]
+
+
 @pytest.mark.slow
-def test_operators_are_exported(tmp_path):
-    exact = [family for family in FAMILIES if family is not smaller]
-    check(through(Network(*exact).eval(), SIZE, tmp_path))
+@pytest.mark.parametrize(
+    "group", [EXPORTED[start::3] for start in range(3)], ids=["first", "second", "third"]
+)
+def test_operators_are_exported(group, tmp_path):
+    captured, path = capture(Network(*group).eval(), SIZE), tmp_path / "model.onnx"
+    write_onnx(captured, path, input_size=SIZE, batch_size=None, metadata={})
+    torch.testing.assert_close(run_file(path, images()), captured(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_what_stays_float_is_listed():
