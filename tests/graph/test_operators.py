@@ -38,6 +38,7 @@ def float_convolutions(x: Tensor) -> list[Tensor]:
         F.conv1d(x.flatten(2), _W[..., 0], padding=1),
         F.conv3d(x.unsqueeze(2), _W.unsqueeze(2), padding=(0, 1, 1)),
         F.conv_transpose1d(x.flatten(2), _W[..., 0], stride=2),
+        F.bilinear(x.flatten(2), x.flatten(2), _TABLE.reshape(4, 8, 8)[:2].repeat(1, 8, 8)),
     ]
 
 
@@ -299,7 +300,14 @@ def test_operators_are_exported(group, tmp_path):
 def test_what_stays_float_is_listed():
     found = float_products(capture(Network(float_convolutions).eval(), SIZE))
     kinds = [line.split(" in ")[0] for line in found]
-    assert sorted(kinds) == ["conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose2d"]
+    assert sorted(kinds) == [
+        "bilinear",
+        "conv1d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose2d",
+    ]
 
 
 def test_every_spelling_of_attention_becomes_products():
