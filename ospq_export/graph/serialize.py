@@ -29,15 +29,15 @@ adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.defa
 addcmul.default addmm.default alias.default all.default all.dim all.dims amax.default amin.default any.default any.dim
 any.dims arange.default arange.start arange.start_step argmax.default argmin.default asin.default asinh.default atan.default
 atan2.default atanh.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default batch_norm.default
-bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bitwise_xor.Tensor bmm.default cat.default
-ceil.default celu.default chunk.default clamp.Tensor clamp.default clamp_max.Tensor clamp_max.default clamp_min.Tensor
-clamp_min.default clone.default col2im.default constant_pad_nd.default contiguous.default conv1d.default conv2d.default
-conv3d.default conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input convolution.default copy.default
-cos.default cosh.default cumsum.default detach.default diagonal.default div.Scalar div.Tensor div.Tensor_mode dropout.default
-einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default exp.default exp2.default
-expand.default expm1.default fill.Scalar fill.Tensor flatten.using_ints flip.default floor.default floor_divide.default
-fmod.Scalar fmod.Tensor frac.default full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default
-glu.default grid_sampler_2d.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
+bilinear.default bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bitwise_xor.Tensor bmm.default
+cat.default ceil.default celu.default chunk.default clamp.Tensor clamp.default clamp_max.Tensor clamp_max.default
+clamp_min.Tensor clamp_min.default clone.default col2im.default constant_pad_nd.default contiguous.default conv1d.default
+conv2d.default conv3d.default conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input convolution.default
+copy.default cos.default cosh.default cumsum.default detach.default diagonal.default div.Scalar div.Tensor div.Tensor_mode
+dropout.default einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default exp.default
+exp2.default expand.default expm1.default fill.Scalar fill.Tensor flatten.using_ints flip.default floor.default
+floor_divide.default fmod.Scalar fmod.Tensor frac.default full.default full_like.default gather.default ge.Scalar ge.Tensor
+gelu.default glu.default grid_sampler_2d.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
 hardtanh.default im2col.default index.Tensor index_put.default index_select.default instance_norm.default isinf.default
 isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor linalg_vector_norm.default
 linear.default linspace.default log.default log10.default log1p.default log2.default log_sigmoid.default log_softmax.int

@@ -5,13 +5,14 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from through import check, rebuilt, through
+from through import rebuilt, run_file
 from torch import Tensor, nn
 
 from ospq_export.calibrate.checks import float_products
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.serialize import ATEN, describe
+from ospq_export.onnx.write import write_onnx
 
 aten = torch.ops.aten
 SIZE = (4, 8, 8)
@@ -37,6 +38,7 @@ def float_convolutions(x: Tensor) -> list[Tensor]:
         F.conv1d(x.flatten(2), _W[..., 0], padding=1),
         F.conv3d(x.unsqueeze(2), _W.unsqueeze(2), padding=(0, 1, 1)),
         F.conv_transpose1d(x.flatten(2), _W[..., 0], stride=2),
+        F.bilinear(x.flatten(2), x.flatten(2), _TABLE.reshape(4, 8, 8)[:2].repeat(1, 8, 8)),
     ]
 
 
@@ -281,16 +283,31 @@ def test_operators_are_captured_and_rebuilt(family):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+# Antialiasing in ONNX differs from torch's in the last digits, far above those of float32.
+EXPORTED = [family for family in FAMILIES if family is not smaller]
+
+
 @pytest.mark.slow
-def test_operators_are_exported(tmp_path):
-    exact = [family for family in FAMILIES if family is not smaller]
-    check(through(Network(*exact).eval(), SIZE, tmp_path))
+@pytest.mark.parametrize(
+    "group", [EXPORTED[start::3] for start in range(3)], ids=["first", "second", "third"]
+)
+def test_operators_are_exported(group, tmp_path):
+    captured, path = capture(Network(*group).eval(), SIZE), tmp_path / "model.onnx"
+    write_onnx(captured, path, input_size=SIZE, batch_size=None, metadata={})
+    torch.testing.assert_close(run_file(path, images()), captured(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_what_stays_float_is_listed():
     found = float_products(capture(Network(float_convolutions).eval(), SIZE))
     kinds = [line.split(" in ")[0] for line in found]
-    assert sorted(kinds) == ["conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose2d"]
+    assert sorted(kinds) == [
+        "bilinear",
+        "conv1d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose2d",
+    ]
 
 
 def test_every_spelling_of_attention_becomes_products():
