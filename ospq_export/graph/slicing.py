@@ -7,7 +7,7 @@ points with at least one quantizable operator; a slice is a run of atoms; a slic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,15 @@ def _is_image_tensor(node: fx.Node, dependent: set[fx.Node]) -> bool:
     return node in dependent and not isinstance(node.meta.get("val"), torch.SymInt)
 
 
+def _image_dependent(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What depends on the images' content; a size of theirs does not."""
+    dependent: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" or any(_is_image_tensor(n, dependent) for n in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
 def _reads(user: fx.Node) -> bool:
     return user.op != "output" and user.target is not aten.sym_size.int
 
@@ -55,10 +64,7 @@ def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """
     nodes = [n for n in graph.nodes if n.op != "output"]
     order = {node: i for i, node in enumerate(graph.nodes)}
-    dependent: set[fx.Node] = set()
-    for node in nodes:
-        if node.op == "placeholder" or any(_is_image_tensor(n, dependent) for n in node.all_input_nodes):
-            dependent.add(node)
+    dependent = _image_dependent(nodes)
     # A size read off the input does not keep the images alive: a slice is given the batch size.
     last_use = {node: max((order[u] for u in node.users if _reads(u)), default=order[node]) for node in nodes}
     last_use[next(n for n in reversed(nodes) if _is_image_tensor(n, dependent))] = len(order)
@@ -143,6 +149,8 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
     """
     inner = nodes_between(module.graph, piece.start, piece.end)
     by_name = {n.name: n for n in module.graph.nodes}
+    # What is made of constants and the batch size alone, a class token for every image say, is made again where it is read.
+    dependent = _image_dependent(module.graph.nodes)
     graph, foreign = fx.Graph(), set[str]()
     copies = {by_name[piece.start]: graph.placeholder("x")}
     batch_size = graph.placeholder("batch_size")
@@ -155,7 +163,7 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
             return batch_size
         if node.op == "call_module":
             foreign.add(str(node.target))
-        elif node.op != "get_attr" and not isinstance(node.meta.get("val"), torch.SymInt):
+        elif node in dependent and not isinstance(node.meta.get("val"), torch.SymInt):
             raise ValueError(
                 f"slice {piece.name} needs {node.name}, which lies before its start {piece.start}"
             )

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from conftest import Captured
+from torch import nn
 
 from ospq_export.calibrate.observe import outlier_profile
 from ospq_export.calibrate.slicing.plan import cut_dominance, outlier_aware_slicing
@@ -263,3 +264,59 @@ def test_a_slice_that_needs_two_tensors_is_refused(smaller_networks):
     )
     with pytest.raises(ValueError, match="lies before its start"):
         extract(network, Slice("s", norm.name, residual.name))
+
+
+class Tokens(nn.Module):
+    """A class token for every image, made where nothing depends on the images, and read after the first cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        token = self.token.expand(x.shape[0], -1, -1)
+        x = self.first(x.flatten(2).transpose(1, 2)).relu()
+        x = self.second(torch.cat([token, x], 1)).relu()
+        return self.third(x.mean(1) + token[:, 0])
+
+
+def test_what_depends_on_the_number_of_images_alone_is_made_again_where_it_is_read():
+    model = Tokens().eval()
+    captured = capture(model, (6, 2, 3))
+    images = torch.randn(5, 6, 2, 3)
+    for granularity in ("atom", "layer"):
+        tensors = (images,)
+        for piece in slicing_of(captured.graph, granularity):
+            tensors = run_slice(extract(captured, piece), tensors, 5)
+        torch.testing.assert_close(tensors[0], model(images))
+
+
+class Branches(nn.Module):
+    """Two outputs: one on the way, of a layer of its own, and the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.side, self.last = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        return self.side(x), self.last(x)
+
+
+def test_an_output_on_the_way_belongs_to_the_slice_that_computes_it():
+    model = Branches().eval()
+    captured = capture(model, (6, 1, 1))
+    network = insert_quantizers(captured, integers(8, 8))
+    network.set_mode(Mode.FLOAT)
+    images = torch.randn(5, 6, 1, 1)
+    pieces = [extract(network.module, s) for s in slicing_of(captured.graph, "atom")]
+    assert [p.meta["sides"] for p in pieces] == [0, 1]
+    tensors = (images,)
+    for piece in pieces:
+        tensors = run_slice(piece, tensors, 5)
+    last, side = tensors
+    expected = model(images)
+    torch.testing.assert_close((side, last), expected)
+    own = {q.name for piece in pieces for q in own_quantizers(piece)}
+    assert own == {*network.activations, *network.weights}, "the side branch is learned, too"

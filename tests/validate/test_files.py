@@ -2,14 +2,15 @@
 
 import json
 import shutil
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from typer.testing import CliRunner
 
-from ospq_export.cli.app import app
+from ospq_export import cli
 from ospq_export.runs.files import FLOAT_ONNX, QUANTIZED_ONNX
 
 SIZE = (3, 8, 8)
@@ -47,19 +48,35 @@ def data(tmp_path_factory):
     return folder / "images.npz"
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["validate", *map(str, arguments), "--quiet", "--workers", "0"])
+@pytest.fixture
+def run(capsys):
+    """Runs `validate`; gives its exit status and all that it said."""
+
+    def call(*arguments):
+        words = ["ospq-export", "validate", *map(str, arguments), "--quiet", "--workers", "0"]
+        with pytest.raises(SystemExit) as info, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(info.value.code or 0, captured.out + captured.err)
+
+    return call
 
 
-def compare(folder, data, *more, off=0.0, **deployed):
+class Done(NamedTuple):
+    exit_code: int
+    output: str
+
+
+def compare(run, folder, data, *more, off=0.0, **deployed):
     original = linear(folder / "a.onnx")
     other = linear(folder / "b.onnx", off=off, **deployed)
     stated = ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear", "--crop-pct", 1]
     return run("--float", original, "--deployed", other, "--data", data, *stated, *more)
 
 
-def test_a_file_and_its_like(tmp_path, data):
-    done = compare(tmp_path, data, noise=1e-4)
+def test_a_file_and_its_like(run, tmp_path, data):
+    done = compare(run, tmp_path, data, noise=1e-4)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "b.report" / "report.json").read_text())
     assert report["images"] == 400 and report["accuracy"][0]["reference"] == "onnxruntime-fp32"
@@ -73,15 +90,15 @@ def test_a_file_and_its_like(tmp_path, data):
     assert "accuracy is kept" in page and "b.onnx" in page
 
 
-def test_a_file_that_lost_accuracy(tmp_path, data):
-    done = compare(tmp_path, data, "--out", tmp_path / "there", off=20.0)
+def test_a_file_that_lost_accuracy(run, tmp_path, data):
+    done = compare(run, tmp_path, data, "--out", tmp_path / "there", off=20.0)
     assert done.exit_code == 1 and "accuracy is not kept" in done.output
     report = json.loads((tmp_path / "there" / "report.json").read_text())
     assert report["verdict"]["faithful"]["outcome"] == "met", "it computes what it says"
     assert report["accuracy"][0]["drop"] > 20
 
 
-def test_several_outputs_under_other_names(tmp_path, data):
+def test_several_outputs_under_other_names(run, tmp_path, data):
     original = linear(tmp_path / "a.onnx", outputs=("p", "q"))
     other = linear(tmp_path / "b.onnx", outputs=("r", "s"))
     stated = ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
@@ -94,15 +111,15 @@ def test_several_outputs_under_other_names(tmp_path, data):
     ]
 
 
-def test_a_run_of_ours_says_itself_how_images_are_prepared(tmp_path, finished_runs, request):
+def test_a_run_of_ours_says_itself_how_images_are_prepared(run, tmp_path, finished_runs):
     from ospq_export.demo import demo_images
     from ospq_export.runs.run import Run
 
     folder = shutil.copytree(finished_runs["w8a8"], tmp_path / "run")
     config = Run.open(folder).manifest.data
     batch = demo_images("test", config).sample(40, 0)
-    pixels = batch.images * np.reshape(config.std, (-1, 1, 1)) + np.reshape(config.mean, (-1, 1, 1))
-    images = (pixels.clamp(0, 1) * 255).round().byte().numpy().transpose(0, 2, 3, 1)
+    pixels = batch.images.numpy() * np.reshape(config.std, (-1, 1, 1)) + np.reshape(config.mean, (-1, 1, 1))
+    images = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     np.savez(
         tmp_path / "i.npz",
         images=images[..., 0] if images.shape[-1] == 1 else images,
@@ -124,13 +141,13 @@ def test_a_run_of_ours_says_itself_how_images_are_prepared(tmp_path, finished_ru
         (("--std", "0,0,0"), {}, "std"),
     ],
 )
-def test_files_that_do_not_fit_are_one_line(tmp_path, data, more, deployed, said):
-    done = compare(tmp_path, data, *more, **deployed)
+def test_files_that_do_not_fit_are_one_line(run, tmp_path, data, more, deployed, said):
+    done = compare(run, tmp_path, data, *more, **deployed)
     assert done.exit_code == 2 and said in done.output
     assert not (tmp_path / "b.report").exists()
 
 
-def test_what_is_missing_is_one_line(tmp_path, data, finished_runs):
+def test_what_is_missing_is_one_line(run, tmp_path, data, finished_runs):
     file = linear(tmp_path / "a.onnx")
     for arguments, said in (
         (["--float", file, "--data", data], "--deployed"),

@@ -114,7 +114,8 @@ class OpenVinoBackend:
         properties |= {FLOAT_PRODUCTS: "NO"} if in_float else {}
         self.compiled = _compile(path, properties)
         self.input = self.compiled.inputs[0]
-        self.names = [output.any_name for output in self.compiled.outputs]
+        # OpenVINO gives a tensor several names, of which any may come first.
+        self.names = [output.name for output in read_proto(path).graph.output]
         batch = self.input.partial_shape[0]
         self.fixed_batch = None if batch.is_dynamic else batch.get_length()
         products = read_products(self.compiled, path)
