@@ -89,6 +89,8 @@ class _Expansion:
         clipped = self._call("Clip", ratio, self._number(E4M3.smallest), self._number(E4M3.largest))
         e4m3 = self._call("Cast", clipped, to=int(self.ir.DataType.FLOAT8E4M3FN))
         stored = self._call("Cast", e4m3, to=int(self.ir.DataType.FLOAT))
+        # A comparison of codes goes on with the scales that were really computed.
+        stored.name = f"{self.prefix.removesuffix('.codes')}.block_scales"
         rounded = self._rounded(self._call("Div", grouped, self._call("Mul", stored, tensor_scale)))
         flat = self._call("Reshape", rounded, self._shape(0, 0, -1))
         scales = self._call("Squeeze", stored, self._shape(-1))

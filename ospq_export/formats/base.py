@@ -256,7 +256,7 @@ class Format(ABC):
         return True
 
     def steps_apart(
-        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
+        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor, stored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """How far deployed levels lie from those that values should have.
 
@@ -265,12 +265,19 @@ class Format(ABC):
             scale: scalar.
             offset: scalar, None where the format has none.
             levels: of the deployed codes.
+            stored: scales that were computed from the values, as they were stored; None where there are none to be had.
 
         Returns:
             Steps between the levels and the values' nearest ones; and steps by which the levels lie farther from the values
             than the half step that rounding takes, where at most 0 is right.
         """
-        unrounded = self.unrounded(x, scale, offset)
+        return self._apart(self.unrounded(x, scale, offset), levels)
+
+    def deployed_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None) -> Tensor:
+        """Scales that deployed levels of values have; arguments as `steps_apart` has them."""
+        return self.activation_scales(x, scale)
+
+    def _apart(self, unrounded: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         ranks = self.levels.ranks
         wanted, found = ranks(unrounded), ranks(levels)
         return (ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5

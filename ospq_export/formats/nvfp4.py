@@ -148,12 +148,30 @@ class Nvfp4Activation(_Nvfp4):
         return found.expand(*found.shape[:-1], BLOCK_SIZE).flatten(-2)
 
     def steps_apart(
-        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor
+        self, x: Tensor, scale: Tensor, offset: Tensor | None, levels: Tensor, stored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As for other formats; where a last digit decides between two block scales, with the one that fits better."""
-        compare = super().steps_apart
-        steps, excess = compare(x, scale * (1.0 - _EDGE), offset, levels)
-        others, other_excess = compare(x, scale * (1.0 + _EDGE), offset, levels)
+        """As for other formats, with the block scales that were stored, which have to be right themselves.
+
+        Where those are not known, and a last digit decides between two of them, with the one that fits better.
+        """
+        if stored is None:
+            return self._at_edges(x, scale, levels)
+        steps, excess = self._apart(x / self.deployed_scales(x, scale, stored), levels)
+        largest = x.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / (E2M1.largest * scale)
+        wanted = E4M3.ranks(largest.clamp(E4M3.smallest, E4M3.largest))
+        wrong = (wanted - E4M3.ranks(stored.view(wanted.shape))).abs() - 0.5
+        return steps, torch.maximum(excess, wrong.expand(*wrong.shape[:-1], BLOCK_SIZE).flatten(-2))
+
+    def deployed_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None) -> Tensor:
+        """The stored block scales times the tensor's, for every element; those that they should be where none are known."""
+        if stored is None:
+            return self.activation_scales(x, scale)
+        found = stored.to(x.dtype).view(*x.shape[:-1], -1, 1) * scale
+        return found.expand(*found.shape[:-1], BLOCK_SIZE).flatten(-2)
+
+    def _at_edges(self, x: Tensor, scale: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        steps, excess = self._apart(self.unrounded(x, scale * (1.0 - _EDGE), None), levels)
+        others, other_excess = self._apart(self.unrounded(x, scale * (1.0 + _EDGE), None), levels)
         groups = [e.unflatten(-1, (-1, BLOCK_SIZE)).amax(-1, keepdim=True) for e in (excess, other_excess)]
         first = (groups[0] <= groups[1]).expand(*groups[0].shape[:-1], BLOCK_SIZE).flatten(-2)
         return torch.where(first, steps, others), torch.where(first, excess, other_excess)

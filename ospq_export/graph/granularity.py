@@ -8,12 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE, operator_names, quantizable_nodes
-from ospq_export.graph.slicing import Slice, atoms, cut_points, live_tensors, name_of, quantizable_between
+from ospq_export.graph.slicing import (
+    Slice,
+    atoms,
+    cut_points,
+    has_images_in_front,
+    live_tensors,
+    name_of,
+    quantizable_between,
+)
 
 UNIFORM = ("layer", "atom", "block", "blocks:2", "blocks:4", "stage", "model")
 """The ladder of uniform granularities, from fine to coarse."""
@@ -143,7 +150,7 @@ def layer_slicing(graph: fx.Graph) -> list[Slice]:
     """
     alive, names = live_tensors(graph), operator_names(graph)
     work = quantizable_nodes(graph)
-    ends = [n for n in work[:-1] if all(_has_images_in_front(t) for t in (n, *alive[n]))]
+    ends = [n for n in work[:-1] if all(has_images_in_front(t) for t in (n, *alive[n]))]
     points = cut_points(graph)
     bounds = [points[0], *ends, points[-1]]
     slices, received = [], tuple[str, ...]()
@@ -154,14 +161,6 @@ def layer_slicing(graph: fx.Graph) -> list[Slice]:
         slices.append(Slice(name, start.name, end.name, received, carried))
         received = carried
     return slices
-
-
-def _has_images_in_front(node: fx.Node) -> bool:
-    """Whether a value is one tensor whose first dimension, and no other, is a multiple of the batch size."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not isinstance(value.shape[0], torch.SymInt):
-        return False
-    return not any(isinstance(size, torch.SymInt) for size in value.shape[1:])
 
 
 def _explicit(graph: fx.Graph, names: Sequence[str]) -> list[Slice]:

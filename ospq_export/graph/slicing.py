@@ -79,12 +79,20 @@ def live_tensors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def cut_points(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes after which they alone carry everything that depends on the images, in topological order.
+    """Nodes after which they alone carry everything that depends on the images, which lie in front, in topological order.
 
     The input is the first and the network's last output the last.
     """
     alive = live_tensors(graph)
-    return [n for n, others in alive.items() if others == [n] and isinstance(n.meta.get("val"), Tensor)]
+    return [n for n, others in alive.items() if others == [n] and has_images_in_front(n)]
+
+
+def has_images_in_front(node: fx.Node) -> bool:
+    """Whether a value is one tensor whose first dimension, and no other, is a multiple of the batch size."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(value.shape[0], torch.SymInt):
+        return False
+    return not any(isinstance(size, torch.SymInt) for size in value.shape[1:])
 
 
 def atoms(graph: fx.Graph) -> list[Slice]:

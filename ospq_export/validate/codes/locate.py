@@ -26,7 +26,7 @@ from ospq_export.validate.codes.records import (
     QuantizerComparison,
     SliceComparison,
 )
-from ospq_export.validate.executions.probes import CODES, OUTPUT, Probed
+from ospq_export.validate.executions.probes import BLOCK_SCALES, CODES, OUTPUT, Probed
 
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
 # in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
@@ -106,7 +106,7 @@ class Reference:
     def wanted(self) -> frozenset[str]:
         """Names of the inner tensors that a deployed file should have."""
         quantizers = [m for m in self.network.modules() if isinstance(m, ActivationQuantizer)]
-        names = [f"{q.name}{CODES}" for q in quantizers]
+        names = [f"{q.name}{kind}" for q in quantizers for kind in (CODES, BLOCK_SCALES)]
         return frozenset([*names, *(place.tensor for place in self.places)])
 
 
@@ -166,9 +166,10 @@ class Locator:
                 return None
             # A file may have fewer dimensions where it quantizes.
             codes = codes.reshape(value.shape)
-            self.equal[quantizer.name].add(quantizer, value, codes)
+            stored = tensors.get(f"{quantizer.name}{BLOCK_SCALES}")
+            self.equal[quantizer.name].add(quantizer, value, codes, stored)
             format_ = quantizer.format
-            scales = format_.activation_scales(value, quantizer.scale)
+            scales = format_.deployed_scales(value, quantizer.scale, stored)
             return format_.dequantize(format_.decode(codes).double(), scales, quantizer.used_offset)
 
         def on_end(name: str, value: Tensor) -> Tensor | None:
@@ -193,7 +194,9 @@ class Locator:
             min_sqnr=MIN_SQNR[half],
             first_diverging=found[0][0] if found else None,
             faults=[text for _, text in found],
-            unknown=sorted(self.reference.wanted - self.probed.names),
+            unknown=sorted(
+                n for n in self.reference.wanted - self.probed.names if not n.endswith(BLOCK_SCALES)
+            ),
             quantizers=quantizers,
             slices=slices,
         )

@@ -120,10 +120,19 @@ class CodeDifferences:
     excess: float = 0.0
     histogram: NDArray[np.int64] | None = None
 
-    def add(self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor) -> None:
-        """Compare the codes that x should have with deployed ones; one that is no number is as far off as any can be."""
+    def add(
+        self, quantizer: ActivationQuantizer, x: Tensor, deployed: Tensor, stored: Tensor | None = None
+    ) -> None:
+        """Compare the codes that x should have with deployed ones; one that is no number is as far off as any can be.
+
+        Args:
+            quantizer: of the fake-quantized network.
+            x: what it quantizes.
+            deployed: codes.
+            stored: scales that the deployed network computed for them; None where it has none.
+        """
         format_, levels = quantizer.format, quantizer.format.decode(deployed)
-        steps, excess = format_.steps_apart(x, quantizer.scale, quantizer.used_offset, levels)
+        steps, excess = format_.steps_apart(x, quantizer.scale, quantizer.used_offset, levels, stored)
         ends = format_.levels.ranks(torch.tensor([format_.levels.lo, format_.levels.hi], dtype=torch.float32))
         steps, excess = (t.nan_to_num(float(ends.diff())) for t in (steps, excess))
         self.total += steps.numel()

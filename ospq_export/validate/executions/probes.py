@@ -18,7 +18,7 @@ from ospq_export.onnx.shapes import hollow, infer_shapes
 from ospq_export.tasks.statistics import FloatArray
 
 Tensors = Mapping[str, NDArray[Any]]
-CODES, OUTPUT = ".codes", ".output"
+CODES, BLOCK_SCALES, OUTPUT = ".codes", ".block_scales", ".output"
 
 
 @dataclass(frozen=True)
