@@ -35,6 +35,8 @@ from ospq_export.validate import validate
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
 DOCUMENT = DOCS / "results.md"
+FORMATS = DOCS / "formats.md"
+BEGIN, END = "<!-- begin: points lost, by benchmarks/results.py -->", "<!-- end -->"
 W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "w8a8": ("w8a8", []),
@@ -182,6 +184,25 @@ def table() -> str:
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", "", *_goals(rows), "", RESULTS.notes()])
 
 
+def points_lost(rows: list[dict[str, Any]]) -> str:
+    """A table for docs/formats.md: Top-1 below float of the deployed networks, by format."""
+    networks = sorted({r["network"] for r in rows})
+    found = {(r["bits"], r["network"]): r["top1"][FLOAT] - r["top1"][OPTIMIZED] for r in rows}
+    cells = [
+        [f"`{bits}`", *(f"{found[bits, n]:+.2f}" if (bits, n) in found else "" for n in networks)]
+        for bits in RECIPES
+    ]
+    said = "Points of Top-1 below float, deployed in ONNX Runtime ([results.md](results.md) has the rest):"
+    return f"{said}\n\n{markdown(['recipe', *networks], cells)}"
+
+
+def write_formats() -> None:
+    """Put that table where docs/formats.md has its marks."""
+    before, _, rest = FORMATS.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    FORMATS.write_text(f"{before}{BEGIN}\n{points_lost(RESULTS.rows())}{END}{after}")
+
+
 def _goals(rows: list[dict[str, Any]]) -> list[str]:
     """How far below float the deployed networks are, beside the goals."""
     cells = []
@@ -265,6 +286,7 @@ def main() -> None:
             complete(network, bits, Path(args.runs) / f"{network.name}-{bits}")
             print(json.dumps(RESULTS.find(**key))[:900])
     DOCUMENT.write_text(table())
+    write_formats()
 
 
 if __name__ == "__main__":
