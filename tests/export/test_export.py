@@ -12,15 +12,21 @@ import torch
 from helpers import tiny
 from onnx import TensorProto, helper, numpy_helper
 
+from ospq_export.calibrate.observe import observe
 from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.lower.graph import lower, probe_names
+from ospq_export.formats.choice import integers
+from ospq_export.graph.capture import capture
+from ospq_export.graph.insertion import insert_quantizers
+from ospq_export.graph.quantizers import Mode
 from ospq_export.graph.slicing import Slice
-from ospq_export.onnx.write import check_deployable
+from ospq_export.onnx.write import check_deployable, write_onnx
 from ospq_export.runs.files import QUANTIZED_TENSORS
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
+from ospq_export.validate.executions.backends import OnnxRuntimeBackend
 
 BOTH = pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 
@@ -338,3 +344,33 @@ def test_undeployable_files_are_refused(tmp_path, zero_point):
     )
     with pytest.raises(InputError, match="quantizer without a signed zero_point of 0"):
         check_deployable(helper.make_model(graph), tmp_path)
+
+
+class Returned(torch.nn.Module):
+    """A tensor that is returned, and read by a linear behind a transposition."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x.flatten(2)))
+        return {"state": x, "found": self.last(x.transpose(1, 2))}
+
+
+def test_what_the_network_returns_is_not_returned_quantized(tmp_path):
+    """ONNX Runtime moves a quantizer up through a transposition, to an output that others read, too."""
+    torch.manual_seed(0)
+    network = insert_quantizers(capture(Returned().eval(), (4, 2, 4)), integers(8, 8))
+    images = torch.randn(64, 4, 2, 4)
+    observe(network, images, batch_size=32, seed=0)
+    network.set_mode(Mode.QUANTIZE)
+    path = tmp_path / "m.onnx"
+    lowered = lower(network)
+    write_onnx(lowered, path, input_size=(4, 2, 4), batch_size=None, metadata={}, outputs=["state", "found"])
+    expected = network.module(images)
+    for optimize in (False, True):
+        found = OnnxRuntimeBackend("x", path, optimize=optimize)(images.numpy())
+        for name, wanted in zip(("state", "found"), expected, strict=True):
+            error = np.abs(found[name] - wanted.detach().numpy()).mean() / wanted.abs().mean().item()
+            assert error < 1e-4, (name, optimize)

@@ -88,8 +88,19 @@ class _Lowering:
 
     def _return(self, graph: fx.Graph) -> None:
         by_name = {node.name: self.codes.get(node, copy) for node, copy in self.copies.items()}
-        outputs = [*(self.copies[n] for n in output_nodes(graph)), *(by_name[name] for name in self.probes)]
+        outputs = [self._apart(n) for n in output_nodes(graph)]
+        outputs += [by_name[name] for name in self.probes]
         return_outputs(self.graph, outputs, [*output_names(graph), *self.probes.values()])
+
+    def _apart(self, node: fx.Node) -> fx.Node:
+        """An output, in a tensor of its own where the network reads it on.
+
+        ONNX Runtime moves a quantizer up through a transposition to a tensor that is returned, and returns it quantized.
+        """
+        copy, sizes = self.copies[node], node.meta["val"].shape
+        if not any(user.op != "output" for user in node.users):
+            return copy
+        return self.call(aten.reshape.default, copy, [-1, *map(int, sizes[1:])])
 
     def call(self, target: object, *args: object) -> fx.Node:
         """An operator."""
