@@ -16,10 +16,9 @@ from ospq_export.tasks.accuracy import FEWEST, AccuracyChange, bootstrap_bounds
 from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits
 from ospq_export.tasks.classify import kl_divergence, total_variation
 from ospq_export.tasks.comparison import Comparison
-from ospq_export.tasks.distances import Distances
+from ospq_export.tasks.distances import Distances, only
 from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
 from ospq_export.tasks.statistics import FloatArray, IntArray, Rate
-from ospq_export.tasks.tensors import NO_MARGINS
 
 MIOU, PIXELS = "mIoU", "pixels"
 Counts = NDArray[np.int32]
@@ -35,38 +34,22 @@ class Pixels(Distances):
     def reduce(self, outputs: Mapping[str, Outputs], labels: IntArray, ids: Sequence[str]) -> Columns:
         """Shares of differing pixels of every pair; intersections and unions of every execution."""
         result = self.distance_columns(outputs)
-        classes = {name: pixel_classes(_only(held)) for name, held in outputs.items()}
+        classes = {name: pixel_classes(only(held)) for name, held in outputs.items()}
         for reference, deployed in self.pairs:
             differ = classes[reference] != classes[deployed]
             result[_differ(reference, deployed)] = differ.reshape(len(differ), -1).mean(1)
         if labels.ndim == 3:
             for name, held in outputs.items():
-                result[f"{name}: {MIOU}"] = overlaps(_only(held), labels)
+                result[f"{name}: {MIOU}"] = overlaps(only(held), labels)
         return result
 
     def compare(
         self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """Agreement of pixels, and mIoU where pixels have labels."""
-        ours, theirs = self._miou(collector, reference), self._miou(collector, deployed)
-        largest, mean = self.difference(collector, reference, deployed)
-        return Comparison(
-            reference=reference,
-            deployed=deployed,
-            images=len(collector.ids),
-            reference_score=ours,
-            deployed_score=theirs,
-            score_difference=None if ours is None or theirs is None else theirs - ours,
-            agreement=100 * (1 - float(collector.column(_differ(reference, deployed)).mean())),
-            agreement_interval=None,
-            mcnemar=None,
-            max_logit_difference=largest,
-            mean_logit_difference=mean,
-            flips=[],
-            margins=NO_MARGINS,
-            classes=[],
-            outputs=self.changes(collector, reference, deployed, noise),
-        )
+        scores = self._miou(collector, reference), self._miou(collector, deployed)
+        equal = 100 * (1 - float(collector.column(_differ(reference, deployed)).mean()))
+        return self.undecided(collector, reference, deployed, noise, agreement=equal, scores=scores)
 
     def accuracy(
         self, collector: Collector, reference: str, deployed: str, confidence: float
@@ -105,11 +88,6 @@ def _drop(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _differ(reference: str, deployed: str) -> str:
     return f"{reference} / {deployed}: {PIXELS}"
-
-
-def _only(outputs: Outputs) -> FloatArray:
-    (values,) = outputs.values()
-    return values
 
 
 def pixel_classes(logits: FloatArray) -> IntArray:

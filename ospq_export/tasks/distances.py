@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ospq_export.tasks.comparison import ImageError, OutputChange, finite
+from ospq_export.tasks.comparison import Comparison, ImageError, MarginHistogram, OutputChange, finite
 from ospq_export.tasks.measure import Collector, Columns, Measure, Noise, Outputs, Pair, Variation
 from ospq_export.tasks.statistics import FloatArray
 
@@ -40,6 +40,12 @@ def distances(reference: FloatArray, other: FloatArray) -> NDArray[np.float64]:
     both_zero = (norms[0] == 0) & (norms[1] == 0)
     found = np.stack([error, difference.max(1), np.where(both_zero, 1.0, cosine), difference.mean(1)], 1)
     return np.where(np.isfinite(found), found, np.array([np.inf, np.inf, -1.0, np.inf]))
+
+
+def only(outputs: Outputs) -> FloatArray:
+    """The one output of a task that is about one."""
+    (values,) = outputs.values()
+    return values
 
 
 class Distances(Measure):
@@ -90,6 +96,46 @@ class Distances(Measure):
             _change(name, d, collector.ids, None if noise is None else noise.get(name), swapped.get(name))
             for name, d in self._found(collector, reference, deployed).items()
         ]
+
+    def undecided(
+        self,
+        collector: Collector,
+        reference: str,
+        deployed: str,
+        noise: Mapping[str, Noise] | None,
+        *,
+        agreement: float | None = None,
+        scores: tuple[float | None, float | None] = (None, None),
+    ) -> Comparison:
+        """A comparison of outputs that decide nothing for an image as a whole.
+
+        Args:
+            collector: what was kept.
+            reference: of the pair.
+            deployed: of the pair.
+            noise: as `Measure.compare` has it.
+            agreement: percent of equal decisions within the images.
+            scores: of the reference and of the deployed execution, percent.
+        """
+        largest, mean = self.difference(collector, reference, deployed)
+        ours, theirs = scores
+        return Comparison(
+            reference=reference,
+            deployed=deployed,
+            images=len(collector.ids),
+            reference_score=ours,
+            deployed_score=theirs,
+            score_difference=None if ours is None or theirs is None else theirs - ours,
+            agreement=agreement,
+            agreement_interval=None,
+            mcnemar=None,
+            max_logit_difference=largest,
+            mean_logit_difference=mean,
+            flips=[],
+            margins=MarginHistogram(edges=[], images=[], flips=[]),
+            classes=[],
+            outputs=self.changes(collector, reference, deployed, noise),
+        )
 
     def _found(self, collector: Collector, reference: str, deployed: str) -> dict[str, NDArray[np.float64]]:
         start = _column(reference, deployed, "")

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from ospq_export.tasks.accuracy import AccuracyChange, accuracy_change
 from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits, relative_error
 from ospq_export.tasks.comparison import Comparison, compare, has_labels, predictions
-from ospq_export.tasks.distances import Distances
+from ospq_export.tasks.distances import Distances, only
 from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs, Pair
 from ospq_export.tasks.statistics import FloatArray, IntArray, Rate, wilson
 from ospq_export.tasks.tensors import gaussian_loss
@@ -38,7 +38,7 @@ class Neighbours(Distances):
         """Distances of all, embeddings of those in the sample."""
         chosen = sampled(ids, self.images, self._seen)
         self._seen += len(ids)
-        kept = {f"{name}: {_SAMPLE}": _only(held)[chosen] for name, held in outputs.items()}
+        kept = {f"{name}: {_SAMPLE}": only(held)[chosen] for name, held in outputs.items()}
         return self.distance_columns(outputs) | kept
 
     def compare(
@@ -93,11 +93,6 @@ def sampled(ids: Sequence[str], images: int | None, seen: int = 0) -> NDArray[np
         return np.ones(len(ids), np.bool_)
     limit = share * 2**32
     return np.array([zlib.crc32(name.encode()) < limit for name in ids], np.bool_)
-
-
-def _only(outputs: Outputs) -> FloatArray:
-    (values,) = outputs.values()
-    return values
 
 
 def similarities(embeddings: FloatArray) -> FloatArray:

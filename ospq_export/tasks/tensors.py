@@ -9,12 +9,10 @@ from torch import Generator, Tensor
 
 from ospq_export.tasks.accuracy import ERROR, FEWEST, AccuracyChange, bootstrap_bounds
 from ospq_export.tasks.base import Shapes, Task, Tensors, relative_error
-from ospq_export.tasks.comparison import Comparison, MarginHistogram
+from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.distances import Distances
 from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
 from ospq_export.tasks.statistics import IntArray, Rate
-
-NO_MARGINS = MarginHistogram(edges=[], images=[], flips=[])
 
 
 class Errors(Distances):
@@ -30,24 +28,7 @@ class Errors(Distances):
         self, collector: Collector, reference: str, deployed: str, noise: Mapping[str, Noise] | None
     ) -> Comparison:
         """The outputs' distances; nothing is decided, so nothing agrees."""
-        largest, mean = self.difference(collector, reference, deployed)
-        return Comparison(
-            reference=reference,
-            deployed=deployed,
-            images=len(collector.ids),
-            reference_score=None,
-            deployed_score=None,
-            score_difference=None,
-            agreement=None,
-            agreement_interval=None,
-            mcnemar=None,
-            max_logit_difference=largest,
-            mean_logit_difference=mean,
-            flips=[],
-            margins=NO_MARGINS,
-            classes=[],
-            outputs=self.changes(collector, reference, deployed, noise),
-        )
+        return self.undecided(collector, reference, deployed, noise)
 
     def accuracy(
         self, collector: Collector, reference: str, deployed: str, confidence: float
