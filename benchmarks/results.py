@@ -124,7 +124,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         "agreement": {c.deployed: c.agreement for c in report.comparisons},
         "noise_floor": noise_floor(run, network),
         **beside_nearest(network, run, min(args.rtn_limit or report.images, report.images)),
-        "parity": bool(report.verdict),
+        "parity": report.faithful,
         "reconstruction_seconds": round(sum(s.seconds for s in run.manifest.slices)),
         "slices": [
             {"name": s.name, "before": s.error_before, "after": s.error_after} for s in run.manifest.slices

@@ -138,12 +138,13 @@ MEMORY = Table("memory", ("model", "images", "budget"))
 LARGE = Table("large", ("width",))
 CONTENTION = Table("contention", ("stage", "code", "recipe", "overrides", "threads", "machine"))
 NETWORKS = Table("networks", ("network", "recipe"))
+TASKS = Table("tasks", ("task", "recipe"))
 LINT = Table("lint", ("target", "seeds"))
 MODELOPT = Table("modelopt", ("network", "format", "setting"))
 
 TABLES = (
     *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
-    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT, MODELOPT, NETWORKS),
+    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT, MODELOPT, NETWORKS, TASKS),
 )
 
 
