@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,12 +51,13 @@ class Run:
     _structure: fx.GraphModule | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: str | Path) -> Self:
         """Open a run directory.
 
         Raises:
             InputError: not a run directory, unfinished, damaged or edited.
         """
+        path = Path(path)
         manifest = read_manifest(path)
         if manifest.status != "calibrated":
             raise InputError(

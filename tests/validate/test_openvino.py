@@ -19,9 +19,9 @@ from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate
-from ospq_export.validate.codes.locate import Locator, Reference
+from ospq_export.validate.codes.locate import Locator, Reference, places_of
 from ospq_export.validate.executions import openvino as ours
-from ospq_export.validate.executions.backends import batches_of
+from ospq_export.validate.executions.backends import in_batches
 from ospq_export.validate.executions.chosen import open_executions
 from ospq_export.validate.executions.openvino import (
     FLOAT_PRODUCTS,
@@ -87,18 +87,24 @@ def images(count, channels=3):
 def test_against_numpy(tmp_path, batch, count):
     backend, x = OpenVinoBackend("x", linear(tmp_path / "m.onnx", batch), threads=1), images(count)
     assert backend.fixed_batch == (None if batch == "n" else 4)
-    np.testing.assert_allclose(backend(x), x.reshape(count, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(backend(x)["logits"], x.reshape(count, 12) @ WEIGHT, rtol=1e-5, atol=1e-6)
     outputs = backend(x)
     assert list(outputs) == ["logits", "features"], "by name, in the file's order"
     np.testing.assert_array_equal(outputs["features"], x.reshape(count, 12))
 
 
 def test_batches_of_a_fixed_size():
-    x = images(5)
-    first, second = batches_of(x, 3)
-    np.testing.assert_array_equal(np.concatenate([first, second])[:5], x)
+    x, seen = images(5), []
+
+    def run(part):
+        seen.append(part)
+        return {"twice": 2 * part}
+
+    np.testing.assert_array_equal(in_batches(run, x, 3)["twice"], 2 * x)
+    first, second = seen
     assert first.shape == second.shape and not second[2:].any()
-    assert batches_of(x, None)[0] is x
+    in_batches(run, x, None)
+    assert seen[-1] is x
 
 
 def test_what_it_is_told(tmp_path):
@@ -220,7 +226,7 @@ def test_saturation_is_asked_of_the_runtime():
 @pytest.mark.parametrize("exact", [True, False])
 def test_large_codes_are_multiplied_exactly_where_that_is_asked_for(tmp_path, exact):
     backend = OpenVinoBackend("x", quantized(tmp_path / "m.onnx", 127), exact=exact)
-    result = backend(np.full((1, 8, 64), 127, np.float32))
+    (result,) = backend(np.full((1, 8, 64), 127, np.float32)).values()
     right = bool(np.allclose(result, 64 * 127 * 127))
     assert right is (exact or not openvino_saturates())
     assert any("saturate" in line for line in backend.findings) is openvino_saturates()
@@ -231,7 +237,8 @@ def test_large_codes_are_multiplied_exactly_where_that_is_asked_for(tmp_path, ex
 def test_small_codes_do_not_saturate_and_stay_integers(tmp_path):
     backend = OpenVinoBackend("x", quantized(tmp_path / "m.onnx", 63), exact=False)
     x = np.random.default_rng(0).integers(-128, 128, (1, 8, 64)).astype(np.float32)
-    np.testing.assert_array_equal(backend(x), np.broadcast_to(63 * x.sum(-1, keepdims=True), (1, 8, 64)))
+    (found,) = backend(x).values()
+    np.testing.assert_array_equal(found, np.broadcast_to(63 * x.sum(-1, keepdims=True), (1, 8, 64)))
     assert backend.detail["quantized products"] == "1 of 1 in 8-bit integers, 0 in float"
 
 
@@ -297,11 +304,12 @@ def located(folder):
         network=graph,
         exact=copy.deepcopy(graph).double(),
         original=run.captured(),
-        slices=[(s.name, s.end) for s in slices],
+        places=places_of(graph, run.slices()),
         slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
     )
     model = onnx.load(str(run.file("model.onnx")))
-    names = [o for n in model.graph.node for o in n.output if o in reference.wanted]
+    returned = {o.name for o in model.graph.output}
+    names = [o for n in model.graph.node for o in n.output if o in reference.wanted - returned]
     for name in names:
         kind = TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT
         model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
@@ -313,7 +321,7 @@ def located(folder):
         results = backend.compiled({0: x})
         return {name: results[name] for name in backend.names}
 
-    probed = Probed(run_probed, frozenset(names), "logits", half=False)
+    probed = Probed(run_probed, frozenset(backend.names), half=False)
     locator = Locator(reference, probed, "probed.onnx")
     for batch in demo_images("test", run.manifest.data).batches(size, range(4), 0):
         locator.add(batch.images.numpy())
@@ -361,7 +369,8 @@ def test_the_float_file_is_the_float_network_and_is_timed_beside_it(run_copy, mo
     run = Run.open(run_copy)
     x = np.random.default_rng(0).normal(size=(3, *run.manifest.data.input_size)).astype(np.float32)
     backend = TABLE[OPENVINO_FP32].open(run, "cpu")
-    np.testing.assert_allclose(TABLE[FLOAT].open(run, "cpu")(x), backend(x), atol=1e-4)
+    expected = TABLE[FLOAT].open(run, "cpu")(x)["logits"]
+    np.testing.assert_allclose(expected, backend(x)["logits"], atol=1e-4)
     assert backend.findings == []
     monkeypatch.setattr(latency, "_SECONDS", 0.0)
     options = {"limit": 8, "floor_images": 0, "code_images": 0, "latency_batches": [1]}
