@@ -84,6 +84,7 @@ class HalfNetwork(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, float32, of images (B, C, H, W) float32."""
-        return tuple(output.float() for output in as_tuple(_Half(self.network).run(images)))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs, float32, of images (B, C, H, W) float32; one is returned as it is."""
+        outputs = tuple(output.float() for output in as_tuple(_Half(self.network).run(images)))
+        return outputs if len(outputs) > 1 else outputs[0]
