@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Data = str | Path | ImageSet | StreamSet | Iterable[Any]
-"""A folder or whatever else `--data` takes, or an iterable of tensors; see `data.tensors.TensorSet`."""
+"""A folder or whatever else the command line takes, or an iterable of tensors; see `data.tensors.TensorSet`."""
 
 
 @dataclass(frozen=True)

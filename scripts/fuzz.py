@@ -47,7 +47,7 @@ from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.run import Run, load_bias, load_quantizers
 from ospq_export.runs.tensors import read_tensors, write_tensors
 from ospq_export.validate.codes.records import weight_comparisons
-from ospq_export.validate.executions.chosen import check_origin
+from ospq_export.validate.executions.origin import check_origin
 from ospq_export.validate.executions.probes import read_proto
 
 RECIPES = ("w4a4", "fp8", "nvfp4")

@@ -24,7 +24,7 @@ from ospq_export.errors import InputError, listed
 from ospq_export.graph.outputs import as_tuple, named_leaves, output_names
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, is_temporary, sha256
-from ospq_export.runs.manifest import Manifest, check_files, differences, read_manifest
+from ospq_export.runs.manifest import Manifest, check_files, read_manifest
 from ospq_export.runs.tensors import image_digests, write_tensors
 
 log = logging.getLogger(__name__)
@@ -272,3 +272,15 @@ def check_same(out: Path, found: Manifest, manifest: Manifest, captured: fx.Grap
             now,
             before,
         )
+
+
+def differences(theirs: object, mine: object, name: str = "") -> list[str]:
+    """What two identities differ in, as "recipe.reconstruction.iterations: 3, now 4"; digests are shortened."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = dict.fromkeys([*theirs, *mine])
+        pairs = ((f"{name}.{key}" if name else str(key), key) for key in keys)
+        return [d for path, key in pairs for d in differences(theirs.get(key), mine.get(key), path)]
+    if theirs == mine:
+        return []
+    shown = [str(value)[:12] if len(str(value)) > 40 else str(value) for value in (theirs, mine)]
+    return [f"{name}: {shown[0]}, now {shown[1]}"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ospq_export.formats.kernels import FakeQuantize
+from ospq_export.formats.kernels import FakeQuantize, steps_between
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,11 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def activation_scales(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The scales that an activation's levels are multiplied by, broadcasting with x: of blocks, or the scale itself."""
+    def activation_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None = None) -> Tensor:
+        """By what an activation's levels are multiplied, broadcasting with x: its blocks' scales, or the scale itself.
+
+        `stored` is as `steps_apart` has it.
+        """
         return scale
 
     def unrounded(self, x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -271,16 +274,7 @@ class Format(ABC):
             Steps between the levels and the values' nearest ones; and steps by which the levels lie farther from the values
             than the half step that rounding takes, where at most 0 is right.
         """
-        return self._apart(self.unrounded(x, scale, offset), levels)
-
-    def deployed_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None) -> Tensor:
-        """Scales that deployed levels of values have; arguments as `steps_apart` has them."""
-        return self.activation_scales(x, scale)
-
-    def _apart(self, unrounded: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        ranks = self.levels.ranks
-        wanted, found = ranks(unrounded), ranks(levels)
-        return (ranks(self.levels.round_(unrounded.clone())) - found).abs(), (wanted - found).abs() - 0.5
+        return steps_between(self.unrounded(x, scale, offset), levels, self.levels)
 
     def histogram(self, codes: Tensor) -> list[int]:
         """How often each of `levels.all` occurs; NaN, which a deployed network may give, is none."""

@@ -49,6 +49,13 @@ def lerp_mask(start: Tensor, end: Tensor, kept: Tensor) -> Tensor:
     return out
 
 
+def steps_between(unrounded: Tensor, deployed: Tensor, levels: Rounding) -> tuple[Tensor, Tensor]:
+    """What `Format.steps_apart` returns, of values in units of the levels."""
+    wanted, found = levels.ranks(unrounded), levels.ranks(deployed)
+    nearest = levels.ranks(levels.round_(unrounded.clone()))
+    return (nearest - found).abs(), (wanted - found).abs() - 0.5
+
+
 def whole_forward(
     x: Tensor, scale: Tensor, offset: Tensor | None, mask: Tensor | None, levels: Rounding
 ) -> Tensor:

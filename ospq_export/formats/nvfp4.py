@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ospq_export.formats.base import Format, Granularity, Range, Role, Sample, Scales
-from ospq_export.formats.kernels import blocks, lerp_mask
+from ospq_export.formats.kernels import blocks, lerp_mask, steps_between
 from ospq_export.formats.minifloat import E2M1, E4M3, Minifloat
 from ospq_export.formats.search import positive
 
@@ -142,9 +142,12 @@ class Nvfp4Activation(_Nvfp4):
         largest = sample.values.abs().max()
         return Range(self, float(positive(largest / _TOP)), 0.0, 0.0)
 
-    def activation_scales(self, x: Tensor, scale: Tensor) -> Tensor:
-        """See `block_scales`; every element has its block's."""
-        found = block_scales(x.unflatten(-1, (-1, BLOCK_SIZE)), scale)
+    def activation_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None = None) -> Tensor:
+        """The stored block scales times the tensor's, or what `block_scales` returns; every element has its block's."""
+        if stored is None:
+            found = block_scales(x.unflatten(-1, (-1, BLOCK_SIZE)), scale)
+        else:
+            found = stored.to(x.dtype).view(*x.shape[:-1], -1, 1) * scale
         return found.expand(*found.shape[:-1], BLOCK_SIZE).flatten(-2)
 
     def steps_apart(
@@ -156,22 +159,15 @@ class Nvfp4Activation(_Nvfp4):
         """
         if stored is None:
             return self._at_edges(x, scale, levels)
-        steps, excess = self._apart(x / self.deployed_scales(x, scale, stored), levels)
+        steps, excess = steps_between(x / self.activation_scales(x, scale, stored), levels, self.levels)
         largest = x.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / (E2M1.largest * scale)
         wanted = E4M3.ranks(largest.clamp(E4M3.smallest, E4M3.largest))
         wrong = (wanted - E4M3.ranks(stored.view(wanted.shape))).abs() - 0.5
         return steps, torch.maximum(excess, wrong.expand(*wrong.shape[:-1], BLOCK_SIZE).flatten(-2))
 
-    def deployed_scales(self, x: Tensor, scale: Tensor, stored: Tensor | None) -> Tensor:
-        """The stored block scales times the tensor's, for every element; those that they should be where none are known."""
-        if stored is None:
-            return self.activation_scales(x, scale)
-        found = stored.to(x.dtype).view(*x.shape[:-1], -1, 1) * scale
-        return found.expand(*found.shape[:-1], BLOCK_SIZE).flatten(-2)
-
     def _at_edges(self, x: Tensor, scale: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        steps, excess = self._apart(self.unrounded(x, scale * (1.0 - _EDGE), None), levels)
-        others, other_excess = self._apart(self.unrounded(x, scale * (1.0 + _EDGE), None), levels)
+        steps, excess = steps_between(self.unrounded(x, scale * (1.0 - _EDGE)), levels, self.levels)
+        others, other_excess = steps_between(self.unrounded(x, scale * (1.0 + _EDGE)), levels, self.levels)
         groups = [e.unflatten(-1, (-1, BLOCK_SIZE)).amax(-1, keepdim=True) for e in (excess, other_excess)]
         first = (groups[0] <= groups[1]).expand(*groups[0].shape[:-1], BLOCK_SIZE).flatten(-2)
         return torch.where(first, steps, others), torch.where(first, excess, other_excess)

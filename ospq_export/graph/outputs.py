@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from ospq_export.errors import InputError, listed
 
-log = logging.getLogger(__name__)
 LOGITS = "logits"
 """The name of a single output that the network does not name."""
 
@@ -94,15 +92,11 @@ def choose_outputs(graph: fx.Graph, spec: pytree.TreeSpec, wanted: Sequence[str]
             where="`outputs`",
             fix=f"choose among {listed([n for n in names if not reasons[n]])}",
         )
+    for name in names:
+        if wanted and name not in wanted and not reasons[name]:
+            reasons[name] = "not asked for"
+    kept = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if not reasons[name]]
     left_out = {name: why for name, why in reasons.items() if why and why != _NOTHING}
-    left_out |= {
-        name: "not asked for" for name in names if wanted and name not in wanted and not reasons[name]
-    }
-    kept = [
-        (name, leaf)
-        for name, leaf in zip(names, leaves, strict=True)
-        if name not in left_out | _absent(reasons)
-    ]
     if not kept:
         what = "; ".join(f"{name} {why}" for name, why in left_out.items()) or "it returns no tensor"
         raise InputError(
@@ -117,10 +111,6 @@ def choose_outputs(graph: fx.Graph, spec: pytree.TreeSpec, wanted: Sequence[str]
 _NOTHING = "is None"
 
 
-def _absent(reasons: Mapping[str, str]) -> dict[str, str]:
-    return {name: why for name, why in reasons.items() if why == _NOTHING}
-
-
 def _unfit(leaf: object) -> str:
     """Why a value is no output that can be compared; "" where it is one."""
     if leaf is None:
@@ -130,7 +120,7 @@ def _unfit(leaf: object) -> str:
         return "is no tensor"
     if not value.is_floating_point():
         return f"holds {str(value.dtype).removeprefix('torch.')}, no real numbers"
-    if value.dim() < 2 or not isinstance(value.shape[0], torch.SymInt):
+    if value.dim() < 1 or not isinstance(value.shape[0], torch.SymInt):
         return "does not hold a row for every image"
     return ""
 

@@ -217,18 +217,6 @@ class Manifest(_Record):
         return result
 
 
-def differences(theirs: object, mine: object, name: str = "") -> list[str]:
-    """What two identities differ in, as "recipe.reconstruction.iterations: 3, now 4"; digests are shortened."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = dict.fromkeys([*theirs, *mine])
-        pairs = ((f"{name}.{key}" if name else str(key), key) for key in keys)
-        return [d for path, key in pairs for d in differences(theirs.get(key), mine.get(key), path)]
-    if theirs == mine:
-        return []
-    shown = [str(value)[:12] if len(str(value)) > 40 else str(value) for value in (theirs, mine)]
-    return [f"{name}: {shown[0]}, now {shown[1]}"]
-
-
 def installed_versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on."""
     names = ("ospq-export", "torch", "timm", "onnx", "numpy")

@@ -21,7 +21,8 @@ from ospq_export.tasks.choice import choose_task
 from ospq_export.tasks.measure import Outputs
 from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend
-from ospq_export.validate.executions.chosen import Executions, file_preprocessing, pairs_of
+from ospq_export.validate.executions.chosen import Executions, pairs_of
+from ospq_export.validate.executions.origin import file_preprocessing
 from ospq_export.validate.executions.probes import read_proto
 from ospq_export.validate.executions.table import FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.floor import Meter, in_parts

@@ -15,12 +15,8 @@ from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.choice import TASKS
 from ospq_export.tasks.measure import Collector, Measure
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.chosen import (
-    check_preprocessing,
-    open_baseline,
-    open_executions,
-    pairs_of,
-)
+from ospq_export.validate.executions.chosen import open_baseline, open_executions, pairs_of
+from ospq_export.validate.executions.origin import check_preprocessing
 from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request

@@ -169,7 +169,7 @@ class Locator:
             stored = tensors.get(f"{quantizer.name}{BLOCK_SCALES}")
             self.equal[quantizer.name].add(quantizer, value, codes, stored)
             format_ = quantizer.format
-            scales = format_.deployed_scales(value, quantizer.scale, stored)
+            scales = format_.activation_scales(value, quantizer.scale, stored)
             return format_.dequantize(format_.decode(codes).double(), scales, quantizer.used_offset)
 
         def on_end(name: str, value: Tensor) -> Tensor | None:
