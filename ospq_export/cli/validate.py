@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def validate(
+    context: typer.Context,
     data: options.DataOption,
     run: Annotated[Path | None, typer.Argument(help="Run directory that `calibrate` wrote.")] = None,
     float_file: Annotated[
@@ -122,22 +124,19 @@ def validate(
     )
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
+    common: dict[str, Any] = {
+        "thresholds": thresholds,
+        "batch_size": batch_size,
+        "limit": limit,
+        "decision_threshold": decision_threshold,
+        "floor_images": floor_images,
+        "workers": workers,
+    }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
+        _without(context, _OF_RUNS)
         report = run_files(
-            *files,
-            data,
-            out,
-            {**stated, "exif": exif or None},
-            choice,
-            quiet,
-            task=task,
-            thresholds=thresholds,
-            batch_size=batch_size,
-            limit=limit,
-            decision_threshold=decision_threshold,
-            floor_images=floor_images,
-            workers=workers,
+            *files, data, out, {**stated, "exif": exif or None}, choice, quiet, task=task, **common
         )
         raise typer.Exit(report.verdict.exit_status)
     opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
@@ -146,20 +145,32 @@ def validate(
         opened,
         images,
         quiet,
-        thresholds=thresholds,
+        **common,
         backends=backends or None,
-        batch_size=batch_size,
-        limit=limit,
-        floor_images=floor_images,
         code_images=code_images,
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
-        decision_threshold=decision_threshold,
         baseline=None if baseline is None else Run.open(baseline),
         device=device,
-        workers=workers,
     )
     raise typer.Exit(report.verdict.exit_status)
+
+
+_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device")
+
+
+def _without(context: typer.Context, names: Sequence[str]) -> None:
+    """Refuse options that say nothing of files: what would be ignored is not taken."""
+    given = [p for p in context.command.params if p.name in names and _was_given(context, p.name)]
+    if given:
+        raise InputError(
+            "it is for runs, not for two files", where=", ".join(p.opts[0] for p in given), fix="leave it out"
+        )
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _two_files(run: Path | None, float_file: Path | None, deployed_file: Path | None) -> tuple[Path, Path]:

@@ -21,7 +21,7 @@ ClassLevel = Literal["first", "path"]
 _OVERRIDES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _WHITE = 255
 # What most networks for photographs were trained with.
-_ASSUMED: dict[str, Any] = {
+ASSUMED: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
     "interpolation": "bilinear",
@@ -190,7 +190,7 @@ def _from_source(model: nn.Module, spec: ModelSpec, given: Mapping[str, Any]) ->
     if "input_size" not in known:
         fix = "give `input_size`, for example 3,224,224"
         raise InputError("nothing states the size of the network's images", where=spec.name, fix=fix)
-    assumed = {key: value for key, value in _ASSUMED.items() if key not in known}
+    assumed = {key: value for key, value in ASSUMED.items() if key not in known}
     channels = len(known["input_size"]) and known["input_size"][0]
     values = {key: _per_channel(value, channels) for key, value in {**assumed, **known}.items()}
     if assumed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from rich.progress import Progress
 
 from ospq_export.data import DataConfig, ImageSet, StreamSet
+from ospq_export.data.config import ASSUMED
 from ospq_export.errors import InputError
 from ospq_export.formats.fp8 import Fp8
 from ospq_export.runs.files import REPORT, sha256, stored_bytes, write_json
 from ospq_export.tasks.choice import choose_task
 from ospq_export.tasks.measure import Outputs
 from ospq_export.tasks.statistics import FloatArray
-from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend
+from ospq_export.validate.executions.backends import OnnxRuntimeBackend
 from ospq_export.validate.executions.chosen import Executions, pairs_of
 from ospq_export.validate.executions.origin import file_preprocessing
 from ospq_export.validate.executions.probes import read_proto
@@ -39,18 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _STATED = ("mean", "std")
-
-
-class Renamed:
-    """A deployed file whose outputs are called as the float file's, in order."""
-
-    def __init__(self, backend: OnnxRuntimeBackend, names: Sequence[str]) -> None:
-        self.backend, self.names = backend, names
-        self.name, self.fixed_batch, self.detail = backend.name, backend.fixed_batch, backend.detail
-
-    def __call__(self, images: FloatArray) -> Outputs:
-        """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
-        return dict(zip(self.names, self.backend(images).values(), strict=True))
 
 
 def preprocessing_of_files(files: Sequence[Path], given: Mapping[str, Any]) -> DataConfig:
@@ -76,12 +65,11 @@ def preprocessing_of_files(files: Sequence[Path], given: Mapping[str, Any]) -> D
             where=files[0],
             fix="give " + " and ".join(f"`{key}`" for key in missing),
         )
-    assumed = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    assumed = {key: value for key, value in ASSUMED.items() if key not in values}
     for key, value in assumed.items():
-        if key not in values:
-            log.warning("%s is not known: %s is assumed", key, value)
+        log.warning("%s is not known: %s is assumed", key, value)
     try:
-        return DataConfig.model_validate({**assumed, **values})
+        return DataConfig.model_validate({**values, **assumed, "assumed": tuple(assumed)})
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(str(first["msg"]), where="the preprocessing", fix="check the values") from error
@@ -134,26 +122,28 @@ def validate_files(
         InputError: a file cannot be loaded, or both have not one signature.
     """
     backends = _open(float_file, deployed_file)
-    executions = Executions(backends=backends, asked=(OPTIMIZED, UNOPTIMIZED))
+    executions = Executions(backends=[*backends], asked=(OPTIMIZED, UNOPTIMIZED))
     shapes = {name: v.shape[1:] for name, v in backends[0](_blank(images.config)).items()}
-    chosen, reason = choose_task(task, shapes, images.config.input_size)
+    found, reason = choose_task(task, shapes, images.config.input_size)
     if reason:
-        log.warning("task: %s, because %s; `task` says otherwise", chosen.name, reason)
-    images, places = choose_images(images, limit, SOLO, max(1, floor_images))
+        log.warning("task: %s, because %s; `task` says otherwise", found.name, reason)
+    chosen = choose_images(images, limit, SOLO, max(1, floor_images))
+    images, places = chosen.images, chosen.places
     references = executions.references("fp32")
     pairs = pairs_of(executions, references, "fp32", [])
-    measured = chosen.measure(pairs, len(places), decision_threshold)
+    measured = found.measure(pairs, chosen.count, decision_threshold)
     samples = Samples(executions, "cpu", len(places), batch_size, floor_images, 0, measured.vary)
     if floor_images:
         samples.meters = [_meter(backend, measured.vary) for backend in backends if backend.name != OPTIMIZED]
     collector, seconds = collect(backends, images, batch_size, places, workers, progress, samples, measured)
+    notes = images.record.notes | dict.fromkeys(chosen.remarks, len(collector.ids))
     evidence = Evidence(
         collector=collector,
         seconds=seconds,
         backends=backends,
         executions=executions,
         unreadable=images.skipped,
-        images=images.record,
+        images=images.record.model_copy(update={"notes": notes}),
         class_to_idx=images.class_to_idx,
         references=references,
         uncompared=executions.uncompared("fp32"),
@@ -162,14 +152,14 @@ def validate_files(
         seen=0,
         measure=measured,
     )
-    subject = Subject(chosen.name, images.class_to_idx, _provenance(float_file, deployed_file, out))
+    subject = Subject(found.name, images.class_to_idx, _provenance(float_file, deployed_file, out))
     report = assemble(subject, evidence, thresholds or Thresholds())
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT, report.model_dump(mode="json"))
     return report
 
 
-def _open(float_file: Path, deployed_file: Path) -> list[Backend]:
+def _open(float_file: Path, deployed_file: Path) -> list[OnnxRuntimeBackend]:
     """The float file, and the deployed one without and with ONNX Runtime's graph optimisations."""
     original = OnnxRuntimeBackend(FP32, float_file, optimize=True)
     without = Fp8.onnxruntime_without if _has_fp8(deployed_file) else ()
@@ -184,10 +174,11 @@ def _open(float_file: Path, deployed_file: Path) -> list[Backend]:
             where=deployed_file,
             fix="compare files of one signature",
         )
-    if set(theirs) == set(original.outputs):
-        return [original, *deployed]
-    log.warning("outputs are compared in order: %s with %s", original.outputs, theirs)
-    return [original, *(Renamed(backend, original.outputs) for backend in deployed)]
+    if set(theirs) != set(original.outputs):
+        log.warning("outputs are compared in order: %s with %s", original.outputs, theirs)
+        for backend in deployed:
+            backend.outputs = original.outputs
+    return [original, *deployed]
 
 
 def _has_fp8(file: Path) -> bool:
@@ -200,17 +191,15 @@ def _blank(config: DataConfig) -> FloatArray:
     return np.zeros((1, *config.input_size), np.float32)
 
 
-def _meter(backend: Backend, vary: Any) -> Meter:
+def _meter(backend: OnnxRuntimeBackend, vary: Any) -> Meter:
     """Varies a file: in other batches, and where that is allowed with another number of threads."""
-    plain = backend.backend if isinstance(backend, Renamed) else backend
-    assert isinstance(plain, OnnxRuntimeBackend)
-    optimize = plain.detail["optimisations"] != "off"
+    optimize = backend.detail["optimisations"] != "off"
     threads = 2 if torch.get_num_threads() == 1 else 1
-    other = OnnxRuntimeBackend(plain.name, plain.path, optimize=optimize, threads=threads)
-    changed = Renamed(other, backend.names) if isinstance(backend, Renamed) else other
-    variations = {"thread count": changed}
-    if plain.fixed_batch is None:
-        variations["batch split"] = lambda images: in_parts(backend, images)  # type: ignore[assignment]
+    other = OnnxRuntimeBackend(backend.name, backend.path, optimize=optimize, threads=threads)
+    other.outputs = backend.outputs
+    variations: dict[str, Callable[[FloatArray], Outputs]] = {"thread count": other}
+    if backend.fixed_batch is None:
+        variations["batch split"] = lambda images: in_parts(backend, images)
     return Meter(backend.name, variations, vary)
 
 

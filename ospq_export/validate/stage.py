@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,13 +88,12 @@ def validate(
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)
-    total = len(images) if isinstance(images, Sized) else None
-    images, chosen = choose_images(images, limit, world, max(1, floor_images))
-    count = len(chosen)
+    chosen = choose_images(images, limit, world, max(1, floor_images))
+    images, count = chosen.images, len(chosen.places)
     pairs = pairs_of(executions, references, float_type, [backend.name for backend in others])
-    measured = TASKS[run.manifest.task].measure(pairs, total and count, decision_threshold)
+    measured = TASKS[run.manifest.task].measure(pairs, chosen.count, decision_threshold)
     here = share_of(world, count, batch_size)
-    share = chosen[here.start : here.stop]
+    share = chosen.places[here.start : here.stop]
     samples = Samples(
         executions,
         device,
@@ -108,10 +108,7 @@ def validate(
     collector, seconds = collect(everything, images, batch_size, share, workers, progress, samples, measured)
     found = pool(world, collector, seconds, images.skipped, samples, images.record.notes)
     collector, seconds, unreadable, notes = found
-    if total is None and limit is not None:
-        notes["were drawn at random from a stream"] = count
-    elif total is not None and count < total:
-        notes[f"of {total} were drawn at random, with each class's share"] = count
+    notes |= dict.fromkeys(chosen.remarks, len(collector.ids))
     if world.rank > 0:
         return Report.model_validate_json(world.tell("")[0])
     evidence = Evidence(
@@ -145,9 +142,26 @@ def _most(images: ImageSet | StreamSet | TensorSet, count: int) -> int:
     return min(count, len(images)) if isinstance(images, Sized) else count
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The images of a validation.
+
+    Attributes:
+        images: where they are in; what was drawn of a stream.
+        places: of those that are used.
+        count: how many are used; None of a stream, whose end tells.
+        remarks: what has to be known of them.
+    """
+
+    images: ImageSet | StreamSet | TensorSet
+    places: Sequence[int]
+    count: int | None
+    remarks: list[str]
+
+
 def choose_images(
     images: ImageSet | StreamSet | TensorSet, limit: int | None, world: World, nominal: int
-) -> tuple[ImageSet | StreamSet | TensorSet, Sequence[int]]:
+) -> Chosen:
     """The images and which of them are used; of a stream, which goes by once, all.
 
     As many of its images as `nominal` are expected, so that the first ones are looked at closely.
@@ -155,14 +169,18 @@ def choose_images(
     Raises:
         InputError: several processes cannot share a stream.
     """
+    remarks = [f"were prepared with a {name} that was assumed" for name in images.config.assumed]
     if isinstance(images, Sized):
-        return images, range(len(images)) if limit is None else images.choose(limit)
+        places = range(len(images)) if limit is None else images.choose(limit)
+        if len(places) < len(images):
+            remarks.append(f"of {len(images)} were drawn at random, with each class's share")
+        return Chosen(images, places, len(places), remarks)
     if world.size > 1:
         raise InputError("several processes cannot share a stream", where="`data`", fix="start one process")
     if limit is None:
-        return images, range(nominal)
+        return Chosen(images, range(nominal), None, remarks)
     drawn = images.drawn(limit)
-    return drawn, range(len(drawn))
+    return Chosen(drawn, range(len(drawn)), None, [*remarks, "were drawn at random from a stream"])
 
 
 def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[Backend]:

@@ -105,6 +105,10 @@ def test_several_outputs_under_other_names(run, tmp_path, data):
     done = run("--float", original, "--deployed", other, "--data", data, *stated)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "b.report" / "report.json").read_text())
+    assert report["image_notes"] == {
+        f"were prepared with a {name} that was assumed": 400
+        for name in ("interpolation", "crop_pct", "crop_mode")
+    }
     assert report["task"] == "tensors" and [o["name"] for o in report["comparisons"][0]["outputs"]] == [
         "p",
         "q",
@@ -156,6 +160,11 @@ def test_what_is_missing_is_one_line(run, tmp_path, data, finished_runs):
         (["--data", data], "nothing is given to validate"),
         ([finished_runs["w8a8"], "--data", data, "--mean", "0.5"], "the run says it itself"),
         ([finished_runs["w8a8"], "--float", file, "--deployed", file, "--data", data], "RUN alone"),
+        (
+            ["--float", file, "--deployed", file, "--data", data, "--device", "cpu", "--fp16"],
+            "--fp16, --device",
+        ),
+        (["--float", file, "--deployed", file, "--data", data, "--backend", "openvino"], "not for two files"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2 and said in done.output, (arguments, done.output)

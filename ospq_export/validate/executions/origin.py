@@ -52,7 +52,9 @@ def file_preprocessing(path: Path) -> dict[str, Any]:
 
 def changed_preprocessing(ours: DataConfig, theirs: DataConfig) -> tuple[str, Any, Any] | None:
     """The first setting in which two preprocessings differ, with both values; None where they are the same."""
-    pairs = ((key, getattr(ours, key), getattr(theirs, key)) for key in type(ours).model_fields)
+    pairs = (
+        (key, getattr(ours, key), getattr(theirs, key)) for key in type(ours).model_fields if key != "assumed"
+    )
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ class Evidence:
 
     collector: Collector
     seconds: dict[str, float]
-    backends: list[Backend]
+    backends: Sequence[Backend]
     executions: Executions
     unreadable: list[str]
     references: dict[str, str]
