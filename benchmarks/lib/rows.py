@@ -136,6 +136,7 @@ FORMAT_SPEED = Table("format_speed", ("slice", "formats", "device"))
 PAPER = Table("paper", ("device",))
 MEMORY = Table("memory", ("model", "images", "budget"))
 LARGE = Table("large", ("width",))
+ARCHIVES = Table("archives", ("task", "images"))
 CONTENTION = Table("contention", ("stage", "code", "recipe", "overrides", "threads", "machine"))
 NETWORKS = Table("networks", ("network", "recipe"))
 TASKS = Table("tasks", ("task", "recipe"))
@@ -144,7 +145,8 @@ MODELOPT = Table("modelopt", ("network", "format", "setting"))
 
 TABLES = (
     *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
-    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, CONTENTION, LINT, MODELOPT, NETWORKS, TASKS),
+    *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, ARCHIVES, CONTENTION, LINT, MODELOPT),
+    *(NETWORKS, TASKS),
 )
 
 
