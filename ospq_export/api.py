@@ -10,10 +10,13 @@ assert report, report.verdict.text
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from rich.progress import Progress
 
 from ospq_export.calibrate.checkpoints import Events, no_events
 from ospq_export.calibrate.reconstruct.store import parse_bytes
@@ -26,6 +29,7 @@ from ospq_export.models.record import ModelSpec
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Recipe, load_recipe
 from ospq_export.runs.run import Run as StoredRun
+from ospq_export.validate.preflight import images_of
 from ospq_export.validate.report.model import Report
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import joined
@@ -58,6 +62,12 @@ class Session:
     events: Events = no_events
     memory_budget: str | None = None
     workers: int = 0
+
+    @contextmanager
+    def bars(self, here: bool = True) -> Iterator[Progress | None]:
+        """Progress bars; None where none are wanted, or not in this process."""
+        with stage_progress(disable=not (self.progress and here)) as progress:
+            yield progress if self.progress else None
 
 
 class Run(StoredRun):
@@ -101,9 +111,9 @@ class Run(StoredRun):
 
         how = session or Session()
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), list(overrides))
-        images = _images(data, preprocessing, classes, None)
+        images = _images(data, preprocessing, classes)
         sample = images.sample(chosen.calibration_images, how.seed, how.workers)
-        with stage_progress(disable=not how.progress) as progress:
+        with how.bars() as progress:
             run = calibrate(
                 model,
                 ModelSpec(name=name or type(model).__name__, source="object"),
@@ -118,7 +128,7 @@ class Run(StoredRun):
                 origin=images.record,
                 device=how.device,
                 seed=how.seed,
-                progress=progress if how.progress else None,
+                progress=progress,
                 memory_budget=None if how.memory_budget is None else parse_bytes(how.memory_budget),
                 events=how.events,
             )
@@ -150,14 +160,13 @@ class Run(StoredRun):
         """
         from ospq_export.export.stage import export
 
-        show = (session or Session()).progress
-        with stage_progress(disable=not show) as progress:
+        with (session or Session()).bars() as progress:
             written = export(
                 self.path,
                 batch_size=batch_size,
                 extras=extras or Extras(fp16=fp16),
                 overwrite=overwrite,
-                progress=progress if show else None,
+                progress=progress,
             )
         self.manifest = written.manifest
         return self
@@ -189,16 +198,15 @@ class Run(StoredRun):
         from ospq_export.validate import validate, write_documents
 
         how = session or Session()
-        names = sorted(self.manifest.class_to_idx, key=self.manifest.class_to_idx.__getitem__)
-        images = _images(data, self.manifest.data, names, self)
-        with joined() as world, stage_progress(disable=not how.progress or world.rank > 0) as progress:
+        images = self._images(data)
+        with joined() as world, how.bars(world.rank == 0) as progress:
             report = validate(
                 self,
                 images,
                 thresholds=thresholds,
                 device=how.device,
                 workers=how.workers,
-                progress=progress if how.progress else None,
+                progress=progress,
                 world=world,
                 **settings,
             )
@@ -206,22 +214,30 @@ class Run(StoredRun):
             write_documents(self, report, images)
         return report
 
+    def _images(self, data: Data) -> ImageSet | StreamSet | TensorSet:
+        """Whatever was given as validation images, with the run's preprocessing and classes."""
+        if isinstance(data, ImageSet | StreamSet | TensorSet):
+            return data
+        if isinstance(data, str | Path):
+            return images_of(self, data, ClassChoice(), needed=False)
+        return TensorSet(data, self.manifest.data, self.manifest.class_to_idx)
+
 
 def _images(
-    data: Data, config: DataConfig | None, classes: Sequence[str], run: StoredRun | None
+    data: Data, config: DataConfig | None, classes: Sequence[str]
 ) -> ImageSet | StreamSet | TensorSet:
-    """Whatever was given as images, as the stages take them."""
+    """Whatever was given as calibration images, as the stage takes them."""
     if isinstance(data, ImageSet | StreamSet | TensorSet):
         return data
-    if isinstance(data, str | Path):
-        if config is None:
-            raise InputError(
-                "nothing tells how image files become this network's input",
-                where=str(data),
-                fix="give `preprocessing`, or tensors",
-            )
-        known = Classes({name: i for i, name in enumerate(classes)}, "given by the caller")
-        choice, outputs = ClassChoice(), None if run is None else run.manifest.outputs
-        return image_set(open_source(data, choice), config, choice, outputs, known, needed=False)
-    size, data = first_size(data)
-    return TensorSet(data, config or unknown_preprocessing(size), classes)
+    known = {name: i for i, name in enumerate(classes)}
+    if not isinstance(data, str | Path):
+        size, data = first_size(data)
+        return TensorSet(data, config or unknown_preprocessing(size), known)
+    if config is None:
+        raise InputError(
+            "nothing tells how image files become this network's input",
+            where=str(data),
+            fix="give `preprocessing`, or tensors",
+        )
+    choice, held = ClassChoice(), Classes(known, "given by the caller")
+    return image_set(open_source(data, choice), config, choice, None, held, needed=False)

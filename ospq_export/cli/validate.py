@@ -16,7 +16,7 @@ from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
-    from ospq_export.data import ClassChoice, ImageSet, StreamSet
+    from ospq_export.data import ImageSet, StreamSet
     from ospq_export.validate.report.model import Report
     from ospq_export.validate.verdict import Thresholds
 
@@ -113,6 +113,7 @@ def validate(
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
     use_threads(threads)
     from ospq_export.runs.run import Run
+    from ospq_export.validate.preflight import images_of
 
     thresholds = _thresholds(
         max_drop=max_drop,
@@ -140,7 +141,7 @@ def validate(
         )
         raise typer.Exit(report.verdict.exit_status)
     opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
-    images = _images(opened, data, choice, exif)
+    images = images_of(opened, data, choice, exif=exif)
     report = run_validate(
         opened,
         images,
@@ -193,24 +194,6 @@ def _only_run(run: Path | None, of_files: dict[str, Any]) -> Path:
             "the run says it itself", where=", ".join(f"`{name}`" for name in named), fix="leave it out"
         )
     return run
-
-
-def _images(run: Any, data: str | Path, choice: ClassChoice, exif: bool) -> ImageSet | StreamSet:
-    """The validation images, prepared as the run says, with the run's classes where it knows them."""
-    import dataclasses
-
-    from ospq_export.data import Classes, image_set, open_source
-
-    manifest = run.manifest
-    if manifest.class_from == "path":
-        choice = dataclasses.replace(choice, level=choice.level or "path")
-    found = open_source(data, choice)
-    known = Classes(manifest.class_to_idx, manifest.classes_source)
-    config = manifest.data
-    if exif and not config.exif:
-        log.warning("images are turned as EXIF says, those of the calibration were not")
-        config = config.model_copy(update={"exif": True})
-    return image_set(found, config, choice, manifest.outputs, known)
 
 
 def run_validate(run: Any, images: ImageSet | StreamSet, quiet: bool, **settings: Any) -> Report:

@@ -176,16 +176,14 @@ class ImageSet(Images):
 
     def _stream(self, order: Sequence[int], batch_size: int, workers: int, held: int) -> Iterator[Batch]:
         """See `batches`; `held` images at a time are gathered, where the source has to."""
-        found = False
-        for batch in self._batched(self._items(order, batch_size, workers, held), batch_size):
-            found = True
-            yield batch
-        if len(order) and not found:
-            raise InputError(
+        nothing = None
+        if len(order):
+            nothing = InputError(
                 f"none of {len(order)} images can be read",
                 where=self._name,
                 fix=f"the first is {self._source.ids[order[0]]}",
             )
+        return self._batched(self._items(order, batch_size, workers, held), batch_size, nothing)
 
     def sample(self, count: int, seed: int, workers: int = 0) -> Batch:
         """Chooses images at random; one that cannot be read is replaced by the next in the random order.

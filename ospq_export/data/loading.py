@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ospq_export.data.config import DataConfig, ImagesRecord
 from ospq_export.data.pixels import Notes
 from ospq_export.data.sources import Decoded, Decoder, Source, gather
+from ospq_export.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +80,18 @@ class Images:
         """Where the images came from, with what was noted on those read so far."""
         return self._origin.model_copy(update={"notes": self._notes.counts()})
 
-    def _batched(self, items: Iterator[Item], batch_size: int) -> Iterator[Batch]:
+    def _batched(self, items: Iterator[Item], batch_size: int, nothing: InputError | None) -> Iterator[Batch]:
+        """Batches of what can be read; `nothing` is raised where there is not one image."""
         try:
             while held := list(islice(items, batch_size)):
+                nothing = None
                 pixels = torch.stack([item.pixels for item in held])
                 yield Batch(pixels, torch.stack([item.label for item in held]), [item.id for item in held])
         finally:
             # Also where the caller has enough before the end.
             self._notes.log(self._name)
+        if nothing is not None:
+            raise nothing
 
     def _decoded(
         self, source: Source, order: Sequence[int], batch_size: int, workers: int, first: int = 0

@@ -76,12 +76,7 @@ class StreamSet(Images):
         Raises:
             InputError: There is none, the stream breaks off, or a label is no class.
         """
-        found = False
-        for batch in self._batched(self._items(batch_size, workers), batch_size):
-            found = True
-            yield batch
-        if not found:
-            raise self._nothing()
+        return self._batched(self._items(batch_size, workers), batch_size, self._nothing())
 
     def sample(self, count: int, seed: int, workers: int = 0) -> Batch:
         """A random sample, drawn in one pass in which no more than the sample is held; see `ImageSet.sample`.

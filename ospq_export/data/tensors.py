@@ -25,14 +25,16 @@ class TensorSet(Images):
         data: of float tensors (C, H, W) or (B, C, H, W), alone, in pairs with labels, or in dictionaries with `pixel_values` and
             `labels`. Labels are integers, tensors (B,) or masks (B, H, W).
         config: the preprocessing that the tensors have had.
-        classes: names of the classes in the order of the network's outputs, or nothing.
+        class_to_idx: the network's outputs by class name, where they are known.
     """
 
     ids: tuple[str, ...] = ()
 
-    def __init__(self, data: Iterable[Any], config: DataConfig, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, data: Iterable[Any], config: DataConfig, class_to_idx: Mapping[str, int] | None = None
+    ) -> None:
         origin = ImagesRecord(classes_source="given with the tensors")
-        super().__init__(config, {name: i for i, name in enumerate(classes)}, "tensors", origin)
+        super().__init__(config, class_to_idx or {}, "tensors", origin)
         self._data = data
 
     def at_most(self, count: int) -> int:
@@ -45,11 +47,7 @@ class TensorSet(Images):
         Raises:
             InputError: as `batches`.
         """
-        batches = self._batched(islice(self._items(), count), count)
-        found = next(batches, None)
-        if found is None:
-            raise self._nothing()
-        return found
+        return next(self._batched(islice(self._items(), count), count, self._nothing()))
 
     def drawn(self, count: int, seed: int = 0) -> ImageSet:
         """Nothing can be drawn from what goes by once.
@@ -67,12 +65,7 @@ class TensorSet(Images):
         Raises:
             InputError: there is none, or one is not as the others are.
         """
-        found = False
-        for batch in self._batched(self._items(), batch_size):
-            found = True
-            yield batch
-        if not found:
-            raise self._nothing()
+        return self._batched(self._items(), batch_size, self._nothing())
 
     def _items(self) -> Iterator[Item]:
         numbers = count()

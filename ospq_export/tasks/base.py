@@ -26,11 +26,13 @@ class Task(ABC):
 
     Attributes:
         name: as a manifest records it.
+        about: what its output is, in words, and with how many dimensions for one image; None where it takes any outputs.
         output: what a single output is called that the network does not name.
         measure: what a validation keeps of outputs, and says of them.
     """
 
     name: ClassVar[str]
+    about: ClassVar[tuple[str, int] | None]
     output: ClassVar[str] = "logits"
     measure: ClassVar[Callable[..., Measure]]
 
@@ -40,11 +42,20 @@ class Task(ABC):
         Raises:
             InputError: they are not what it is about.
         """
+        if self.about is None:
+            return
         if len(shapes) > 1:
             raise InputError(
                 f"the network has {len(shapes)} outputs ({', '.join(shapes)}), the task {self.name} is about one",
                 where="`task`",
                 fix="choose one with `outputs`, or take the task tensors",
+            )
+        ((name, shape),), (what, dimensions) = shapes.items(), self.about
+        if len(shape) != dimensions:
+            raise InputError(
+                f"the output {name} has the shape {tuple(shape)} for an image, the task {self.name} is about {what}",
+                where="`task`",
+                fix="take the task tensors, which fits any output",
             )
 
     @abstractmethod
@@ -64,18 +75,3 @@ class Task(ABC):
     @abstractmethod
     def distance(self, outputs: Tensors, targets: Tensors, temperature: float) -> Tensor:
         """How far outputs are from the float network's, with little chance in it: what trials are judged by; scalar."""
-
-
-def only_logits(shapes: Shapes, task: str, dimensions: int, what: str) -> None:
-    """Hold a single output to a number of dimensions.
-
-    Raises:
-        InputError: it has another.
-    """
-    ((name, shape),) = shapes.items()
-    if len(shape) != dimensions:
-        raise InputError(
-            f"the output {name} has the shape {tuple(shape)} for an image, the task {task} is about {what}",
-            where="`task`",
-            fix="take the task tensors, which fits any output",
-        )

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from ospq_export.errors import InputError
 from ospq_export.tasks.accuracy import TOP1, AccuracyChange, accuracy_change
-from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits
+from ospq_export.tasks.base import Task, Tensors
 from ospq_export.tasks.comparison import (
     Comparison,
     compare,
@@ -150,13 +150,9 @@ class Classify(Task):
     """Logits (B, K) float32; labels are class numbers."""
 
     name = "classify"
+    about = ("a logit for each class", 1)
     measure = Logits
     divergence = staticmethod(kl_divergence)
-
-    def check(self, shapes: Shapes) -> None:
-        """One logit for each class."""
-        super().check(shapes)
-        only_logits(shapes, self.name, 1, "a logit for each class")
 
     def distance(self, outputs: Tensors, targets: Tensors, temperature: float) -> Tensor:
         """Total variation of the softened class probabilities."""

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from ospq_export.errors import InputError
 from ospq_export.tasks.accuracy import FEWEST, AccuracyChange, bootstrap_bounds
-from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits
+from ospq_export.tasks.base import Task, Tensors
 from ospq_export.tasks.classify import kl_divergence, total_variation
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.distances import Distances, only
@@ -142,12 +142,8 @@ class Dense(Task):
     """Logits (B, K, h, w) float32 for every pixel; labels are masks of class numbers, -1 or 255 for none."""
 
     name = "dense"
+    about = ("logits for every pixel", 3)
     measure = Pixels
-
-    def check(self, shapes: Shapes) -> None:
-        """Maps of logits."""
-        super().check(shapes)
-        only_logits(shapes, self.name, 3, "logits for every pixel")
 
     def sampled_loss(self, outputs: Tensors, generator: Generator, temperature: float) -> Tensor:
         """Cross entropy of labels drawn for every pixel, averaged over an image's pixels."""

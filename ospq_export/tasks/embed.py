@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from ospq_export.tasks.accuracy import AccuracyChange, accuracy_change
-from ospq_export.tasks.base import Shapes, Task, Tensors, only_logits, relative_error
+from ospq_export.tasks.base import Task, Tensors, relative_error
 from ospq_export.tasks.comparison import Comparison, compare, has_labels, predictions
 from ospq_export.tasks.distances import Distances, only
 from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs, Pair
@@ -122,14 +122,10 @@ class Embed(Task):
     """A vector (B, D) float32 for each image; labels are class numbers, where there are any."""
 
     name = "embed"
+    about = ("one vector for each image", 1)
     output = "embeddings"
     measure = Neighbours
     divergence = staticmethod(relative_error)
-
-    def check(self, shapes: Shapes) -> None:
-        """One vector for each image."""
-        super().check(shapes)
-        only_logits(shapes, self.name, 1, "one vector for each image")
 
     def sampled_loss(self, outputs: Tensors, generator: Generator, temperature: float) -> Tensor:
         """A normal likelihood around the embedding's direction."""

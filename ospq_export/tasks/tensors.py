@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ospq_export.tasks.accuracy import ERROR, FEWEST, AccuracyChange, bootstrap_bounds
-from ospq_export.tasks.base import Shapes, Task, Tensors, relative_error
+from ospq_export.tasks.base import Task, Tensors, relative_error
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.distances import Distances
 from ospq_export.tasks.measure import Collector, Columns, Noise, Outputs
@@ -58,12 +58,10 @@ class TensorsTask(Task):
     """Outputs of any shape, several of them too; labels mean nothing."""
 
     name = "tensors"
+    about = None
     output = "output"
     measure = Errors
     divergence = staticmethod(relative_error)
-
-    def check(self, shapes: Shapes) -> None:
-        """Anything fits."""
 
     def sampled_loss(self, outputs: Tensors, generator: Generator, temperature: float) -> Tensor:
         """A normal likelihood around the outputs, each in units of its spread; see `gaussian_loss`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ospq_export.tasks.accuracy import ERROR, FEWEST, AccuracyChange
 from ospq_export.tasks.dense import PIXELS
@@ -67,18 +67,17 @@ def _narrower(images: int, estimate: float, bound: float, allowed: float) -> int
 
 def _unlabelled(c: AccuracyChange, limits: Thresholds) -> Criterion:
     differs = f"has other {NEIGHBOURS} than" if c.measure == NEIGHBOURS else "predicts otherwise than"
+    sure = _sure(limits, limits.max_drop)
     text = (
         f"{differs} {c.reference} on {c.differing:,} of {c.images:,} images without labels: "
-        f"at most {c.high:.2f} points lost {_sure(limits, limits.max_drop)}"
+        f"at most {c.high:.2f} points lost {sure}"
     )
-    common = {"deployed": c.deployed, "name": "accuracy", "by": "share of flips"}
-    if c.high <= limits.max_drop + EPSILON:
-        return Criterion(**common, outcome="met", text=text)
-    margin = limits.max_drop / 100
-    below = c.differing / c.images < margin
-    more = images_for_share(c.differing, c.images, margin, limits.confidence) if below else None
-    advice = enough(more) if below else "only labels would tell"
-    return Criterion(**common, outcome="open", text=f"{text}; {advice}", images_needed=more)
+    margin, share = limits.max_drop / 100, c.differing / c.images
+
+    def more() -> int | None:
+        return images_for_share(c.differing, c.images, margin, limits.confidence)
+
+    return _share(c, limits, "share of flips", text, more if share < margin else None)
 
 
 def _pixels(c: AccuracyChange, limits: Thresholds) -> Criterion:
@@ -86,13 +85,23 @@ def _pixels(c: AccuracyChange, limits: Thresholds) -> Criterion:
         f"gives {c.share:.2f} % of the pixels another class than {c.reference} on {c.images:,} images without labels, "
         f"at most {c.high:.2f} {_sure(limits, limits.max_drop)}"
     )
-    common = {"deployed": c.deployed, "name": "accuracy", "by": "bootstrap over images"}
+
+    def more() -> int | None:
+        return _narrower(c.images, c.share, c.high, limits.max_drop)
+
+    return _share(c, limits, "bootstrap over images", text, more if c.share < limits.max_drop else None)
+
+
+def _share(
+    c: AccuracyChange, limits: Thresholds, by: str, text: str, more: Callable[[], int | None] | None
+) -> Criterion:
+    """A share that bounds what is lost; `more` says how many images would show it, None where none would."""
+    common = {"deployed": c.deployed, "name": "accuracy", "by": by}
     if c.high <= limits.max_drop + EPSILON:
         return Criterion(**common, outcome="met", text=text)
-    below = c.share < limits.max_drop
-    more = _narrower(c.images, c.share, c.high, limits.max_drop) if below else None
-    advice = enough(more) if below else "only labels would tell"
-    return Criterion(**common, outcome="open", text=f"{text}; {advice}", images_needed=more)
+    needed = None if more is None else more()
+    advice = "only labels would tell" if more is None else enough(needed)
+    return Criterion(**common, outcome="open", text=f"{text}; {advice}", images_needed=needed)
 
 
 def _error(c: AccuracyChange, limits: Thresholds) -> Criterion:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ospq_export.data import ClassChoice, Classes, ImageSet, StreamSet, image_set, open_source
 from ospq_export.models.timm import torch_device
 from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import check_provider
@@ -16,6 +20,34 @@ from ospq_export.world.room import check_folder, check_memory
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def images_of(
+    run: Run, data: str | Path, choice: ClassChoice, *, exif: bool = False, needed: bool = True
+) -> ImageSet | StreamSet:
+    """Validation images, prepared as the run says, with the run's classes where it knows them.
+
+    Args:
+        run: its manifest says how.
+        data: whatever `data.open_source` opens.
+        choice: what is said of the classes.
+        exif: whether they are turned as EXIF says even where those of the calibration were not.
+        needed: whether labels are needed.
+
+    Raises:
+        InputError: there are no images, or their classes are not the run's.
+    """
+    manifest = run.manifest
+    if manifest.class_from == "path":
+        choice = dataclasses.replace(choice, level=choice.level or "path")
+    known = Classes(manifest.class_to_idx, manifest.classes_source)
+    config = manifest.data
+    if exif and not config.exif:
+        log.warning("images are turned as EXIF says, those of the calibration were not")
+        config = config.model_copy(update={"exif": True})
+    return image_set(open_source(data, choice), config, choice, manifest.outputs, known, needed=needed)
 
 
 def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: Run | None) -> None:

@@ -14,13 +14,13 @@ from torch import nn
 
 from ospq_export import cli
 from ospq_export.cli.options import class_choice
-from ospq_export.cli.validate import _images
 from ospq_export.data import ClassChoice, DataConfig, ImageSet, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.models.timm import create_model
 from ospq_export.runs.manifest import read_manifest
+from ospq_export.validate.preflight import images_of
 
 PLAIN = sorted(str(number) for number in range(1, 11))
 TINY = "img_size=28 patch_size=14 embed_dim=24 depth=1 num_heads=3 in_chans=1 num_classes="
@@ -219,7 +219,7 @@ def manifest(**changes):
 
 def test_validation_images_of_a_run_without_classes(tmp_path, caplog) -> None:
     data = folder(tmp_path, "n01443537", "n02123045", "n03445777")
-    images = _images(manifest(), data, class_choice(None, None, None), exif=True)
+    images = images_of(manifest(), data, class_choice(None, None, None), exif=True)
     assert sorted({label for batch in images.batches(4) for label in batch.labels.tolist()}) == [1, 281, 574]
     assert images.config.exif and "timm's table imagenet-1k" in caplog.text
 
@@ -227,7 +227,7 @@ def test_validation_images_of_a_run_without_classes(tmp_path, caplog) -> None:
 def test_validation_images_of_a_run_with_path_classes(tmp_path) -> None:
     data = folder(tmp_path, "a/x", "b/x")
     run = manifest(class_to_idx={"b/x": 0, "a/x": 1}, classes_source="--class-map m", class_from="path")
-    images = _images(run, data, class_choice(None, None, None), exif=False)
+    images = images_of(run, data, class_choice(None, None, None), exif=False)
     assert {
         name[0]: label
         for b in images.batches(8)
@@ -241,12 +241,12 @@ def test_validation_images_of_a_run_with_path_classes(tmp_path) -> None:
 def test_a_run_of_class_folders_refuses_a_folder_of_splits(tmp_path) -> None:
     run = manifest(class_to_idx={"a": 0, "b": 1}, classes_source="x", class_from="first")
     with pytest.raises(InputError, match="say which"):
-        _images(run, folder(tmp_path, "train/a", "val/a"), class_choice(None, None, None), exif=False)
+        images_of(run, folder(tmp_path, "train/a", "val/a"), class_choice(None, None, None), exif=False)
 
 
 def test_flat_folder_has_no_labels(tmp_path, caplog) -> None:
     save(np.zeros((8, 8), np.uint8), tmp_path / "1.png")
     for run in (manifest(), manifest(class_to_idx={"a": 0, "b": 1}, classes_source="x")):
-        images = _images(run, tmp_path, class_choice(None, None, None), exif=False)
+        images = images_of(run, tmp_path, class_choice(None, None, None), exif=False)
         assert [batch.labels.tolist() for batch in images.batches(1)] == [[-1]]
     assert caplog.text.count("no labels") == 2
