@@ -82,6 +82,8 @@ class Integer(Format):
         if record["axis"] != self.granularity.axis:
             raise ValueError(f"{self.name} along axis {record['axis']}")
         levels, grid = Levels(int(record["lo"]), int(record["hi"])), Grid(record["grid"])
+        if record["bits"] != self.bits or levels.hi - levels.lo >= 2**self.bits:
+            raise ValueError(f"{self.name} with {record['bits']} bits, from {levels.lo} to {levels.hi}")
         return Integer(self.bits, levels, self.granularity, grid)
 
 

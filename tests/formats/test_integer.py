@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ospq_export.formats.choice import named
+from ospq_export.errors import InputError
+from ospq_export.formats.choice import named, read
 from ospq_export.formats.search import compress, search_activation_range, search_weight_scale
 from ospq_export.graph.quantizers import Mode, WeightQuantizer
 
@@ -270,3 +271,17 @@ def test_weights_in_parts_have_the_same_scales(shape, monkeypatch):
     whole = search_weight_scale(weight, q.symmetric_levels(4))
     monkeypatch.setattr("ospq_export.formats.search._ELEMENTS_AT_ONCE", 3 * 96)
     assert torch.equal(search_weight_scale(weight, q.symmetric_levels(4)), whole)
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("change", [{"bits": 8}, {"hi": 8}, {"lo": -9}, {"lo": -128, "hi": 127}, {"axis": 1}])
+def test_a_record_of_other_levels_is_refused(weight, change):
+    record = named("int4", weight=weight).record()
+    assert read(record, weight=weight) == named("int4", weight=weight)
+    with pytest.raises(InputError, match="no such format"):
+        read({**record, **change}, weight=weight)
+
+
+def test_a_record_of_an_asymmetric_grid_is_read():
+    record = named("int4", weight=False).record() | {"grid": "embedded", "lo": -3, "hi": 12}
+    assert read(record, weight=False).levels.hi == 12

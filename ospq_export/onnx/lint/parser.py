@@ -104,12 +104,10 @@ def types(network: Network) -> Iterator[Finding]:
             )
         if len(known) > 1:
             kinds = " and ".join(sorted(map(shown, known)))
-            yield refusal(
-                "types-differ",
-                node,
-                f"{node.op_type} of {kinds}: a DequantizeLinear gives the type of its scale",
-                "make the types equal, with Cast or output_dtype",
-            )
+            dequantized = any(network.graph.operator(name) == DEQUANTIZE for name in node.input)
+            why = ": a DequantizeLinear gives the type of its scale" if dequantized else ""
+            fix = "make the types equal, with Cast" + (" or output_dtype" if dequantized else "")
+            yield refusal("types-differ", node, f"{node.op_type} of {kinds}{why}", fix)
 
 
 def codes(network: Network) -> Iterator[Finding]:
