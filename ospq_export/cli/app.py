@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -13,18 +15,38 @@ from ospq_export.cli.export import export
 from ospq_export.cli.inspect import inspect
 from ospq_export.cli.lint import doctor, lint
 from ospq_export.cli.options import with_options
+from ospq_export.cli.recipe import recipe
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
 from ospq_export.world.threads import wait_passively
 
+# Plain help wraps where rich's tables cut.
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Quantize a vision network after training, export it as QDQ ONNX, and prove that the file predicts the same.",
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
 )
 for command in (calibrate, export, validate, inspect, lint, doctor, demo):
-    app.command()(command)
+    # What is given as the short help is not cut.
+    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
+app.add_typer(recipe, name="recipe")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("ospq-export"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize a vision network after training, export it as QDQ ONNX, and prove that the file predicts the same."""
 
 
 class _Formatter(logging.Formatter):

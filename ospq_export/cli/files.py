@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ospq_export.cli.options import console, say
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def run_files(
     given: dict[str, Any],
     choice: ClassChoice,
     quiet: bool,
+    as_json: bool = False,
     **settings: Any,
 ) -> Report:
     """Compare two files with a progress bar, print the report, and write it for people.
@@ -32,6 +35,7 @@ def run_files(
         given: what is said of the preprocessing.
         choice: what is said of the classes.
         quiet: no progress bar.
+        as_json: whether the report is printed as JSON.
         settings: of `validate_files`.
 
     Raises:
@@ -39,7 +43,7 @@ def run_files(
     """
     from ospq_export.data import image_set, open_source
     from ospq_export.progress import stage_progress
-    from ospq_export.validate import render, write_documents
+    from ospq_export.validate import write_documents
     from ospq_export.validate.files import preprocessing_of_files, validate_files
     from ospq_export.world.room import check_folder
 
@@ -50,6 +54,16 @@ def run_files(
     with stage_progress(disable=quiet) as progress:
         report = validate_files(float_file, deployed_file, images, folder, progress=progress, **settings)
     page = write_documents(folder, report, images)
+    print_report(report, page, as_json)
+    return report
+
+
+def print_report(report: Report, page: Path, as_json: bool) -> None:
+    """A report as people read it, with the path of its page; or as JSON."""
+    from ospq_export.validate import render
+
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
     console().print(render(report), soft_wrap=True)
     say(f"report: {page}")
-    return report

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import console, data_settings, model_spec
+from ospq_export.cli.options import console, data_settings, model_spec, say_json
 from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
@@ -40,6 +40,7 @@ def inspect(
     workers: options.WorkersOption = 2,
     threads: options.ThreadsOption = None,
     quiet: options.QuietOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show where a float network's outliers are: at every cut point and in front of every quantizer."""
     if out is not None and out.suffix not in (".json", ".png"):
@@ -69,9 +70,13 @@ def inspect(
     with stage_progress(disable=quiet) as progress:
         advance = stepper(progress, "profile", -(-len(sample) // 32))
         records = outlier_profile(capture(network, config.input_size).to(target), sample, advance=advance)
-    _print(records)
+    values = [record.model_dump(mode="json") for record in records]
+    if as_json:
+        say_json(values)
+    else:
+        _print(records)
     if out is not None and out.suffix == ".json":
-        write_json(out, [record.model_dump(mode="json") for record in records])
+        write_json(out, values)
     elif out is not None:
         _plot(records, out, model)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ospq_export.cli.options import console, with_options
+from ospq_export.cli import options
+from ospq_export.cli.options import console, say, say_json, with_options
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,56 +20,65 @@ def lint(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="What an engine will be built for: SM89. Repeatable.")
     ] = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Say what in ONNX files TensorRT refuses, reinterprets or runs in float.
 
     Exit status 2 if one is no ONNX file (the others are still linted), 1 if one has errors, 0 on warnings or nothing.
     """
-    from rich.markup import escape
-
     from ospq_export.onnx.lint import Severity
     from ospq_export.onnx.lint import lint as run_lint
 
-    status = 0
+    status, results = 0, list[dict[str, Any]]()
     for file in files:
         try:
             findings = run_lint(file, compute_capability or ())
         except InputError as error:
             if len(files) == 1:
                 raise
-            console().print(escape(with_options(str(error))), soft_wrap=True)
+            refused = with_options(str(error))
+            results.append({"file": str(file), "refused": refused})
             status = 2
+            if not as_json:
+                say(refused)
             continue
         errors = sum(finding.severity is Severity.ERROR for finding in findings)
-        if findings:
-            console().print(_table(findings))
-        warnings = len(findings) - errors
-        console().print(f"{escape(str(file))}: {errors} errors, {warnings} warnings", soft_wrap=True)
+        results.append({"file": str(file), "findings": [f.model_dump(mode="json") for f in findings]})
         status = max(status, 1 if errors else 0)
+        if not as_json:
+            _print(findings)
+            say(f"{file}: {errors} errors, {len(findings) - errors} warnings")
+    if as_json:
+        say_json(results)
     raise typer.Exit(status)
 
 
-def _table(findings: list[Finding]) -> object:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("", "rule", "node", "what", "fix")
-    for finding in findings:
-        table.add_row(
-            finding.severity.value, finding.rule, escape(finding.node), escape(finding.what), finding.fix
+def _print(findings: list[Finding]) -> None:
+    """Findings by rule: what is wrong and where, then what fixes it."""
+    rules = dict.fromkeys((f.severity, f.rule, f.fix) for f in findings)
+    for severity, rule, fix in rules:
+        found = [f for f in findings if (f.severity, f.rule, f.fix) == (severity, rule, fix)]
+        say(
+            f"{severity.value}: {rule}, {len(found)} times" if len(found) > 1 else f"{severity.value}: {rule}"
         )
-    return table
+        for finding in found:
+            say(f"  {finding.node}: {finding.what}")
+        say(f"  fix: {fix}")
 
 
-def doctor() -> None:
+def doctor(as_json: options.JsonOption = False) -> None:
     """Try every backend and engine builder on this machine, and say what to install for the rest."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from ospq_export.engines.doctor import examine
 
+    results = examine()
+    if as_json:
+        say_json([result.model_dump(mode="json") for result in results])
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("", "what", "seen", "fix")
-    for result in examine():
+    for result in results:
         table.add_row(
             "works" if result.works else "no", result.name, escape(result.detail), escape(result.fix)
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
 
+_WIDE = 160
 DataOption = Annotated[
     str,
     typer.Option(
@@ -97,11 +100,15 @@ OutputsOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `calibrate` wrote.")]
 RecipeOption = Annotated[
-    str, typer.Option(help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, paper-w4a4) or a TOML file.")
+    str,
+    typer.Option(
+        help="Packaged recipe (w8a8, w6a6, w4a8, w4a4, fp8, nvfp4, paper-w4a4; see recipe list) or a TOML file."
+    ),
 ]
 TargetOption = Annotated[
     str | None, typer.Option(help=f"Hardware that has to have all formats: {', '.join(TARGETS)}.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -225,7 +232,12 @@ def say(line: str) -> None:
 
 
 def console() -> Console:
-    """Where results go: standard output."""
+    """Where results go: standard output; where that is no terminal, names in tables are not cut."""
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
+
+
+def say_json(values: object) -> None:
+    """Values as JSON, for programs to read."""
+    typer.echo(json.dumps(values, indent=2))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.files import run_files
-from ospq_export.cli.options import class_choice, console, data_settings, say, with_options
+from ospq_export.cli.files import print_report, run_files
+from ospq_export.cli.options import class_choice, data_settings, with_options
 from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
@@ -109,6 +109,7 @@ def validate(
     workers: options.WorkersOption = 2,
     threads: options.ThreadsOption = None,
     quiet: options.QuietOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Is the deployment faithful, is accuracy kept? Exit status 0: both; 1: not; 3: too few images to tell; 2: bad input."""
     use_threads(threads)
@@ -137,7 +138,7 @@ def validate(
         files = _two_files(run, float_file, deployed_file)
         _without(context, _OF_RUNS)
         report = run_files(
-            *files, data, out, {**stated, "exif": exif or None}, choice, quiet, task=task, **common
+            *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
         raise typer.Exit(report.verdict.exit_status)
     opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
@@ -146,6 +147,7 @@ def validate(
         opened,
         images,
         quiet,
+        as_json,
         **common,
         backends=backends or None,
         code_images=code_images,
@@ -196,20 +198,23 @@ def _only_run(run: Path | None, of_files: dict[str, Any]) -> Path:
     return run
 
 
-def run_validate(run: Any, images: ImageSet | StreamSet, quiet: bool, **settings: Any) -> Report:
+def run_validate(
+    run: Any, images: ImageSet | StreamSet, quiet: bool, as_json: bool = False, **settings: Any
+) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
     Args:
         run: exported.
         images: with the run's preprocessing.
         quiet: no progress bar.
+        as_json: whether the report is printed as JSON.
         settings: of `validate`; None means the default.
 
     Raises:
         InputError: as `validate`.
     """
     from ospq_export.progress import stage_progress
-    from ospq_export.validate import render, validate, write_documents
+    from ospq_export.validate import validate, write_documents
     from ospq_export.world.processes import joined
 
     given = {key: value for key, value in settings.items() if value is not None}
@@ -219,8 +224,7 @@ def run_validate(run: Any, images: ImageSet | StreamSet, quiet: bool, **settings
         return report
     shown = _with_options(report)
     page = write_documents(run, shown, images)
-    console().print(render(shown), soft_wrap=True)
-    say(f"report: {page}")
+    print_report(shown, page, as_json)
     return report
 
 

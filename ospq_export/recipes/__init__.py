@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ospq_export.errors import InputError
+from ospq_export.recipes.keys import refusal
 
 if TYPE_CHECKING:
     from ospq_export.formats.choice import Choice
@@ -108,12 +109,12 @@ class Pilot(_Section):
 class Recipe(_Section):
     """A whole calibration recipe."""
 
-    name: str
-    description: str = ""
-    weight_bits: int | None = Field(default=None, ge=2, le=8)
-    activation_bits: int | None = Field(default=None, ge=2, le=8)
+    name: str = Field(description="in reports")
+    description: str = Field(default="", description="in a sentence")
+    weight_bits: int | None = Field(default=None, ge=2, le=8, description="integers, in place of weights")
+    activation_bits: int | None = Field(default=None, ge=2, le=8, description="in place of activations")
     first_last_bits: int | None = Field(
-        default=None, ge=2, le=8, description="of the first and last quantizable operator"
+        default=None, ge=2, le=8, description="of the first and last quantizable operator, in place of ends"
     )
     weights: str | None = Field(
         default=None, description="number format, or float; None: integers of weight_bits"
@@ -130,13 +131,13 @@ class Recipe(_Section):
         default={}, description="formats by patterns of operator names; the last one that fits counts"
     )
     slicing: Annotated[str, Field(pattern=_GRANULARITY)] | tuple[str, ...] = Field(
-        description="reconstruction granularity: auto, layer, atom, block, blocks:N, stage, model, or a list of cut points"
+        description="auto, layer, atom, block, blocks:N, stage, model, or a list of cut points: the reconstruction granularity"
     )
     equalization: Literal["none", "center", "smooth", "shift", "repq"] = Field(
         description="what is moved out of activations beforehand: what softmax cancels of keys, factors, factors and shifts, "
         "or RepQ-ViT's form"
     )
-    calibration_images: int = Field(ge=1)
+    calibration_images: int = Field(ge=1, description="on which everything is chosen and learned")
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction
     pilot: Pilot
@@ -202,13 +203,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"recipe value {key!r}: {first['msg']}",
-            where=name_or_path,
-            fix="see the packaged recipes for every key",
-        ) from error
+        raise refusal(Recipe, error, name_or_path) from error
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ospq_export import cli
+from ospq_export.cli.app import app
 from ospq_export.cli.options import with_options
 from ospq_export.cli.validate import _with_options
 from ospq_export.models.record import ModelSpec
@@ -95,12 +96,43 @@ def test_help_is_light():
     assert all(command in done.stdout for command in ("calibrate", "export", "validate", "demo"))
 
 
+def test_version_and_short_help(capsys):
+    from importlib.metadata import version
+
+    assert run(capsys, "--version") == (0, f"{version('ospq-export')}\n", "")
+    for words in ([], ["validate"], ["recipe"], ["recipe", "show"]):
+        short, long = (run(capsys, *words, option) for option in ("-h", "--help"))
+        assert short == long and short[0] == 0
+    whole = " ".join(run(capsys, "-h")[1].split())
+    for command in app.registered_commands:
+        assert command.short_help and " ".join(command.short_help.split()) in whole
+
+
+def test_recipes_are_listed_shown_and_explained(capsys):
+    from ospq_export.recipes import load_recipe, packaged_recipes
+
+    status, stdout, _ = run(capsys, "recipe", "list", "--json")
+    assert status == 0 and [r["name"] for r in json.loads(stdout)] == packaged_recipes()
+    for name in packaged_recipes():
+        assert name in run(capsys, "recipe", "list")[1]
+    status, stdout, _ = run(capsys, "recipe", "show", "w4a4", "--set", "slicing=block", "--json")
+    assert json.loads(stdout) == load_recipe("w4a4", ["slicing=block"]).model_dump(mode="json")
+    assert 'slicing = "block"' in run(capsys, "recipe", "show", "w4a4", "--set", "slicing=block")[1]
+    status, stdout, _ = run(capsys, "recipe", "explain", "pilot", "--json")
+    assert [k["name"] for k in json.loads(stdout)] == ["pilot.budget", "pilot.held_out"]
+    assert "a number, above 0, at most 1" in run(capsys, "recipe", "explain", "pilot.budget")[1]
+    assert_refused(run(capsys, "recipe", "explain", "budgets"), "write pilot.budget")
+    assert_refused(run(capsys, "recipe", "show", "w5a5"), "there is no recipe 'w5a5'")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--recipe", "w5a5"], "there is no recipe 'w5a5'"),
         (["--set", "weight_bits=77"], "weight_bits"),
         (["--set", "nonsense"], "key=value"),
+        (["--set", "iterations=9"], "write reconstruction.iterations"),
+        (["--set", "slicing=blok"], "slicing 'blok' is unknown"),
         (["--mean", "a,b"], "not a list of numbers"),
         (["--mean", "0.5,0.5,0.5"], "mean"),
         (["--std", "0"], "std"),
@@ -323,6 +355,8 @@ def test_table_json_and_plot(capsys, folder, tmp_path):
     status, stdout, _ = run(capsys, *fixed, "--quiet", "--out", tmp_path / "p.json")
     assert status == 0 and "kurtosis" in stdout
     records = json.loads((tmp_path / "p.json").read_text())
+    status, stdout, _ = run(capsys, *fixed, "--quiet", "--json")
+    assert status == 0 and json.loads(stdout) == records
     assert {"blocks.0.mlp.fc1.input", "head.input"} <= {r["name"] for r in records}
     assert run(capsys, *fixed, "--quiet", "--out", tmp_path / "p.png")[0] == 0
     with Image.open(tmp_path / "p.png") as plot:

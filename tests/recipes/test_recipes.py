@@ -4,9 +4,13 @@ import json
 
 import pytest
 from conftest import calibrated_demo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ospq_export.errors import InputError
-from ospq_export.recipes import load_recipe, packaged_recipes
+from ospq_export.recipes import Recipe, load_recipe, packaged_recipes
+from ospq_export.recipes.keys import as_toml, keys_of, refusal
 
 
 def test_packaged_recipes_load_under_their_names():
@@ -112,6 +116,64 @@ def test_bad_overrides_name_the_key(override, message):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("iterations=3", "unknown recipe key 'iterations' (w4a4): write reconstruction.iterations"),
+        ("reconstruction.iteratons=3", "write reconstruction.iterations"),
+        ("pilots.budget=1", "write pilot"),
+        ("quux=1", "recipe explain lists the keys"),
+        ("slicing=blok", "slicing 'blok' is unknown (w4a4): it takes auto, layer, atom, block, blocks:N"),
+        ("slicing=3", "slicing 3 is not possible (w4a4): it takes auto, layer"),
+        ("reconstruction.loss=fischer", "it takes normalized, channel, literal, fisher"),
+        ('reconstruction.loss={kind="fisher",temperature=-1}', "loss.temperature -1 is not possible"),
+        ('reconstruction.loss={kind="literal",temperature=1}', "is no setting of the kind 'literal'"),
+        ('reconstruction.loss={kind="fisher",temprature=1}', "write reconstruction.loss.temperature"),
+        ("reconstruction.warm_up=1.5", "it takes a number, at least 0, below 1"),
+        ("pilot=3", "pilot is a section of a recipe"),
+    ],
+)
+def test_refusals_say_what_is_possible(override, said):
+    with pytest.raises(InputError) as info:
+        load_recipe("w4a4", [override])
+    assert said in str(info.value)
+
+
+words = st.text("abcdefgh_", min_size=1, max_size=8) | st.sampled_from([k.name for k in keys_of(Recipe)])
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers(), max_size=3)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(words, values | st.dictionaries(words, values, max_size=2))
+def test_whatever_is_wrong_is_one_line(key, value):
+    held = load_recipe("w4a4").model_dump(mode="json")
+    *sections, last = key.split(".")
+    target = held
+    for section in sections:
+        target = target[section] if isinstance(target.get(section), dict) else target
+    target[last] = value
+    try:
+        Recipe.model_validate(held)
+    except ValidationError as error:
+        found = str(refusal(Recipe, error, "r.toml"))
+        assert "(r.toml): " in found and "pydantic" not in found and "Input should" not in found
+
+
+def test_every_key_is_explained():
+    known = keys_of(Recipe)
+    assert len({key.name for key in known}) == len(known)
+    assert all(key.description and key.takes for key in known)
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_what_is_shown_is_the_recipe(name, tmp_path):
+    chosen = load_recipe(name, ["reconstruction.iterations=3"])
+    (tmp_path / "r.toml").write_text(as_toml(chosen))
+    assert load_recipe(str(tmp_path / "r.toml")) == chosen
+
+
 def test_files(tmp_path):
     with pytest.raises(InputError, match="no recipe 'w5a5'"):
         load_recipe("w5a5")
@@ -123,5 +185,5 @@ def test_files(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_recipe(str(broken))
     broken.write_text('name = "incomplete"')
-    with pytest.raises(InputError, match="Field required"):
+    with pytest.raises(InputError, match="the recipe lacks slicing"):
         load_recipe(str(broken))

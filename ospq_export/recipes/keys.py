@@ -1,0 +1,167 @@
+"""The keys of a recipe, as people read them: what each takes, and what is wrong with a value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from ospq_export.errors import InputError
+
+_UNION = (Union, UnionType)
+_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_UNKNOWN_KEY, _PATTERN = "extra_forbidden", "string_pattern_mismatch"
+_UNKNOWN_VALUE = ("literal_error", "union_tag_invalid", _PATTERN)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key.
+
+    Attributes:
+        name: with its sections, "reconstruction.iterations".
+        takes: what it takes, in words.
+        default: as TOML would have it; "" where a recipe has to state it.
+        description: what it does.
+    """
+
+    name: str
+    takes: str
+    default: str
+    description: str
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[Key]:
+    """All keys of a model, those of its sections with their names in front."""
+    return list(_keys(model, prefix))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for field_name, field in model.model_fields.items():
+        name = f"{prefix}{field_name}"
+        sections = [part for part in _parts(field.annotation) if _is_model(part)]
+        if len(sections) == 1 and not _kinds(sections[0]):
+            yield from _keys(sections[0], f"{name}.")
+            continue
+        yield Key(name, _takes(field, sections), _default(field), field.description or "")
+        # Kinds of one thing: their own settings lie below it.
+        for section in sections:
+            yield from (key for key in _keys(section, f"{name}.") if not key.name.endswith(".kind"))
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The members of a union; an annotation that is none is its only one."""
+    if get_origin(annotation) is Annotated:
+        return _parts(get_args(annotation)[0])
+    if get_origin(annotation) in _UNION:
+        return [part for member in get_args(annotation) for part in _parts(member)]
+    return [annotation]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    field = model.model_fields.get("kind")
+    return () if field is None else get_args(field.annotation)
+
+
+def _takes(field: FieldInfo, sections: Sequence[type[BaseModel]]) -> str:
+    if sections:
+        return ", ".join(kind for section in sections for kind in _kinds(section))
+    words = ", ".join(_word(part) for part in _parts(field.annotation) if part is not type(None))
+    limits = [
+        f"{word} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, word in _LIMITS.items()
+        if hasattr(limit, name)
+    ]
+    return ", ".join([words, *limits])
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    origin = get_origin(kind) or kind
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        tuple: "a list",
+        dict: "a table",
+    }
+    return names.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default in (None, "", {}):
+        return ""
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def as_toml(recipe: BaseModel) -> str:
+    """A recipe with all its values as TOML; what is None is left out, which means the same."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def refusal(model: type[BaseModel], error: ValidationError, where: str) -> InputError:
+    """What is wrong with a recipe, in one line: the first thing that pydantic found.
+
+    Args:
+        model: of the recipe.
+        error: what it raised.
+        where: the recipe's name or file.
+    """
+    first = error.errors()[0]
+    known = {key.name: key for key in keys_of(model)}
+    name, rest = _name([str(part) for part in first["loc"]], known)
+    if first["type"] == _UNKNOWN_KEY and not rest:
+        kind = str(first["loc"][-2])
+        return InputError(f"{name} is no setting of the kind {kind!r}", where=where, fix="leave it out")
+    if first["type"] == _UNKNOWN_KEY:
+        unknown = ".".join(filter(None, (name, rest[-1])))
+        return InputError(f"unknown recipe key {unknown!r}", where=where, fix=nearest(unknown, known))
+    if not name:
+        return InputError(first["msg"].removeprefix("Value error, "), where=where, fix="add it to the recipe")
+    if name not in known:
+        return InputError(
+            f"{name} is a section of a recipe", where=where, fix=f"set a key of it, as {name}.KEY"
+        )
+    # Behind a key of several types, pydantic says which one it tried.
+    takes = known[name].description if rest else known[name].takes
+    if first["type"] == "missing":
+        return InputError(f"the recipe lacks {name}", where=where, fix=f"give it {takes}")
+    value = first["input"].get("kind", first["input"]) if isinstance(first["input"], dict) else first["input"]
+    what = "is unknown" if first["type"] in _UNKNOWN_VALUE else "is not possible"
+    return InputError(f"{name} {value!r} {what}", where=where, fix=f"it takes {takes}")
+
+
+def _name(path: Sequence[str], known: dict[str, Key]) -> tuple[str, list[str]]:
+    """The key or section that a path leads to, without what is none: the members of unions, and what nobody knows."""
+    name, rest = "", list[str]()
+    for part in path:
+        candidate = f"{name}.{part}" if name else part
+        if any(key == candidate or key.startswith(f"{candidate}.") for key in known):
+            name, rest = candidate, []
+        else:
+            rest.append(part)
+    return name, rest
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The keys that may be meant: of the same last word, else those spelt alike."""
+    last = name.rsplit(".", 1)[-1]
+    found = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    if not found:
+        by_last = {key.rsplit(".", 1)[-1]: key for key in known}
+        by_last |= {key.split(".", 1)[0]: key.split(".", 1)[0] for key in known}
+        found = [by_last[word] for word in difflib.get_close_matches(last, by_last, 1, 0.7)]
+    return f"write {' or '.join(found)}" if found else "recipe explain lists the keys"
