@@ -99,6 +99,10 @@ def check_text(model: Any, path: Path) -> None:
 
 
 def _check_size(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.onnx"))
+        fix = f"give a file in it: {', '.join(inside)}" if inside else "give an ONNX file"
+        raise InputError("a directory, not an ONNX file", where=path, fix=fix)
     try:
         size = path.stat().st_size
         with path.open("rb"):

@@ -192,7 +192,7 @@ def test_what_is_no_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a valid ONNX file"):
             read_model(path)
-    with pytest.raises(InputError, match="not a valid ONNX file: Is a directory"):
+    with pytest.raises(InputError, match="a directory, not an ONNX file"):
         read_model(tmp_path)
     onnx.save_model(product(), str(path))
     monkeypatch.setattr(read, "PROTOBUF_BYTES", 100_000)

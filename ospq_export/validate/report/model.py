@@ -135,7 +135,7 @@ def parity_cells(c: Comparison | None) -> dict[str, str]:
     """What a comparison says in a row of a table, by column: how outputs agree, and how far they are apart."""
     if c is None:
         return {}
-    cells = {"± score": number(c.score_difference, "%+.2f"), "agree": number(c.agreement)}
+    cells = {"Δ score": number(c.score_difference, "%+.2f"), "agree": number(c.agreement)}
     if c.outputs:
         return {**cells, "error %": "%.3g" % (100 * max(o.mean_error for o in c.outputs))}
     return {**cells, "flips": str(len(c.flips))}
