@@ -141,7 +141,9 @@ def validate(
             *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
         raise typer.Exit(report.verdict.exit_status)
+    size = stated.pop("input_size", None)
     opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
+    opened = opened if size is None else opened.at(size)
     images = images_of(opened, data, choice, exif=exif)
     report = run_validate(
         opened,
