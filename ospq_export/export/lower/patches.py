@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -44,10 +45,12 @@ def _pair(value: object) -> tuple[int, ...]:
 
 def as_linear(build: Builder, conv: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     """The convolution of x (N, C, H, W) with a weight (O, C, h, w) by way of (N, patches, C h w); (N, O, H / h, W / w)."""
-    channels, height, width = conv.args[0].meta["val"].shape[1:]  # type: ignore[union-attr]
+    images = conv.all_input_nodes[0]
+    channels, height, width = images.meta["val"].shape[1:]
     outputs, _, *kernel = conv.args[1].meta["val"].shape  # type: ignore[union-attr]
-    rows, columns = height // kernel[0], width // kernel[1]
-    if follows(conv.args[0]):
+    rows: Any = height // kernel[0]
+    columns: Any = width // kernel[1]
+    if follows(images):
         rows, columns = (_count(build, x, axis, k) for axis, k in enumerate(kernel, _HEIGHT))
         x = _whole(build, x, (rows, columns), kernel)
     inner = channels * kernel[0] * kernel[1]
