@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import operator
 import warnings
 from collections import Counter
@@ -25,8 +24,8 @@ from ospq_export.errors import InputError, reason_of
 from ospq_export.graph import canonical
 from ospq_export.graph.decompose import decompose
 from ospq_export.graph.outputs import choose_outputs
-from ospq_export.graph.ranged import check_ends, export_ranged
-from ospq_export.graph.sizes import SizeRange, propagate
+from ospq_export.graph.ranged import check_ends, export_ranged, settle, traced_sizes, unlogged
+from ospq_export.graph.sizes import SizeRange
 
 aten = torch.ops.aten
 QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
@@ -59,21 +58,9 @@ def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     except Exception as error:
         # len(tensor) can be nothing but a number, and fixes the batch size.
         if "specialized" in str(error):
-            with contextlib.suppress(Exception), _unlogged("torch._guards"):
+            with contextlib.suppress(Exception), unlogged("torch._guards"):
                 return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
         raise
-
-
-@contextlib.contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Without the tracebacks that a logger writes of an error that is raised as well."""
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 @contextlib.contextmanager
@@ -173,12 +160,32 @@ def capture(
         InputError: the model cannot be captured, or not for the range; names the module, and the operator where one is
             unsupported.
     """
-    device = next(iter(model.parameters())).device
+    if sizes is None:
+        return _captured(model, input_size, input_size[1:], None, share=share, outputs=outputs)
+    check_ends(model, input_size[0], sizes)
+    refused: InputError | None = None
+    for traced in traced_sizes(input_size[1:], sizes):
+        try:
+            return _captured(model, input_size, traced, sizes, share=share, outputs=outputs)
+        except InputError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _captured(
+    model: nn.Module,
+    input_size: Sequence[int],
+    traced: Sequence[int],
+    sizes: SizeRange | None,
+    *,
+    share: bool,
+    outputs: Sequence[str] | None,
+) -> fx.GraphModule:
+    """`capture` with images of height and width `traced`."""
     generator = torch.Generator().manual_seed(0)
-    example = torch.randn(2, *input_size, generator=generator).to(device)
-    if sizes is not None:
-        check_ends(model, input_size[0], sizes)
-    program, sizes = _export(model, example, sizes)
+    example = torch.randn(2, input_size[0], *traced, generator=generator)
+    program, sizes = _export(model, example.to(next(iter(model.parameters())).device), sizes)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _annotate(module.graph.nodes)
@@ -186,11 +193,10 @@ def capture(
     left_out = choose_outputs(module.graph, program.call_spec.out_spec, outputs)
     result = canonical.canonicalize(module, share=share)
     result.meta["left_out"] = left_out
-    if sizes is not None:
-        result.meta["sizes"] = sizes
-        propagate(result, input_size, sizes)
     if not quantizable_nodes(result.graph):
         raise InputError("the model has no linear, conv2d or matmul to quantize", where=type(model).__name__)
+    if sizes is not None:
+        settle(result, input_size, sizes)
     return result
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, reason_of
-from ospq_export.graph.sizes import SizeRange
+from ospq_export.graph.sizes import SizeRange, propagate
 
 log = logging.getLogger(__name__)
 _WHERE = "`size_range`"
@@ -20,6 +22,18 @@ _ROUNDS = 4  # a step that torch finds may bring to light a further one
 # How torch.export says that a size has to be a multiple of a number.
 _STEP = re.compile(r"^\s*(_*)(height|width) = (\d+)\*_+(?:height|width)\s*$", re.MULTILINE)
 _FIXED = "specialized it to be a constant"
+
+
+@contextlib.contextmanager
+def unlogged(name: str) -> Iterator[None]:
+    """Without the tracebacks that a logger writes of an error that is raised as well."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def check_ends(model: nn.Module, channels: int, sizes: SizeRange) -> None:
@@ -105,6 +119,32 @@ def export_ranged(
     )
 
 
+def traced_sizes(own: Sequence[int], sizes: SizeRange) -> list[tuple[int, int]]:
+    """Heights and widths to trace a network at, one after the other until one will do: the calibration's, and an uneven one.
+
+    What a network does at its own size alone, at a square one say, is not what it does in the whole range: position
+    embeddings that are interpolated are left as they are there.
+    """
+    corners = itertools.product(*zip(*sizes.ends, strict=True))
+    uneven = [(height, width) for height, width in corners if height != width]
+    return [(own[0], own[1]), *uneven[:1]]
+
+
+def settle(module: fx.GraphModule, input_size: Sequence[int], sizes: SizeRange) -> None:
+    """Give a graph its range, and its nodes the shapes of the calibration's size.
+
+    Raises:
+        InputError: the graph does not take all sizes of the range.
+    """
+    try:
+        with unlogged("torch._subclasses.fake_tensor"):
+            propagate(module, input_size, sizes)
+    except Exception as error:
+        what = f"the network has no such range of sizes: {reason_of(error)}"
+        raise InputError(what, where=_WHERE, fix=_LEAVE_OUT) from error
+    module.meta["sizes"] = sizes
+
+
 def _check_steps(sizes: SizeRange, example: Tensor) -> None:
     for size in (*sizes.ends, tuple(example.shape[2:])):
         if sizes.why_not(size):
@@ -132,4 +172,9 @@ def _why(message: str) -> str:
         return "the network's graph has one height and width built in: it has no range of sizes"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
     reason = lines[0] if lines else message.strip().partition("\n")[0]
+    for number, side in ((2, "height"), (3, "width")):
+        reason = re.sub(rf"L\['\w+'\]\.size\(\)\[{number}\]", side, reason).replace(f"{side} = {side}", side)
+    reason = reason.replace("in the specified range ", "in ").replace(
+        "satisfy the generated guard", "satisfy"
+    )
     return f"the network has no such range of sizes: {reason[:300]}"
