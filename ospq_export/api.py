@@ -84,6 +84,7 @@ class Run(StoredRun):
         overrides: Sequence[str] = (),
         task: str | None = None,
         outputs: Sequence[str] | None = None,
+        size_range: Sequence[Sequence[int]] | None = None,
         preprocessing: DataConfig | None = None,
         classes: Sequence[str] = (),
         name: str | None = None,
@@ -99,6 +100,8 @@ class Run(StoredRun):
             overrides: "key=value" of the recipe.
             task: "classify", "embed", "dense" or "tensors"; None takes what the outputs look like, and says so.
             outputs: names of the outputs that are kept; None keeps all that hold real numbers.
+            size_range: the smallest and the largest (height, width) that the network is to take, ((64, 64), (256, 256)); the size
+                of the images lies between. None: only that one.
             preprocessing: what the tensors have had, or image files are to have; kept with the run. Files need one.
             classes: names of the classes in the order of the network's outputs.
             name: of the model, in reports; None takes its class.
@@ -123,6 +126,7 @@ class Run(StoredRun):
                 Path(out),
                 task=task,
                 outputs=outputs,
+                size_range=size_range,
                 class_to_idx=images.class_to_idx,
                 skipped=images.skipped,
                 origin=images.record,
@@ -220,7 +224,7 @@ class Run(StoredRun):
             return data
         if isinstance(data, str | Path):
             return images_of(self, data, ClassChoice(), needed=False)
-        return TensorSet(data, self.manifest.data, self.manifest.class_to_idx)
+        return TensorSet(data, self.data, self.manifest.class_to_idx)
 
 
 def _images(

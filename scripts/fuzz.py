@@ -44,7 +44,8 @@ from ospq_export.progress import stage_progress, stepper
 from ospq_export.recipes import load_recipe, packaged_recipes
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, QUANTIZED_ONNX, QUANTIZED_TENSORS, SCALES
 from ospq_export.runs.manifest import read_manifest, record_files
-from ospq_export.runs.run import Run, load_bias, load_quantizers
+from ospq_export.runs.quantizers import load_bias, load_quantizers
+from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors, write_tensors
 from ospq_export.validate.codes.records import weight_comparisons
 from ospq_export.validate.executions.origin import check_origin

@@ -16,7 +16,7 @@ from ospq_export.errors import InputError
 from ospq_export.graph.quantizers import own_quantizers
 from ospq_export.runs.files import CHECKPOINTS, json_line
 from ospq_export.runs.manifest import QuantizerRecord, SliceRecord
-from ospq_export.runs.run import load_bias, load_quantizer
+from ospq_export.runs.quantizers import load_bias, load_quantizer
 from ospq_export.runs.tensors import read_tensors, write_tensors
 from ospq_export.world.processes import World
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, listed
 from ospq_export.graph.outputs import as_tuple, named_leaves, output_names
+from ospq_export.graph.sizes import SizeRange
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, is_temporary, sha256
 from ospq_export.runs.manifest import Manifest, check_files, read_manifest
@@ -96,6 +97,19 @@ def check_graph(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> N
         if _differ(graph[name], first):
             what = "the captured graph computes another output than the network"
             raise InputError(what, where=where, fix="report this model")
+
+
+def check_sizes(model: nn.Module, captured: fx.GraphModule, images: Tensor) -> None:
+    """`check_graph` at the images' own size, and of a graph with a range of sizes at both of its ends.
+
+    Raises:
+        InputError: as `check_graph`.
+    """
+    check_graph(model, captured, images)
+    sizes: SizeRange | None = captured.meta.get("sizes")
+    for end in () if sizes is None else sizes.ends:
+        resized = nn.functional.interpolate(images[:_IMAGES], end, mode="bilinear", antialias=True)
+        check_graph(model, captured, resized)
 
 
 def _differ(mine: Tensor, theirs: Tensor) -> bool:

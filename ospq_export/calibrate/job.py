@@ -45,7 +45,8 @@ from ospq_export.runs.manifest import (
     record_files,
     write_manifest,
 )
-from ospq_export.runs.run import Run, quantizer_records, quantizer_tensors
+from ospq_export.runs.quantizers import quantizer_records, quantizer_tensors
+from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import image_digests, write_tensors
 from ospq_export.tasks.choice import TASKS
 from ospq_export.world.memory import peak_memory

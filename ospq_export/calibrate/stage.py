@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from ospq_export.calibrate.checkpoints import Events, no_events
 from ospq_export.calibrate.checks import (
     check_batch,
-    check_graph,
     check_images,
     check_module,
     check_output_folder,
     check_processes,
+    check_sizes,
     float_products,
     locked,
     say_substituted,
@@ -37,6 +37,7 @@ from ospq_export.graph.insertion import check_overrides, insert_quantizers
 from ospq_export.graph.outputs import LOGITS, as_tuple, output_names, output_shapes, rename_outputs
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.graph.serialize import describe
+from ospq_export.graph.sizes import sizes_between
 from ospq_export.graph.slicing import Slice
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import torch_device
@@ -68,6 +69,7 @@ def calibrate(
     *,
     task: str | None = None,
     outputs: Sequence[str] | None = None,
+    size_range: Sequence[Sequence[int]] | None = None,
     class_to_idx: dict[str, int] | None = None,
     skipped: list[str] | None = None,
     origin: ImagesRecord | None = None,
@@ -90,6 +92,8 @@ def calibrate(
         out: the run directory; new, empty, or left by an interruption of the same call.
         task: what its outputs are, out of `tasks.choice.TASKS`; None takes what they look like.
         outputs: names of those that are kept; None keeps all that hold real numbers.
+        size_range: the smallest and the largest (height, width) that the network is to take, and, where torch.export does not
+            tell, what they are multiples of; None fixes the size. The calibration's own lies inside.
         class_to_idx: classes of the calibration folder, by name.
         skipped: images that could not be read.
         origin: where the images and their classes came from; kept in the manifest.
@@ -111,14 +115,15 @@ def calibrate(
     check_batch(recipe, len(images.images))
     check_processes(recipe)
     origin, pixels = origin or ImagesRecord(), images.images
+    sizes = sizes_between(size_range, data.input_size)
     with joined() as world, locked(out) if world.rank == 0 else contextlib.nullcontext():
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         distinct = check_images(pixels)
-        captured = capture(model, data.input_size, outputs=outputs)
+        captured = capture(model, data.input_size, outputs=outputs, sizes=sizes)
         chosen = _task(model, captured, task, data)
         check_overrides(captured.graph, recipe.formats())
-        check_graph(model, captured, pixels)
+        check_sizes(model, captured, pixels)
         if output_names(captured.graph) == (LOGITS,):
             rename_outputs(captured.graph, [chosen.output])
         # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
@@ -149,6 +154,7 @@ def calibrate(
             status="calibrating",
             model=spec,
             data=data,
+            size_range=captured.meta.get("sizes"),
             task=chosen.name,
             **_classes(captured, chosen, class_to_idx or {}, origin),
             recipe=recipe,

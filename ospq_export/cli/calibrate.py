@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.options import check_recipe, class_choice, data_settings, model_spec, say
+from ospq_export.cli.options import (
+    check_recipe,
+    class_choice,
+    data_settings,
+    model_spec,
+    say,
+    size_bounds,
+)
 from ospq_export.errors import InputError
 from ospq_export.world.room import check_apart
 from ospq_export.world.threads import use_threads
@@ -34,6 +41,7 @@ def calibrate(
     checkpoint_key: options.CheckpointKeyOption = None,
     random_weights: options.RandomWeightsOption = False,
     input_size: options.InputSizeOption = None,
+    size_range: options.SizeRangeOption = None,
     mean: options.MeanOption = None,
     std: options.StdOption = None,
     crop_pct: options.CropPctOption = None,
@@ -68,6 +76,7 @@ def calibrate(
     _check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
+    bounds = size_bounds(size_range)
     choice = class_choice(class_map, class_order, class_from)
     from ospq_export.data import image_set, open_source
 
@@ -89,6 +98,7 @@ def calibrate(
         out,
         task=task,
         outputs=outputs,
+        bounds=bounds,
         device=device,
         seed=seed,
         workers=workers,
@@ -107,6 +117,7 @@ def run_calibrate(
     *,
     task: str | None = None,
     outputs: list[str] | None = None,
+    bounds: list[tuple[int, ...]] | None = None,
     device: str,
     seed: int,
     workers: int,
@@ -141,7 +152,7 @@ def run_calibrate(
     config = resolve_data_config(network, spec, settings)
     classes = check_input(network, spec, config.input_size)
     found: ImageSet | StreamSet = prepared(config, classes if task in (None, "classify") else None)
-    _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network)
+    _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network, bounds)
     sample: Batch = found.sample(recipe.calibration_images, seed, workers)
     first = os.environ.get("RANK", "0") == "0"
     with stage_progress(disable=quiet or not first) as progress:
@@ -154,6 +165,7 @@ def run_calibrate(
             out,
             task=task,
             outputs=outputs,
+            size_range=bounds,
             class_to_idx=found.class_to_idx,
             skipped=found.skipped,
             origin=found.record,
@@ -196,19 +208,24 @@ def _check_before(spec: ModelSpec, recipe: Recipe, out: Path, device: str, log_j
 
 
 def _check_images(
-    count: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module
+    count: int, config: DataConfig, recipe: Recipe, budget: int | None, network: nn.Module, bounds: Any = None
 ) -> None:
     """What is known before images are decoded."""
     from ospq_export.calibrate.checks import check_batch
     from ospq_export.graph.capture import capture
     from ospq_export.graph.granularity import slicing_of
     from ospq_export.graph.insertion import check_overrides
+    from ospq_export.graph.ranged import check_ends
+    from ospq_export.graph.sizes import sizes_between
     from ospq_export.world import room
 
     check_batch(recipe, count)
     room.check_images(count, config.input_size, budget, recipe.reconstruction.batch_size)
     # Cut points and overrides are names in this network's graph; the named slicings fit any.
     named = not isinstance(recipe.slicing, str)
+    sizes = sizes_between(bounds, config.input_size)
+    if sizes is not None:
+        check_ends(network, config.input_size[0], sizes)
     if named or recipe.overrides:
         graph = capture(network, config.input_size, share=True).graph
         check_overrides(graph, recipe.formats())

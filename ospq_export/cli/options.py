@@ -64,6 +64,13 @@ CheckpointKeyOption = Annotated[
 ]
 RandomWeightsOption = Annotated[bool, typer.Option(help="Use seeded random weights, to try the tools out.")]
 InputSizeOption = Annotated[str | None, typer.Option(help="Channels, height, width: '3,224,224'.")]
+SizeRangeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Smallest and largest height x width that the network is to take, '64x64:256x256'; --input-size lies between. "
+        "A third one is what they are multiples of. Default: one size."
+    ),
+]
 MeanOption = Annotated[str | None, typer.Option(help="Mean per channel: '0.485,0.456,0.406'.")]
 StdOption = Annotated[str | None, typer.Option(help="Standard deviation per channel.")]
 CropPctOption = Annotated[float | None, typer.Option(help="Share of the resized image that the crop keeps.")]
@@ -176,6 +183,20 @@ def data_settings(
         "exif": exif or None,
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def size_bounds(text: str | None) -> list[tuple[int, ...]] | None:
+    """The smallest and the largest height and width, and their step where it is given.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+x\d+(:\d+x\d+){1,2}", text):
+        fix = "write it like 64x64:256x256"
+        raise InputError(f"{text!r} is no range of heights and widths", where="--size-range", fix=fix)
+    return [tuple(map(int, size.split("x"))) for size in text.split(":")]
 
 
 def class_choice(

@@ -141,7 +141,8 @@ def validate(
             *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
         raise typer.Exit(report.verdict.exit_status)
-    opened = Run.open(_only_run(run, {**stated, "task": task, "out": out}))
+    size = stated.pop("input_size", None)
+    opened = _at(Run.open(_only_run(run, {**stated, "task": task, "out": out})), size)
     images = images_of(opened, data, choice, exif=exif)
     report = run_validate(
         opened,
@@ -153,7 +154,7 @@ def validate(
         code_images=code_images,
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
-        baseline=None if baseline is None else Run.open(baseline),
+        baseline=None if baseline is None else _at(Run.open(baseline), size),
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
@@ -196,6 +197,11 @@ def _only_run(run: Path | None, of_files: dict[str, Any]) -> Path:
             "the run says it itself", where=", ".join(f"`{name}`" for name in named), fix="leave it out"
         )
     return run
+
+
+def _at(run: Any, size: tuple[int, ...] | None) -> Any:
+    """The run at another size of its range."""
+    return run if size is None else run.at(size)
 
 
 def run_validate(

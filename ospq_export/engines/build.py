@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import Progress
 
 from ospq_export.engines.products import Message, Product, known_capabilities, load, recorder
+from ospq_export.engines.profiles import set_profile
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -33,7 +34,8 @@ class BuildSettings:
 
     Attributes:
         product: what builds it.
-        profile: min, opt and max batch of a file with a dynamic batch; None for a static one.
+        profile: min, opt and max batch of a file with a dynamic batch; None for a static one. Heights and widths of
+            a file that leaves them free are in its metadata.
         compute_capabilities: targets such as "SM89" (TensorRT-RTX); none: the GPU of this machine.
         version_compatible: whether later versions of the product may run it (TensorRT).
         hardware_compatibility: "ampere_plus" or "same_compute_capability" (TensorRT), or None.
@@ -69,7 +71,8 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
     log.messages.clear()
     builder = trt.Builder(log)
     network = _parsed(trt, builder, log, onnx_file)
-    config = _config(trt, builder, network, settings)
+    config = _config(trt, builder, settings)
+    set_profile(builder, network, config, settings.profile, onnx_file)
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     cache = _timing_cache(config, settings.timing_cache)
@@ -105,7 +108,7 @@ def _reason(messages: list[Message]) -> str:
     return "; ".join(dict.fromkeys(errors[-2:])) or "no reason was logged"
 
 
-def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> Any:
+def _config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.workspace_mib is not None:
@@ -119,7 +122,6 @@ def _config(trt: Any, builder: Any, network: Any, settings: BuildSettings) -> An
         config.num_compute_capabilities = len(members)
     for index, member in enumerate(members):
         config.set_compute_capability(member, index)
-    _set_profile(builder, network, config, settings)
     return config
 
 
@@ -192,21 +194,6 @@ def target_members(settings: BuildSettings) -> list[Any]:
     if has_targets and not wanted:
         return [trt.ComputeCapability.CURRENT]
     return [_member(trt.ComputeCapability, name, "`compute_capability`") for name in dict.fromkeys(wanted)]
-
-
-def _set_profile(builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
-    images = network.get_input(0)
-    shape = tuple(images.shape)
-    if shape[0] != -1:
-        if settings.profile is not None and set(settings.profile) != {shape[0]}:
-            raise InputError(
-                f"the file has a static batch of {shape[0]}", where="`profile`", fix="export a dynamic one"
-            )
-        return
-    batches = settings.profile or (1, 1, 1)
-    profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, *((batch, *shape[1:]) for batch in batches))
-    config.add_optimization_profile(profile)
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from ospq_export.engines.build import BuildSettings, Built, build, check_settings
 from ospq_export.engines.plan import Fusion, PlanLayer, analyse, layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product, load, recorder
+from ospq_export.engines.profiles import free_sides
 from ospq_export.errors import InputError
 from ospq_export.runs.files import json_text, replacing, sha256
 
@@ -24,9 +25,10 @@ class EngineRecord(BaseModel):
         product, version: what built it.
         compute_capabilities: what it was built for; "current" is the GPU named in `gpu`.
         gpu: the builder's GPU, or None where there was none.
-        input: name, dtype and shape of the images; -1 is a dynamic batch.
+        input: name, dtype and shape of the images; -1 is a dynamic dimension.
         outputs: the same of what it returns.
         profile: min, opt and max batch of a dynamic one.
+        sides: the same of "height" and "width" where they are free.
         preprocessing: what an image goes through before the engine sees it, or None where the file does not say.
         classes: class names by index, where they are known.
         onnx, onnx_sha256: the file it was built from.
@@ -47,6 +49,7 @@ class EngineRecord(BaseModel):
     input: dict[str, Any]
     outputs: list[dict[str, Any]]
     profile: tuple[int, int, int] | None
+    sides: dict[str, tuple[int, int, int]] = {}
     preprocessing: dict[str, Any] | None
     classes: list[str]
     onnx: str
@@ -126,6 +129,7 @@ def _record(
         input=_tensor(model.graph.input[0]),
         outputs=[_tensor(value) for value in model.graph.output],
         profile=settings.profile,
+        sides=free_sides(model),
         preprocessing=None if preprocessing is None else json.loads(preprocessing),
         classes=json.loads(properties.get("classes", "[]")),
         onnx=onnx_file.name,

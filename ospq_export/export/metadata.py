@@ -39,6 +39,7 @@ def _common_metadata(run: Run) -> dict[str, str]:
         "recipe": manifest.recipe.name,
         "graph_fingerprint": manifest.graph_fingerprint,
         "preprocessing": manifest.data.model_dump_json(),
+        **({"size_range": manifest.size_range.model_dump_json()} if manifest.size_range else {}),
         **({"classes": json.dumps(classes)} if classes else {}),
         **({"classes_source": manifest.classes_source} if manifest.classes_source else {}),
     }

@@ -196,11 +196,16 @@ class _Writer:
         module = self._lowered() if job.quantized else self._float()
         probes, model = list(self.probes.values()), self.translated
         if model is None:
-            size = self.run.manifest.data.input_size
+            size, sizes = self.run.manifest.data.input_size, self.run.manifest.size_range
             opset = highest_opset(self.network()) if job.quantized else OPSET
             returned = output_names(module.graph)
             model = translate(
-                module, input_size=size, batch_size=job.batch_size, outputs=returned, opset=opset
+                module,
+                input_size=size,
+                batch_size=job.batch_size,
+                dimensions={} if sizes is None else sizes.dimensions(),
+                outputs=returned,
+                opset=opset,
             )
         again = following is not None and following.graph == job.graph
         # Values of a clone share their type's object with it: a pass gives a value another type, and changes none in place.

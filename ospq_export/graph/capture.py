@@ -2,7 +2,7 @@
 
 After `capture`, a graph has one placeholder (images) and call_function nodes over constants; its quantizable work is
 `aten.linear`, `aten.conv2d` and `aten.matmul`. Every node carries in `meta`:
-    val           fake tensor (shape, dtype; the batch dimension is symbolic)
+    val           fake tensor (shape, dtype; the batch dimension is symbolic, and it alone)
     module_path   the module that ran the operator, e.g. "blocks.0.attn.qkv"
     module_stack  ((path, class name), ...) from the root to that module
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import operator
 import warnings
 from collections import Counter
@@ -25,15 +24,24 @@ from ospq_export.errors import InputError, reason_of
 from ospq_export.graph import canonical
 from ospq_export.graph.decompose import decompose
 from ospq_export.graph.outputs import choose_outputs
+from ospq_export.graph.ranged import check_ends, export_ranged, settle, traced_sizes, unlogged
+from ospq_export.graph.sizes import SizeRange
 
 aten = torch.ops.aten
 QUANTIZABLE = (aten.linear.default, aten.conv2d.default, aten.matmul.default)
 
 
-def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, example: Tensor, sizes: SizeRange | None
+) -> tuple[torch.export.ExportedProgram, SizeRange | None]:
     try:
         with warnings.catch_warnings(action="ignore"), _unfused(), torch.no_grad():
-            return decompose(_traced(model, example))
+            if sizes is None:
+                return decompose(_traced(model, example)), None
+            program, sizes = export_ranged(model, example, sizes)
+            return decompose(program), sizes
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"the model cannot be captured as one graph: {reason_of(error)}",
@@ -50,21 +58,9 @@ def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     except Exception as error:
         # len(tensor) can be nothing but a number, and fixes the batch size.
         if "specialized" in str(error):
-            with contextlib.suppress(Exception), _unlogged("torch._guards"):
+            with contextlib.suppress(Exception), unlogged("torch._guards"):
                 return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
         raise
-
-
-@contextlib.contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Without the tracebacks that a logger writes of an error that is raised as well."""
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 @contextlib.contextmanager
@@ -144,6 +140,7 @@ def capture(
     *,
     share: bool = False,
     outputs: Sequence[str] | None = None,
+    sizes: SizeRange | None = None,
 ) -> fx.GraphModule:
     """Capture a model as a canonical graph that computes the same function.
 
@@ -152,18 +149,43 @@ def capture(
         input_size: (channels, height, width) in pixels.
         share: whether constants may be the model's own memory, for a model that is used no more, instead of copies.
         outputs: names of the outputs that are kept; None keeps all that hold real numbers.
+        sizes: the heights and widths that the graph is to take besides; None fixes them at `input_size`.
 
     Returns:
         A GraphModule from (B, C, H, W) float32 to a tensor or a tuple of tensors, float32 with B in front, B free; constants
-        are buffers, `outputs.output_names` tells the names, and `meta["left_out"]` what else the model returns.
+        are buffers, `outputs.output_names` tells the names, `meta["left_out"]` what else the model returns, and `meta["sizes"]`
+        the range with the steps that the network needs. Fake values are for `input_size`.
 
     Raises:
-        InputError: the model cannot be captured; names the module, and the operator where one is unsupported.
+        InputError: the model cannot be captured, or not for the range; names the module, and the operator where one is
+            unsupported.
     """
-    device = next(iter(model.parameters())).device
+    if sizes is None:
+        return _captured(model, input_size, input_size[1:], None, share=share, outputs=outputs)
+    check_ends(model, input_size[0], sizes)
+    refused: InputError | None = None
+    for traced in traced_sizes(input_size[1:], sizes):
+        try:
+            return _captured(model, input_size, traced, sizes, share=share, outputs=outputs)
+        except InputError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _captured(
+    model: nn.Module,
+    input_size: Sequence[int],
+    traced: Sequence[int],
+    sizes: SizeRange | None,
+    *,
+    share: bool,
+    outputs: Sequence[str] | None,
+) -> fx.GraphModule:
+    """`capture` with images of height and width `traced`."""
     generator = torch.Generator().manual_seed(0)
-    example = torch.randn(2, *input_size, generator=generator).to(device)
-    program = _export(model, example)
+    example = torch.randn(2, input_size[0], *traced, generator=generator)
+    program, sizes = _export(model, example.to(next(iter(model.parameters())).device), sizes)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _annotate(module.graph.nodes)
@@ -173,6 +195,8 @@ def capture(
     result.meta["left_out"] = left_out
     if not quantizable_nodes(result.graph):
         raise InputError("the model has no linear, conv2d or matmul to quantize", where=type(model).__name__)
+    if sizes is not None:
+        settle(result, input_size, sizes)
     return result
 
 

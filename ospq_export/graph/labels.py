@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ospq_export.graph.rewrite import VIEWS, argument
+from ospq_export.graph.sizes import is_size
 
 aten = torch.ops.aten
 _BATCH = 2
@@ -39,7 +40,9 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 def concrete(value: Any) -> int:
-    """A size as a number, symbolic ones for a batch of two."""
+    """A size, or the node that computes it, as a number; symbolic ones for a batch of two."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
     if not isinstance(value, torch.SymInt):
         return int(value)
     expression = value.node.expr
@@ -76,9 +79,8 @@ def moved(node: fx.Node, label: Any) -> Any:
     """Run the operator itself on the channel numbers."""
 
     def value(argument: fx.Node) -> Any:
-        fake = argument.meta.get("val")
-        if isinstance(fake, torch.SymInt):
-            return concrete(fake)
+        if is_size(argument):
+            return concrete(argument)
         return [item.numbers for item in label] if isinstance(label, list) else label.numbers
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)

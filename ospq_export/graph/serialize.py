@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ospq_export.errors import InputError, damaged, reason_of
 from ospq_export.graph.outputs import LOGITS, output_names, output_node
+from ospq_export.graph.sizes import SizeRange, propagate
 
 _ATEN = """
 __and__.Tensor __or__.Tensor _native_batch_norm_legit_no_training.default _softmax.default _to_copy.default
@@ -64,7 +62,6 @@ ATEN = frozenset(f"aten.{name}" for name in _ATEN.split())
 _ON_SIZES = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem")
 SIZES: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _ON_SIZES}
 _VERSION = 1
-_BATCH = 2  # stands for the free batch size while shapes are computed
 # What torch calls by name and JSON has no form for.
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -94,21 +91,24 @@ def describe(module: fx.GraphModule) -> dict[str, Any]:
         }
         nodes.append({key: value for key, value in entry.items() if value not in (None, [], {}, "")})
     names = list(output_names(module.graph))
+    sizes = module.meta.get("sizes")
     return {
         "version": _VERSION,
         **({} if names == [LOGITS] else {"outputs": names}),
+        **({} if sizes is None else {"sizes": sizes.model_dump(mode="json")}),
         "constants": [[name, list(b.shape), _name(b.dtype)] for name, b in module.named_buffers()],
         "stacks": [json.loads(text) for text in stacks],
         "nodes": nodes,
     }
 
 
-def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
+def rebuild(described: dict[str, Any], where: Path, size: tuple[int, int] | None = None) -> fx.GraphModule:
     """The graph that `describe` described; its constants hold nothing yet.
 
     Args:
         described: what the JSON holds.
         where: what errors name.
+        size: height and width that shapes are computed for, of a graph with a range; None is the calibration's.
 
     Returns:
         As `capture`'s, in eval mode; constants are NaN, or 0 where they are integers, and take no memory.
@@ -124,7 +124,11 @@ def rebuild(described: dict[str, Any], where: Path) -> fx.GraphModule:
         }
         module = fx.GraphModule(constants, _graph(described))
         images = next(entry for entry in described["nodes"] if entry["op"] == "placeholder")
-        _propagate(module, images["shape"])
+        sizes = SizeRange.model_validate(described["sizes"]) if "sizes" in described else None
+        channels, *calibrated = map(int, images["shape"][1:])
+        propagate(module, (channels, *(size or calibrated)), sizes)
+        if sizes is not None:
+            module.meta["sizes"] = sizes
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise damaged(f"the graph cannot be rebuilt: {reason_of(error)}", where) from error
     return module.eval()
@@ -157,31 +161,6 @@ def _output_names(described: dict[str, Any], node: fx.Node) -> tuple[str, ...]:
     if len(set(names)) != len(node.all_input_nodes):
         raise ValueError(f"{len(node.all_input_nodes)} outputs have the names {', '.join(names)}")
     return names
-
-
-def _propagate(module: fx.GraphModule, images: list[int | str]) -> None:
-    """Give every node the fake tensor that `capture` gives it; the batch size stays free."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
-    dynamic = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (len(images) - 1)]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
-    size = [_BATCH, *map(int, images[1:])]
-    example = mode.from_tensor(torch.empty(size), symbolic_context=context)
-    with mode:
-        fakes = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in module.named_buffers()}
-    env: dict[fx.Node, Any] = {}
-    # C++ would take a free batch size for the number that stands for it.
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        for node in module.graph.nodes:
-            if node.op == "output":
-                continue
-            if node.op == "placeholder":
-                env[node] = example
-            elif node.op == "get_attr":
-                env[node] = fakes[str(node.target)]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)
-            node.meta["val"] = env[node]
 
 
 def _nothing(shape: list[int], dtype: torch.dtype) -> Tensor:

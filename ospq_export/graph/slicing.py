@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from ospq_export.errors import InputError
 from ospq_export.graph.capture import QUANTIZABLE
 from ospq_export.graph.outputs import output_nodes
+from ospq_export.graph.sizes import is_size
 
 aten = torch.ops.aten
 
@@ -40,7 +42,7 @@ class Slice:
 
 
 def _is_image_tensor(node: fx.Node, dependent: set[fx.Node]) -> bool:
-    return node in dependent and not isinstance(node.meta.get("val"), torch.SymInt)
+    return node in dependent and not is_size(node)
 
 
 def _image_dependent(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -164,21 +166,25 @@ def extract(module: fx.GraphModule, piece: Slice) -> fx.GraphModule:
     batch_size = graph.placeholder("batch_size")
     copies |= {by_name[name]: graph.placeholder(name) for name in piece.received}
 
-    def copy_of(node: fx.Node) -> fx.Node:
+    def copy_of(node: fx.Node) -> Any:
         if node in copies:
             return copies[node]
         if node.target is aten.sym_size.int and node.args[1] == 0 and node.args[0].op == "placeholder":  # type: ignore[union-attr]
             return batch_size
+        # A slice is run at the calibration's size, so what follows the images' height and width is a number in it.
+        if isinstance(value := node.meta.get("val"), int):
+            return value
         if node.op == "call_module":
             foreign.add(str(node.target))
-        elif node in dependent and not isinstance(node.meta.get("val"), torch.SymInt):
+        elif node in dependent and not is_size(node):
             raise ValueError(
                 f"slice {piece.name} needs {node.name}, which lies before its start {piece.start}"
             )
         return copies.setdefault(node, graph.node_copy(node, copy_of))
 
     for node in inner:
-        if node.target is not aten.sym_size.int and node not in copies:
+        number = isinstance(node.meta.get("val"), int)
+        if node.target is not aten.sym_size.int and node not in copies and not number:
             copies[node] = graph.node_copy(node, copy_of)
     sides = _sides(module.graph, inner)
     outputs = tuple(copy_of(node) for node in (inner[-1], *(by_name[name] for name in piece.carried), *sides))

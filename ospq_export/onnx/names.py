@@ -51,6 +51,21 @@ def name_everything(model: Any, keep: Collection[str]) -> None:
                 value.name = f"{node.name}.out" + (f"_{index}" if index else "")
 
 
+def name_sizes(graph: Any) -> None:
+    """Call the images' free dimensions batch, height and width in an onnx_ir graph, wherever they stand alone; in place."""
+    import onnx_ir as ir
+
+    images = graph.inputs[0].shape
+    pairs = zip((0, 2, 3), ("batch", "height", "width"), strict=True)
+    names = {images[axis].value: name for axis, name in pairs if isinstance(images[axis], ir.SymbolicDim)}
+    inner = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.outputs, *inner):
+        if value.shape is not None and not value.shape.frozen:
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, ir.SymbolicDim) and size.value in names:
+                    value.shape[axis] = ir.SymbolicDim(names[size.value])
+
+
 def _name_nodes(graph: Any) -> None:
     seen = Counter[str]()
     for node in graph:

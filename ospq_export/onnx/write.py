@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from torch import fx
 
 from ospq_export.errors import InputError
 from ospq_export.onnx import serialize
-from ospq_export.onnx.names import DYNAMIC_QUANTIZE, describe_inner_only, hide_outputs, name_everything
+from ospq_export.onnx.names import (
+    DYNAMIC_QUANTIZE,
+    describe_inner_only,
+    hide_outputs,
+    name_everything,
+    name_sizes,
+)
 
 # The lowest that every format has; see `formats.integer` for why it is no higher.
 OPSET = 20
@@ -27,6 +34,7 @@ INPUT = "images"
 # The zero point that carries int8 codes as uint8, and the metadata that says so.
 UINT8_ZERO = 128
 ACTIVATION_LAYOUT = "activation_layout"
+_FIXED: Mapping[int, Any] = MappingProxyType({})
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -37,6 +45,7 @@ def write_onnx(
     input_size: tuple[int, int, int],
     batch_size: int | None,
     metadata: Mapping[str, str],
+    dimensions: Mapping[int, Any] = _FIXED,
     outputs: Sequence[str] = ("logits",),
     probes: Sequence[str] = (),
     expose_probes: bool = False,
@@ -49,7 +58,14 @@ def write_onnx(
         InputError: an operator has no translation, or the file cannot be written.
     """
     returned = (*outputs, *probes)
-    model = translate(module, input_size=input_size, batch_size=batch_size, outputs=returned, opset=opset)
+    model = translate(
+        module,
+        input_size=input_size,
+        batch_size=batch_size,
+        dimensions=dimensions,
+        outputs=returned,
+        opset=opset,
+    )
     write_translated(
         model, path, metadata=metadata, probes=probes, expose_probes=expose_probes, passes=passes
     )
@@ -96,6 +112,7 @@ def translate(
     *,
     input_size: tuple[int, int, int],
     batch_size: int | None,
+    dimensions: Mapping[int, Any] = _FIXED,
     outputs: Sequence[str],
     opset: int = OPSET,
 ) -> Any:
@@ -105,6 +122,7 @@ def translate(
         module: from images (B, C, H, W) float32 to a tensor or a tuple of tensors; on the CPU.
         input_size: (channels, height, width) in pixels.
         batch_size: a fixed batch, or None for a dynamic one.
+        dimensions: those of the images that are free besides the batch, by number, as torch.export has them.
         outputs: names of what the graph returns, probes among them.
         opset: the highest that a format in the graph asks for.
 
@@ -115,7 +133,8 @@ def translate(
         InputError: an operator has no translation.
     """
     example = torch.zeros(batch_size or 2, *input_size)
-    dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
+    free = {**({0: torch.export.Dim("batch")} if batch_size is None else {}), **dimensions}
+    dynamic = (free,) if free else None
     try:
         # The exporter prints its progress and warns about its own internals; errors carry everything that matters.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet(), torch.no_grad():
@@ -136,6 +155,8 @@ def translate(
             f"the network cannot be written as ONNX: {reason}", fix="this model is not supported"
         ) from error
     assert program is not None
+    if dimensions:
+        name_sizes(program.model.graph)
     return program.model
 
 

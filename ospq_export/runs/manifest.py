@@ -8,10 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ospq_export.data.config import ClassLevel, DataConfig
 from ospq_export.errors import InputError, damaged
+from ospq_export.graph.sizes import SizeRange
 from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
@@ -160,13 +161,15 @@ class Manifest(_Record):
     """Everything about a run that is not a tensor.
 
     `outputs` is the number of the network's outputs; `classes_source` and `class_from` as in `data.record.ImagesRecord`.
-    Older runs have none of the three.
+    Older runs have none of the three. `size_range`: heights and widths that the network takes besides `data`'s; None where
+    it takes that one only.
     """
 
     schema_version: int = SCHEMA_VERSION
     status: Literal["calibrating", "calibrated"]
     model: ModelSpec
     data: DataConfig
+    size_range: SizeRange | None = Field(default=None, exclude_if=lambda sizes: sizes is None)
     class_to_idx: dict[str, int]
     classes_source: str | None = None
     class_from: ClassLevel | None = None
@@ -198,6 +201,7 @@ class Manifest(_Record):
         keys = (
             "model",
             "data",
+            "size_range",
             "task",
             "class_to_idx",
             "recipe",
@@ -205,7 +209,7 @@ class Manifest(_Record):
             "calibration",
             "versions",
         )
-        result = {key: dumped[key] for key in keys}
+        result = {key: dumped.get(key) for key in keys}
         # Neither the threads nor a file that is no image tell one run from another.
         aside = {
             "calibration": ("threads", "passed_over", "notes"),

@@ -12,17 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from ospq_export.data.config import DataConfig
 from ospq_export.errors import InputError, damaged
-from ospq_export.formats.base import Scales
 from ospq_export.formats.integer import Integer
 from ospq_export.graph.insertion import insert_quantizers
-from ospq_export.graph.quantizers import (
-    ActivationQuantizer,
-    CorrectedBias,
-    Mode,
-    QuantizedGraph,
-    WeightQuantizer,
-)
+from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.serialize import rebuild
 from ospq_export.graph.slicing import Slice
 from ospq_export.runs.files import (
@@ -33,7 +27,8 @@ from ospq_export.runs.files import (
     QUANTIZED_TENSORS,
     check_file,
 )
-from ospq_export.runs.manifest import Manifest, QuantizerRecord, check_files, read_manifest
+from ospq_export.runs.manifest import Manifest, check_files, read_manifest
+from ospq_export.runs.quantizers import fitting, load_bias, load_quantizers
 from ospq_export.runs.tensors import read_tensors
 
 
@@ -44,10 +39,12 @@ class Run:
     Attributes:
         path: the directory.
         manifest: what it says.
+        size: height and width that its networks are given, of a run with a range; None is the calibration's.
     """
 
     path: Path
     manifest: Manifest
+    size: tuple[int, int] | None = field(default=None, init=False, compare=False)
     _structure: fx.GraphModule | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -68,6 +65,36 @@ class Run:
         check_files(path, manifest)
         _check_complete(path, manifest)
         return cls(path, manifest)
+
+    @property
+    def data(self) -> DataConfig:
+        """The preprocessing of its images, at the size that they are to have."""
+        data = self.manifest.data
+        if self.size is None:
+            return data
+        return data.model_copy(update={"input_size": (data.input_size[0], *self.size)})
+
+    def at(self, input_size: Sequence[int]) -> Self:
+        """The same run, for images of another size of its range.
+
+        Args:
+            input_size: (channels, height, width) in pixels.
+
+        Raises:
+            InputError: the run has no range of sizes, or this one lies outside of it.
+        """
+        own, sizes, where = self.manifest.data.input_size, self.manifest.size_range, "`input_size`"
+        if sizes is None:
+            what = f"the run takes images of {own[1]}x{own[2]} only"
+            raise InputError(what, where=where, fix="leave it out, or calibrate with `size_range`")
+        if len(input_size) != len(own) or input_size[0] != own[0]:
+            shown = ",".join(map(str, input_size))
+            fix = f"write it like {','.join(map(str, own))}"
+            raise InputError(f"{shown} is no size of images with {own[0]} channels", where=where, fix=fix)
+        sizes.check(input_size[1:], where)
+        other = type(self)(self.path, self.manifest)
+        other.size = (input_size[1], input_size[2])
+        return other
 
     def file(self, name: str) -> Path:
         """Path of a file of the run.
@@ -136,7 +163,7 @@ class Run:
     def _rebuilt(self) -> fx.GraphModule:
         """The network's graph, whose constants are to be loaded; rebuilt once, because that takes a second or more."""
         if self._structure is None:
-            self._structure = rebuild(self._json(GRAPH), self.path / GRAPH)
+            self._structure = rebuild(self._json(GRAPH), self.path / GRAPH, self.size)
         return copy.deepcopy(self._structure)
 
     def float_network(self) -> nn.Module:
@@ -186,111 +213,10 @@ def _load_constants(
 ) -> None:
     for name in names:
         buffer = graph.get_buffer(name)
-        buffer.set_(_fitting(tensors, name, buffer, path))  # type: ignore[call-overload]
-
-
-def _fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor, path: Path) -> Tensor:
-    found = tensors.get(name)
-    if found is None or found.shape != like.shape or found.dtype != like.dtype:
-        shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-        raise damaged(f"{name}: expected {like.dtype} {tuple(like.shape)}, found {shown}", path)
-    return found
-
-
-def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise damaged(f"{name} is not finite", path)
+        buffer.set_(fitting(tensors, name, buffer, path))  # type: ignore[call-overload]
 
 
 def _forget(weight: Tensor) -> None:
     """Free a constant's memory; whoever reads it all the same gets NaN, or 0 where it holds integers."""
     nothing = torch.full((), torch.nan if weight.is_floating_point() else 0, dtype=weight.dtype)
     weight.set_(nothing.expand(weight.shape))  # type: ignore[call-overload]
-
-
-def quantizer_records(network: QuantizedGraph, slice_of: dict[str, int]) -> list[QuantizerRecord]:
-    """What the manifest says of all quantizers of a calibrated network."""
-    activations = [
-        QuantizerRecord(name=a.name, kind="activation", slice=slice_of[a.name], format=a.format.record())
-        for a in network.activations.values()
-    ]
-    weights = [
-        QuantizerRecord(
-            name=w.name, kind="weight", slice=slice_of[w.name], format=w.format.record(), constant=w.constant
-        )
-        for w in network.weights.values()
-    ]
-    return [*activations, *weights]
-
-
-def quantizer_tensors(quantizers: Sequence[ActivationQuantizer | WeightQuantizer]) -> dict[str, Tensor]:
-    """Scales, offsets and codes under the names that `load_quantizers` reads."""
-    tensors: dict[str, Tensor] = {}
-    for quantizer in quantizers:
-        tensors[f"{quantizer.name}.scale"] = quantizer.scale
-        if isinstance(quantizer, WeightQuantizer):
-            tensors[f"{quantizer.name}.codes"] = quantizer.codes
-            if quantizer.tensor_scale is not None:
-                tensors[f"{quantizer.name}.tensor_scale"] = quantizer.tensor_scale
-        else:
-            tensors[f"{quantizer.name}.offset"] = quantizer.offset
-    return tensors
-
-
-def load_quantizers(
-    network: QuantizedGraph, records: list[QuantizerRecord], tensors: dict[str, Tensor], path: Path
-) -> None:
-    """Set every quantizer of a network from records and tensors.
-
-    Raises:
-        InputError: a quantizer is missing, unknown, or its tensors have another shape, dtype or range.
-    """
-    quantizers: dict[str, ActivationQuantizer | WeightQuantizer] = {**network.activations, **network.weights}
-    unknown = {r.name for r in records} ^ set(quantizers)
-    if unknown:
-        raise damaged(f"the quantizers do not fit the graph: {min(unknown)}", path)
-    for record in records:
-        load_quantizer(quantizers[record.name], record, tensors, path)
-
-
-def load_bias(bias: CorrectedBias, value: Tensor | None, path: Path) -> None:
-    """Set the quantized network's bias.
-
-    Raises:
-        InputError: it is missing, or has another shape or dtype, or is not finite.
-    """
-    if value is None or value.shape != bias.value.shape or value.dtype != bias.value.dtype:
-        raise damaged(f"{bias.name} does not fit the graph", path)
-    _check_finite(bias.name, value, path)
-    bias.value.copy_(value)
-
-
-def load_quantizer(
-    quantizer: ActivationQuantizer | WeightQuantizer,
-    record: QuantizerRecord,
-    tensors: dict[str, Tensor],
-    path: Path,
-) -> None:
-    """Set one quantizer; see `load_quantizers`."""
-    try:
-        format_ = record.read_format()
-    except InputError as error:
-        raise damaged(f"{record.name}: {error}", path) from error
-    if type(format_) is not type(quantizer.format):
-        chosen = quantizer.format.name
-        raise damaged(f"{record.name} is recorded as {format_.name}, the recipe chose {chosen}", path)
-    quantizer.format = format_
-    for key, value in quantizer_tensors([quantizer]).items():
-        found = _fitting(tensors, key, value, path)
-        if not key.endswith(".codes"):
-            _check_finite(key, found, path)
-        # Without a copy, where the network lies in host memory: what `found` reads from a file stays there until it is needed.
-        value.set_(found.to(value.device))  # type: ignore[call-overload]
-    if not bool((quantizer.scale > 0).all()):
-        raise damaged(f"{record.name}.scale is not positive", path)
-    if isinstance(quantizer, ActivationQuantizer):
-        return
-    if not format_.holds(quantizer.codes):
-        raise damaged(f"{record.name}.codes are not all {format_.name}", path)
-    if not format_.stores(Scales(quantizer.scale, quantizer.tensor_scale)):
-        raise damaged(f"{record.name}.scale is not what {format_.name} can store", path)

@@ -1,4 +1,4 @@
-"""What a reader has to know about the processor before reading the figures of ONNX Runtime on the CPU."""
+"""What a reader has to know before reading the figures: of the processor, for ONNX Runtime on the CPU, and of the input size."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
     how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"
     return [f"{line}; {how}" for line in said if line]
+
+
+def size_findings(run: Run) -> list[str]:
+    """At which size of its range a run is judged, and where it was not; nothing where it takes one size."""
+    sizes = run.manifest.size_range
+    if sizes is None:
+        return []
+    height, width = run.data.input_size[1:]
+    others = [f"{h}x{w}" for h, w in sizes.ends if (h, w) != (height, width)]
+    return [
+        f"judged at {height}x{width} alone, and the run takes {sizes}: validate it at {' and '.join(others)} too"
+    ]

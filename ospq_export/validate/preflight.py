@@ -43,7 +43,7 @@ def images_of(
     if manifest.class_from == "path":
         choice = dataclasses.replace(choice, level=choice.level or "path")
     known = Classes(manifest.class_to_idx, manifest.classes_source)
-    config = manifest.data
+    config = run.data
     if exif and not config.exif:
         log.warning("images are turned as EXIF says, those of the calibration were not")
         config = config.model_copy(update={"exif": True})

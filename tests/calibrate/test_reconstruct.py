@@ -25,7 +25,7 @@ from ospq_export.graph.quantizers import (
 )
 from ospq_export.graph.slicing import extract, run_slice
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.run import quantizer_tensors
+from ospq_export.runs.quantizers import quantizer_tensors
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
 from ospq_export.runs.files import CHECKPOINTS, MANIFEST
 from ospq_export.runs.manifest import Manifest, installed_versions, read_manifest
-from ospq_export.runs.run import quantizer_tensors
+from ospq_export.runs.quantizers import quantizer_tensors
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from ospq_export.graph.granularity import block_slicing
 from ospq_export.graph.quantizers import Mode, quantizers_of
 from ospq_export.graph.slicing import extract
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.run import quantizer_tensors
+from ospq_export.runs.quantizers import quantizer_tensors
 
 CPU = torch.device("cpu")
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")

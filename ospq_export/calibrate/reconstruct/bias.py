@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ospq_export.calibrate.reconstruct.activations import FORWARD_BATCH, SliceData
 from ospq_export.graph.quantizers import CorrectedBias, Mode, own_quantizers, set_mode
 from ospq_export.graph.rewrite import Tap
-from ospq_export.runs.run import quantizer_tensors
+from ospq_export.runs.quantizers import quantizer_tensors
 
 aten = torch.ops.aten
 

@@ -14,6 +14,7 @@ from ospq_export.export.lower import lowering_of
 from ospq_export.export.lower.patches import as_linear, cuts_patches
 from ospq_export.graph.outputs import output_names, output_nodes, return_outputs
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.sizes import follows
 from ospq_export.graph.slicing import Slice
 
 aten = torch.ops.aten
@@ -100,7 +101,11 @@ class _Lowering:
         copy, sizes = self.copies[node], node.meta["val"].shape
         if not any(user.op != "output" for user in node.users):
             return copy
-        return self.call(aten.reshape.default, copy, [-1, *map(int, sizes[1:])])
+        free = follows(node)
+        shape = [
+            self.call(aten.sym_size.int, copy, i) if i in free else int(n) for i, n in enumerate(sizes[1:], 1)
+        ]
+        return self.call(aten.reshape.default, copy, [-1, *shape])
 
     def call(self, target: object, *args: object) -> fx.Node:
         """An operator."""

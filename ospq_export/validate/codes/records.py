@@ -14,7 +14,7 @@ from ospq_export.errors import damaged
 from ospq_export.formats.base import Scales
 from ospq_export.graph.quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from ospq_export.runs.files import FLOAT_TENSORS, QUANTIZED_TENSORS
-from ospq_export.runs.run import load_quantizer
+from ospq_export.runs.quantizers import load_quantizer
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.tasks.statistics import Record
 

@@ -227,7 +227,7 @@ def open_baseline(run: Run, other: Run, names: Sequence[str], device: str) -> li
 
 def _check_comparable(run: Run, other: Run) -> None:
     ours, theirs, where = run.manifest, other.manifest, f"`baseline` {other.path}"
-    changed = changed_preprocessing(ours.data, theirs.data)
+    changed = changed_preprocessing(run.data, other.data)
     if changed is not None:
         key, mine, others = changed
         raise InputError(

@@ -64,7 +64,7 @@ def check_preprocessing(run: Run, config: DataConfig) -> None:
     Raises:
         InputError: they are prepared differently.
     """
-    mine = run.manifest.data
+    mine = run.data
     changed = changed_preprocessing(mine, config.model_copy(update={"exif": mine.exif}))
     if changed is not None:
         key, ours, theirs = changed
