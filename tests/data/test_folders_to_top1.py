@@ -214,7 +214,9 @@ def manifest(**changes):
     config = DataConfig(
         input_size=(1, 8, 8), mean=(0,), std=(1,), interpolation="nearest", crop_pct=1, crop_mode="center"
     )
-    return SimpleNamespace(manifest=SimpleNamespace(**{**fields, **changes}, data=config, outputs=1000))
+    return SimpleNamespace(
+        manifest=SimpleNamespace(**{**fields, **changes}, data=config, outputs=1000), data=config
+    )
 
 
 def test_validation_images_of_a_run_without_classes(tmp_path, caplog) -> None:
