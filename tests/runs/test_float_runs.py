@@ -182,7 +182,7 @@ def test_records_of_another_format_are_refused(runs, tmp_path, name, quantizer, 
     ("pattern", "near"), [("blocks.11.mlp.*", r"blocks\.[01]\.mlp\.fc[12]"), ("haed", "head"), ("", "")]
 )
 def test_an_override_that_fits_no_operator_is_refused_before_any_work(tmp_path, monkeypatch, pattern, near):
-    monkeypatch.setattr("ospq_export.calibrate.stage.check_graph", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr("ospq_export.calibrate.stage.check_sizes", lambda *_: pytest.fail("work"))
     expected = rf"{pattern!r} fits no operator.*\(the recipe's overrides\): the closest are .*{near}"
     with pytest.raises(InputError, match=expected) as refused:
         q.tiny(tmp_path / "run", f'overrides={{"head"="fp8", "{pattern}"="float"}}')
