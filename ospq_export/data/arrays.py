@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ def open_arrays(path: Path) -> Found:
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
         arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else _entries(loaded, path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # A damaged archive raises whatever its damage leads to, zlib.error and NotImplementedError among them.
         raise InputError(
             f"cannot read arrays: {error}", where=path, fix="write it with numpy, without objects"
         ) from error

@@ -106,7 +106,8 @@ def _archive(path: Path) -> Foreign | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except Exception:
+        # A damaged archive raises whatever its damage leads to, UnicodeDecodeError and NotImplementedError among them.
         return Foreign("a torch file or zip archive that is cut short or damaged", _AGAIN)
     ends = [name.rsplit("/", 1)[-1] for name in names]
     if "constants.pkl" in ends and any("/code/" in f"/{name}" for name in names):

@@ -63,6 +63,31 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
         open_source(tmp_path / "x.npy")
 
 
+def changed(content: bytes, place: int, values: bytes) -> bytes:
+    """The content with other bytes at a place; negative ones count from the end."""
+    found = bytearray(content)
+    found[place : place + len(values)] = values
+    return bytes(found)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whatever_a_damaged_archive_raises_is_one_line(tmp_path: Path, save: Any) -> None:
+    path = tmp_path / "x.npz"
+    save(path, images=np.random.default_rng(0).integers(0, 9, (9, 8, 8, 3), np.uint8))
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")  # of the directory: versions, flags, method
+    for content in (
+        changed(whole, entry + 6, b"\xff"),
+        changed(whole, entry + 8, b"\x01"),
+        changed(whole, entry + 10, b"\x63"),
+        changed(whole, 200, bytes(range(200))),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cannot read arrays") as caught:
+            open_source(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_an_npy_stays_on_the_disk(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8))
     found = open_source(tmp_path / "x.npy")

@@ -488,6 +488,20 @@ def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path: Path, kind: st
     assert "weights_only" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("offset", "value"), [(6, b"\xff"), (46, b"\xa4")])
+def test_a_damaged_directory_of_an_archive_is_one_line(tmp_path: Path, offset: int, value: bytes) -> None:
+    """A version that nobody has, and a name that is not the UTF-8 that it says it is."""
+    torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 8 : entry + 10] = b"\x00\x08"
+    content[entry + offset : entry + offset + len(value)] = value
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputError, match="cut short or damaged") as caught:
+        load_checkpoint(nn.Linear(3, 2), tmp_path / "w.pth")
+    assert "\n" not in str(caught.value) and str(tmp_path / "w.pth") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("files", "what"),
     [
