@@ -174,7 +174,8 @@ def measure(
 def _figures(task: str, report: Report) -> dict[str, Any]:
     compared = {c.deployed: c for c in report.comparisons}
     quantization = report.quantization
-    assert quantization is not None
+    assert quantization is not None and report.floor is not None
+    exact = next(v for v in report.floor.variations if (v.reference, v.name) == (FAKE_QUANT, "float64"))
     return {
         "images": report.images,
         "scores": {b.name: b.scores[SCORES[task]] for b in report.backends},
@@ -184,6 +185,7 @@ def _figures(task: str, report: Report) -> dict[str, Any]:
             "quantization": quantization.outputs[0].mean_error,
             "deployed": compared[OPTIMIZED].outputs[0].mean_error,
         },
+        "noise": next(iter(exact.errors.values())).mean,
         "faithful": report.faithful,
         "kept": report.accuracy_kept,
     }
@@ -209,6 +211,8 @@ def page() -> str:
         header += [
             f"same {what}: fake-quantized to deployed, %",
             "cosine to float",
+            "error of deployed against fake-quantized, %",
+            "of fake-quantized in float64, %",
             "faithful",
             "accuracy kept",
         ]
@@ -218,6 +222,7 @@ def page() -> str:
                 *(f"{r['scores'][n]:.2f}" for n in (FLOAT, FAKE_QUANT, OPTIMIZED)),
                 *(f"{r['agreement'][n]:.2f}" for n in ("quantization", "deployed")),
                 f"{r['cosine']:.4f}",
+                *(f"{100 * share:.2f}" for share in (r["error"]["deployed"], r["noise"])),
                 *(told[r[n]] for n in ("faithful", "kept")),
             ]
             for r in found

@@ -2,14 +2,15 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from any_size import Convolutions, Tokens
 from helpers import RTX, SETTINGS
-from torch import nn
 
 from ospq_export import Run
 from ospq_export.cli.app import main
@@ -38,35 +39,8 @@ PREPROCESSING = DataConfig(
 )
 
 
-class Convolutions(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
-        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = F.relu(x + self.b(F.relu(self.a(x))))
-        return self.head(x.mean((2, 3)))
-
-
-class Tokens(nn.Module):
-    """Head size 16 and patches that the width of the largest size is no multiple of."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 32, 8, 8), nn.LayerNorm(32)
-        self.positions = nn.Parameter(torch.randn(1, 32, 4, 4))
-        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x):
-        x = self.patches(x)
-        x = x + F.interpolate(self.positions, x.shape[2:], mode="bilinear")
-        x = self.norm(x.flatten(2).transpose(1, 2))
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.head(x.mean(1))
+# Head size 16, and patches that the width of the largest size is no multiple of.
+NETWORKS = {"convolutions": partial(Convolutions, 16), "tokens": partial(Tokens, 32, 4)}
 
 
 def images(count, size, seed=0):
@@ -91,12 +65,12 @@ def runs(tmp_path_factory):
     """An exported run of each network, made when it is first asked for."""
     made = {}
 
-    def get(network):
-        if network not in made:
+    def get(name):
+        if name not in made:
             torch.manual_seed(0)
             out = tmp_path_factory.mktemp("sizes") / "run"
             run = Run.calibrate(
-                network().eval(),
+                NETWORKS[name]().eval(),
                 images(16, OWN),
                 "w8a8",
                 out,
@@ -104,15 +78,15 @@ def runs(tmp_path_factory):
                 size_range=ENDS,
                 preprocessing=PREPROCESSING,
             )
-            made[network] = run.export(fp16=network is Tokens)
-        return made[network]
+            made[name] = run.export(fp16=name == "tokens")
+        return made[name]
 
     return get
 
 
-@pytest.mark.parametrize("network", [Convolutions, Tokens])
-def test_the_file_is_faithful_at_its_own_size_and_at_both_ends(runs, network):
-    run = runs(network)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_file_is_faithful_at_its_own_size_and_at_both_ends(runs, name):
+    run = runs(name)
     assert read_manifest(run.path).size_range == SizeRange(smallest=ENDS[0], largest=ENDS[1])
     for size in (OWN, *ENDS):
         sized = run.at((3, *size))
@@ -125,7 +99,7 @@ def test_the_file_is_faithful_at_its_own_size_and_at_both_ends(runs, network):
 
 
 def test_files_have_free_sides_and_say_between_which(runs):
-    run = runs(Tokens)
+    run = runs("tokens")
     for name in ("model.onnx", "model_fp32.onnx", "model_qdq_fp16.onnx"):
         model = onnx.load(str(run.path / name))
         dims = model.graph.input[0].type.tensor_type.shape.dim
@@ -138,7 +112,7 @@ def test_files_have_free_sides_and_say_between_which(runs):
 
 @RTX
 def test_an_engine_has_the_ranges_profile(runs, tmp_path):
-    run = runs(Tokens)
+    run = runs("tokens")
     record = build_engine(run.path / "model_qdq_fp16.onnx", tmp_path / "x.engine", SETTINGS)
     assert record.input["shape"] == [1, 3, -1, -1]
     assert record.sides == {"height": (16, 32, 40), "width": (16, 32, 52)}
@@ -146,7 +120,7 @@ def test_an_engine_has_the_ranges_profile(runs, tmp_path):
 
 
 def test_other_sizes_are_refused_in_one_line(runs, capsys):
-    run = runs(Tokens)
+    run = runs("tokens")
     with pytest.raises(InputError, match="images of 8x16 lies outside of 16x16 to 40x52"):
         run.at((3, 8, 16))
     with pytest.raises(InputError, match="is no size of images with 3 channels"):

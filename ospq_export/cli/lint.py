@@ -12,7 +12,7 @@ from ospq_export.cli.options import console, say, say_json, with_options
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
-    from ospq_export.onnx.lint import Finding
+    from ospq_export.onnx.lint import Finding, Severity
 
 
 def lint(
@@ -55,9 +55,10 @@ def lint(
 
 def _print(findings: list[Finding]) -> None:
     """Findings by rule: what is wrong and where, then what fixes it."""
-    rules = dict.fromkeys((f.severity, f.rule, f.fix) for f in findings)
-    for severity, rule, fix in rules:
-        found = [f for f in findings if (f.severity, f.rule, f.fix) == (severity, rule, fix)]
+    rules: dict[tuple[Severity, str, str], list[Finding]] = {}
+    for finding in findings:
+        rules.setdefault((finding.severity, finding.rule, finding.fix), []).append(finding)
+    for (severity, rule, fix), found in rules.items():
         say(
             f"{severity.value}: {rule}, {len(found)} times" if len(found) > 1 else f"{severity.value}: {rule}"
         )

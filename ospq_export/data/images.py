@@ -170,9 +170,8 @@ class ImageSet(Images):
         Raises:
             InputError: Not one of the images can be read.
         """
-        yield from self._stream(
-            range(len(self)) if indices is None else indices, batch_size, workers, _GATHERED
-        )
+        order = range(len(self)) if indices is None else indices
+        return self._stream(order, batch_size, workers, _GATHERED)
 
     def _stream(self, order: Sequence[int], batch_size: int, workers: int, held: int) -> Iterator[Batch]:
         """See `batches`; `held` images at a time are gathered, where the source has to."""

@@ -1,4 +1,4 @@
-"""The optimization profile of an engine: smallest, likeliest and largest batch and images, where its file leaves them free."""
+"""The optimization profile of an engine: min, opt and max of the batch and of the images' sides that its file leaves free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Triple = tuple[int, int, int]
 
 
 def free_sides(model: Any) -> dict[str, Triple]:
-    """The sides of images that a file leaves free, by name, each at its smallest, at the calibration's and at its largest.
+    """The sides of images that a file leaves free, by name, each with its min, opt and max; opt is the calibration's.
 
     Args:
         model: an `onnx.ModelProto`; its metadata says so where it was exported from a run with a range of sizes.
@@ -21,8 +21,8 @@ def free_sides(model: Any) -> dict[str, Triple]:
     if not metadata.get("size_range"):
         return {}
     try:
-        sizes, likely = (json.loads(metadata[key]) for key in ("size_range", "preprocessing"))
-        rows = zip(sizes["smallest"], likely["input_size"][1:], sizes["largest"], strict=True)
+        sizes, calibrated = (json.loads(metadata[key]) for key in ("size_range", "preprocessing"))
+        rows = zip(sizes["smallest"], calibrated["input_size"][1:], sizes["largest"], strict=True)
         sides = {
             name: (int(a), int(b), int(c)) for name, (a, b, c) in zip(("height", "width"), rows, strict=True)
         }
@@ -40,7 +40,7 @@ def set_profile(builder: Any, network: Any, config: Any, batches: Triple | None,
         builder: of the product.
         network: parsed from `file`; its first input is the images.
         config: changed.
-        batches: the smallest, likeliest and largest; None is 1.
+        batches: min, opt and max; None is 1.
         file: what the metadata is read from.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.errors import InputError, reason_of
-from ospq_export.graph.sizes import SizeRange, propagate
+from ospq_export.graph.sizes import SizeRange, propagate, shown
 
 log = logging.getLogger(__name__)
 _WHERE = "`size_range`"
@@ -62,7 +62,7 @@ def _check_end(model: nn.Module, images: Tensor) -> None:
         with torch.no_grad():
             model(images)
     except Exception as error:
-        what = f"the network does not take images of {_times(images.shape[2:])}: {reason_of(error)}"
+        what = f"the network does not take images of {shown(images.shape[2:])}: {reason_of(error)}"
         raise InputError(what, where=_named(model, running), fix=_fix(model)) from error
     finally:
         for handle in handles:
@@ -149,12 +149,8 @@ def _check_steps(sizes: SizeRange, example: Tensor) -> None:
     for size in (*sizes.ends, tuple(example.shape[2:])):
         if sizes.why_not(size):
             fix = "give two ends, and an input size between them, that are multiples of it"
-            what = f"the network takes sizes in steps of {_times(sizes.step)}, and {_times(size)} is none"
+            what = f"the network takes sizes in steps of {shown(sizes.step)}, and {shown(size)} is none"
             raise InputError(what, where=_WHERE, fix=fix)
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def _stepped(sizes: SizeRange, message: str) -> SizeRange:

@@ -45,13 +45,13 @@ class SizeRange(BaseModel):
     def _check(self) -> Self:
         rises = all(1 <= low <= high for low, high in zip(self.smallest, self.largest, strict=True))
         if not rises or self.smallest == self.largest or min(self.step) < 1:
-            raise ValueError(f"{_shown(self.smallest)} to {_shown(self.largest)} is no range of sizes")
+            raise ValueError(f"{shown(self.smallest)} to {shown(self.largest)} is no range of sizes")
         return self
 
     def __str__(self) -> str:
         """As sentences have it."""
-        steps = "" if self.step == (1, 1) else f" in steps of {_shown(self.step)}"
-        return f"{_shown(self.smallest)} to {_shown(self.largest)}{steps}"
+        steps = "" if self.step == (1, 1) else f" in steps of {shown(self.step)}"
+        return f"{shown(self.smallest)} to {shown(self.largest)}{steps}"
 
     @property
     def ends(self) -> tuple[Pair, Pair]:
@@ -62,9 +62,9 @@ class SizeRange(BaseModel):
         """Why images of a height and a width are none of the range; "" where they are."""
         triples = zip(size, self.smallest, self.largest, strict=True)
         if not all(low <= side <= high for side, low, high in triples):
-            return f"{_shown(size)} lies outside of {self}"
+            return f"{shown(size)} lies outside of {self}"
         fits = all(side % step == 0 for side, step in zip(size, self.step, strict=True))
-        return "" if fits else f"{_shown(size)} is no multiple of {_shown(self.step)}"
+        return "" if fits else f"{shown(size)} is no multiple of {shown(self.step)}"
 
     def check(self, size: Sequence[int], where: str) -> None:
         """Hold a height and a width to the range.
@@ -91,7 +91,8 @@ class SizeRange(BaseModel):
         return found
 
 
-def _shown(size: Sequence[int]) -> str:
+def shown(size: Sequence[int]) -> str:
+    """A height and a width as people write them, "64x48"."""
     return "x".join(map(str, size))
 
 
@@ -114,7 +115,7 @@ def sizes_between(bounds: Sequence[Sequence[int]] | None, input_size: Sequence[i
     try:
         made = SizeRange.model_validate(dict(zip(("smallest", "largest", "step"), pairs, strict=False)))
     except ValueError as error:
-        what = f"{_shown(pairs[0])} to {_shown(pairs[1])} is no range of sizes"
+        what = f"{shown(pairs[0])} to {shown(pairs[1])} is no range of sizes"
         raise InputError(what, where=where, fix=fix) from error
     for size in (input_size[1:], *made.ends):
         made.check(size, where)

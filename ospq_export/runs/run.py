@@ -18,6 +18,7 @@ from ospq_export.formats.integer import Integer
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
 from ospq_export.graph.serialize import rebuild
+from ospq_export.graph.sizes import shown
 from ospq_export.graph.slicing import Slice
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,
@@ -85,12 +86,12 @@ class Run:
         """
         own, sizes, where = self.manifest.data.input_size, self.manifest.size_range, "`input_size`"
         if sizes is None:
-            what = f"the run takes images of {own[1]}x{own[2]} only"
+            what = f"the run takes images of {shown(own[1:])} only"
             raise InputError(what, where=where, fix="leave it out, or calibrate with `size_range`")
         if len(input_size) != len(own) or input_size[0] != own[0]:
-            shown = ",".join(map(str, input_size))
+            given = ",".join(map(str, input_size))
             fix = f"write it like {','.join(map(str, own))}"
-            raise InputError(f"{shown} is no size of images with {own[0]} channels", where=where, fix=fix)
+            raise InputError(f"{given} is no size of images with {own[0]} channels", where=where, fix=fix)
         sizes.check(input_size[1:], where)
         other = type(self)(self.path, self.manifest)
         other.size = (input_size[1], input_size[2])

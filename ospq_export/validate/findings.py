@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ospq_export.graph.sizes import shown
 from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX
 from ospq_export.validate.executions.table import TABLE, Runtime
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
@@ -41,8 +42,6 @@ def size_findings(run: Run) -> list[str]:
     sizes = run.manifest.size_range
     if sizes is None:
         return []
-    height, width = run.data.input_size[1:]
-    others = [f"{h}x{w}" for h, w in sizes.ends if (h, w) != (height, width)]
-    return [
-        f"judged at {height}x{width} alone, and the run takes {sizes}: validate it at {' and '.join(others)} too"
-    ]
+    own = run.data.input_size[1:]
+    others = " and ".join(shown(end) for end in sizes.ends if end != own)
+    return [f"judged at {shown(own)} alone, and the run takes {sizes}: validate it at {others} too"]

@@ -1,12 +1,13 @@
 """A range of input sizes: what has one, in which steps, and a graph of it that is right at both ends, also when it is rebuilt."""
 
-import json
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from any_size import Convolutions, Tokens
+from through import rebuilt
 from torch import nn
 
 from ospq_export.errors import InputError
@@ -20,39 +21,6 @@ from ospq_export.graph.slicing import atoms, extract, run_slice
 aten = torch.ops.aten
 OWN = (24, 24)
 BOUNDS = ((16, 16), (32, 48))
-
-
-class Convolutions(nn.Module):
-    """A residual block between a stem and a head, as a ResNet has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = F.relu(x + self.b(F.relu(self.a(x))))
-        return self.head(x.mean((2, 3)))
-
-
-class Tokens(nn.Module):
-    """Attention over as many tokens as the images have patches, with an interpolated position embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16)
-        self.positions = nn.Parameter(torch.randn(1, 16, 3, 3))
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.patches(x)
-        x = x + F.interpolate(self.positions, x.shape[2:], mode="bilinear")
-        x = self.norm(x.flatten(2).transpose(1, 2))
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.head(x.mean(1))
 
 
 class Skip(nn.Module):
@@ -93,12 +61,6 @@ def ranged(model, bounds=BOUNDS, own=OWN):
     torch.manual_seed(0)
     model = model().eval() if isinstance(model, type) else model.eval()
     return model, capture(model, (3, *own), sizes=sizes_between(bounds, (3, *own)))
-
-
-def rebuilt(graph):
-    again = rebuild(json.loads(json.dumps(describe(graph))), Path("graph.json"))
-    again.load_state_dict(graph.state_dict(), assign=True)
-    return again
 
 
 def shapes(graph):
