@@ -127,7 +127,9 @@ def _precision_flags(trt: Any, onnx_file: Path) -> dict[str, bool]:
     return {"fp16": True, "int8": any(node.op_type == "QuantizeLinear" for node in nodes)}
 
 
-def _config(trt: Any, settings: BuildSettings, onnx_file: Path, parsed: Any, progress: Progress | None) -> Any:
+def _config(
+    trt: Any, settings: BuildSettings, onnx_file: Path, parsed: Any, progress: Progress | None
+) -> Any:
     builder, network, _parser = parsed
     common: dict[str, Any] = {"profiles": profiles(network, settings.profile, onnx_file)}
     if settings.workspace_mib is not None:

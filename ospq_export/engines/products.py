@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from ospq_export.errors import InputError, reason_of
@@ -35,7 +36,9 @@ class Message:
 
 @functools.cache
 def load(product: Product) -> Any:
-    """The product's Python module, with Polygraphy set to it. One process takes one product: Polygraphy's switch is for the process.
+    """The product's Python module, with Polygraphy set to it.
+
+    One process takes one product: Polygraphy's switch holds for the whole process.
 
     Raises:
         InputError: it is not installed, its libraries cannot be loaded, or this process has loaded the other product.
@@ -100,3 +103,25 @@ def quiet_polygraphy() -> Iterator[None]:
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         yield
+
+
+def load_engine(product: Product, source: Path | bytes) -> Any:
+    """An `ICudaEngine` of a file or of its bytes, on this machine's GPU.
+
+    Raises:
+        InputError: the product cannot load it.
+    """
+    trt = load(product)
+    recorder(product)
+    from polygraphy.backend.trt import EngineFromBytes, EngineFromPath
+    from polygraphy.exception import PolygraphyException
+
+    with quiet_polygraphy():
+        try:
+            return EngineFromBytes(source)() if isinstance(source, bytes) else EngineFromPath(str(source))()
+        except PolygraphyException as error:
+            raise InputError(
+                f"{product.module} {trt.__version__} cannot load the engine",
+                where=None if isinstance(source, bytes) else source,
+                fix="build it again on this machine: engines are tied to a GPU and a version",
+            ) from error
