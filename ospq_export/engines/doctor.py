@@ -205,4 +205,6 @@ def _runs(product: Product) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps([found.model_dump() for found in examine_product(Product(sys.argv[1]))]) + "\n")
+    sys.stdout.write(
+        json.dumps([found.model_dump() for found in examine_product(Product(sys.argv[1]))]) + "\n"
+    )
