@@ -101,6 +101,12 @@ def validate(
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
     ] = False,
+    save_outputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also FILE.json for Polygraphy: outputs of 8 images; the images in FILE.inputs.json."
+        ),
+    ] = None,
     exif: options.ExifOption = False,
     class_map: options.ClassMapOption = None,
     class_order: options.ClassOrderOption = None,
@@ -155,12 +161,13 @@ def validate(
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
+        save_outputs=save_outputs,
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
 
 
-_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device")
+_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs")
 
 
 def _without(context: typer.Context, names: Sequence[str]) -> None:

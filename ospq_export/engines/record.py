@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from ospq_export.engines.build import BuildSettings, Built, build, check_settings
 from ospq_export.engines.plan import Fusion, PlanLayer, analyse, layers_from_inspector, layers_from_log
-from ospq_export.engines.products import Product, load, recorder
+from ospq_export.engines.products import Product, load, load_engine
 from ospq_export.engines.profiles import free_sides
 from ospq_export.errors import InputError
 from ospq_export.runs.files import json_text, replacing, sha256
@@ -155,12 +155,12 @@ def _layers(product: Product, built: Built) -> list[PlanLayer]:
     layers = layers_from_log(message.text for message in built.log)
     if layers or gpu_name() is None:
         return layers
-    trt = load(product)
-    engine = trt.Runtime(recorder(product)).deserialize_cuda_engine(built.plan)
-    if engine is None:
+    try:
+        inspector = load_engine(product, built.plan).create_engine_inspector()
+    except InputError:
         return []
-    inspector = engine.create_engine_inspector()
-    return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    json_form = load(product).LayerInformationFormat.JSON
+    return layers_from_inspector(inspector.get_engine_information(json_form))
 
 
 def gpu_name() -> str | None:

@@ -15,7 +15,7 @@ from ospq_export.calibrate.observe import observe
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_spec
 from ospq_export.engines import products
-from ospq_export.engines.build import BuildSettings, build, target_members
+from ospq_export.engines.build import BuildSettings, build, target_capabilities
 from ospq_export.engines.doctor import examine, tiny_model
 from ospq_export.engines.plan import layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product
@@ -271,14 +271,14 @@ def test_a_refused_build_shows_the_builders_reason(tmp_path):
 @RTX
 def test_settings_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(InputError, match=r"SM90.*SM89"):
-        target_members(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM90",)))
+        target_capabilities(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM90",)))
     with pytest.raises(InputError, match="static batch of 1"):
         build(tiny, BuildSettings(Product.TENSORRT_RTX, (1, 2, 4), ("SM89",)))
     with pytest.raises(InputError, match="measures nothing"):
         build(tiny, BuildSettings(Product.TENSORRT_RTX, None, ("SM89",), timing_cache=tmp_path / "timings"))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no GPU here"):
-            target_members(BuildSettings(Product.TENSORRT_RTX))
+            target_capabilities(BuildSettings(Product.TENSORRT_RTX))
 
 
 def test_a_missing_product(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines: two packages with the same API; tensors live in torch's CUDA memory."""
+"""TensorRT and TensorRT-RTX engines, run by Polygraphy; tensors live in torch's CUDA memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ospq_export.engines.products import Product, load
+from ospq_export.engines.products import Product, load, load_engine, quiet_polygraphy
 from ospq_export.errors import InputError
 from ospq_export.runs.files import ENGINE, QUANTIZED_ONNX, sha256
 from ospq_export.tasks.measure import Outputs
@@ -29,18 +29,17 @@ class EngineBackend:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         product = Product(name)
-        trt = load(product)
-        _check_gpu(name)
         sidecar = _sidecar(path)
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise InputError(
-                f"{product.module} {trt.__version__} cannot load the engine",
-                where=path,
-                fix="build it again on this machine: engines are tied to a GPU and a version",
-            )
-        self.context = self.engine.create_execution_context()
+        _check_product(product, sidecar, path)
+        _check_gpu(name)
+        # Last of the checks: it decides which product this process can run.
+        trt = load(product)
+        self.engine = load_engine(product, path)
+        from polygraphy.backend.trt import TrtRunner
+
+        self.runner = TrtRunner(self.engine, name=name)
+        with quiet_polygraphy():
+            self.runner.activate()
         tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         inputs = [t for t in tensors if self.engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
         self.input, self.outputs = inputs[0], [t for t in tensors if t not in inputs]
@@ -59,24 +58,19 @@ class EngineBackend:
         """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
         x = torch.from_numpy(images).cuda()
         parts = [self._run(part) for part in x.split(self.batch_size)]
-        return {n: torch.cat([part[n] for part in parts]).float().cpu().numpy() for n in self.outputs}
+        return {n: torch.cat([part[n] for part in parts]).numpy() for n in self.outputs}
 
     def _run(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
         count = len(part)
         if self.fixed_batch is not None and self.fixed_batch > count:
             part = torch.cat([part, part.new_zeros(self.fixed_batch - count, *part.shape[1:])])
         part = part.contiguous()
-        self.context.set_input_shape(self.input, tuple(part.shape))
-        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
-        found = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
-        self.context.set_tensor_address(self.input, part.data_ptr())
-        for name, out in found.items():
-            self.context.set_tensor_address(name, out.data_ptr())
-        stream = torch.cuda.current_stream()
-        if not self.context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError(f"{self.name} failed to execute {self.path}")
-        stream.synchronize()
-        return {name: out[:count] for name, out in found.items()}
+        # The runner has a stream of its own, which does not wait for torch's.
+        torch.cuda.current_stream().synchronize()
+        with quiet_polygraphy():
+            found = self.runner.infer({self.input: part}, check_inputs=False, copy_outputs_to_host=False)
+        # The runner's buffers are its own again at the next call.
+        return {name: found[name][:count].float().cpu() for name in self.outputs}
 
 
 def _check_gpu(name: str) -> None:
@@ -94,9 +88,20 @@ def check_engine(name: str, folder: Path) -> None:
     Raises:
         InputError: no package, no GPU, or no engine that is the one its sidecar describes.
     """
-    load(Product(name))
+    product, path = Product(name), engine_file(folder)
+    _check_product(product, _sidecar(path), path)
     _check_gpu(name)
-    engine_file(folder)
+    load(product)
+
+
+def _check_product(product: Product, sidecar: dict[str, Any], path: Path) -> None:
+    built_by = sidecar.get("product", product)
+    if built_by != product:
+        raise InputError(
+            f"the engine was built by {built_by}",
+            where=path,
+            fix=f"validate it as {built_by}, or build one with `engine` {product}",
+        )
 
 
 def engine_file(folder: Path) -> Path:
