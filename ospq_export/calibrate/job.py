@@ -26,7 +26,7 @@ from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import QuantizedGraph, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
-from ospq_export.progress import stepper
+from ospq_export.progress import announce, stepper
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,
     CHECKPOINTS,
@@ -162,8 +162,7 @@ class Job:
 
     def _say(self, line: str) -> None:
         log.info("%s", line)
-        if self.progress is not None:
-            self.progress.console.print(line, markup=False)
+        announce(self.progress, line)
 
     def _take(
         self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None
