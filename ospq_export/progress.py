@@ -87,7 +87,8 @@ class PlainProgress(Progress):
 
     def _report(self, task_id: TaskID) -> None:
         task, now = self._tasks[task_id], self.get_time()
-        shown = self._shown.setdefault(task_id, _Shown(task.start_time or now))
+        started = now if task.start_time is None else task.start_time
+        shown = self._shown.setdefault(task_id, _Shown(started))
         tenth, waited = int(task.percentage // 10), now - shown.time
         due = waited >= _LONGEST or (tenth > shown.tenth and waited >= _SHORTEST)
         ends = task.finished and (waited >= _BRIEF or shown.tenth > 0)

@@ -212,7 +212,7 @@ def run_validate(
     Args:
         run: exported.
         images: with the run's preprocessing.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
         settings: of `validate`; None means the default.
 
