@@ -37,7 +37,9 @@ def test_no_flood_and_no_silence(plain, capsys):
     walked(plain, 1000, 0.01, total=1000)
     assert len(capsys.readouterr().err.splitlines()) == 2, "ten seconds: at half, and at the end"
     walked(plain, 3, 3700.0, total=100)
-    assert capsys.readouterr().err.splitlines()[-1] == "observe: 3 % (3 of 100), 3:05:00 elapsed, ETA 99:41:40"
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "observe: 3 % (3 of 100), 3:05:00 elapsed, ETA 99:41:40"
+    )
     walked(plain, 5, 0.1, total=5)
     assert not capsys.readouterr().err, "what takes no second needs no line"
 
