@@ -67,7 +67,10 @@ class _Shown:
 
 
 class PlainProgress(Progress):
-    """Lines such as "observe: 30 % (46 of 152), 0:12 elapsed, ETA 0:28", without control codes, for logs and pipes."""
+    """Lines such as "observe: 30 % (46 of 152), 0:12 elapsed, ETA 0:28", without control codes, for logs and pipes.
+
+    Tasks that are added as `nested` in another one have no lines.
+    """
 
     def __init__(self) -> None:
         # Rich itself shows nothing: it only counts and estimates.
@@ -92,7 +95,7 @@ class PlainProgress(Progress):
         tenth, waited = int(task.percentage // 10), now - shown.time
         due = waited >= _LONGEST or (tenth > shown.tenth and waited >= _SHORTEST)
         ends = task.finished and (waited >= _BRIEF or shown.tenth > 0)
-        if shown.ended or not (due or ends):
+        if shown.ended or task.fields.get("nested") or not (due or ends):
             return
         shown.time, shown.tenth, shown.ended = now, tenth, task.finished
         announce(self, _line(task))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ospq_export.data.config import ClassLevel, DataConfig
-from ospq_export.errors import InputError, damaged
+from ospq_export.errors import InputError, damaged, reason_of, refusal_of
 from ospq_export.graph.sizes import SizeRange
 from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe
@@ -250,7 +250,7 @@ def read_manifest(folder: Path) -> Manifest:
             fix="give a folder that `calibrate` wrote",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(f"the manifest cannot be read: {error}", path) from error
+        raise damaged(f"the manifest cannot be read: {reason_of(error)}", path) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -263,7 +263,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise damaged(f"the manifest's {key!r} is wrong: {first['msg']}", path) from error
+        raise damaged(f"the manifest's {key!r} is wrong: {refusal_of(first)}", path) from error
 
 
 def _again(values: object) -> str:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.errors import damaged
+from ospq_export.errors import damaged, reason_of
 from ospq_export.runs.files import replacing
 
 
@@ -61,4 +61,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise damaged(f"cannot be read as safetensors: {error}", path) from error
+        raise damaged(f"cannot be read as safetensors: {reason_of(error)}", path) from error
