@@ -153,7 +153,7 @@ class Run(StoredRun):
             batch_size: a fixed one; None is dynamic.
             extras: further files.
             fp16: also the files with FP16 float parts, which engines are built from.
-            overwrite: whether files of an earlier export may be replaced.
+            overwrite: whether files of an earlier export are replaced; else those that are there stay, and the rest is added.
             session: progress.
 
         Returns:
@@ -172,7 +172,7 @@ class Run(StoredRun):
                 overwrite=overwrite,
                 progress=progress,
             )
-        self.manifest = written.manifest
+        self.manifest = written.run.manifest
         return self
 
     def validate(

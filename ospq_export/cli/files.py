@@ -34,7 +34,7 @@ def run_files(
         out: folder of the report; None puts it beside the deployed file, under its name and ".report".
         given: what is said of the preprocessing.
         choice: what is said of the classes.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
         settings: of `validate_files`.
 

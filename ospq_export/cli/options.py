@@ -41,7 +41,7 @@ ThreadsOption = Annotated[
         help="Threads that compute. Default: OMP_NUM_THREADS, else the cores that affinity and CPU quota allow."
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelArgument = Annotated[
     str,
     typer.Argument(

@@ -12,7 +12,7 @@ import typer
 from ospq_export.cli import options
 from ospq_export.cli.files import print_report, run_files
 from ospq_export.cli.options import class_choice, data_settings, with_options
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def run_validate(
     Args:
         run: exported.
         images: with the run's preprocessing.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
         settings: of `validate`; None means the default.
 
@@ -265,6 +265,5 @@ def _thresholds(**values: float | None) -> Thresholds:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise InputError(
-            first["msg"], where=f"{option} {first['input']}", fix="choose another value"
-        ) from error
+        where = f"{option} {first['input']}"
+        raise InputError("the value is not possible", where=where, fix=refusal_of(first)) from error

@@ -23,6 +23,7 @@ from ospq_export.engines.products import (
     recorder,
 )
 from ospq_export.engines.profiles import profiles
+from ospq_export.engines.targets import BUILD_THERE, target_of
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -164,7 +165,9 @@ def _config(
 def _member(kind: Any, name: str, option: str) -> Any:
     known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
-        raise InputError(f"{name!r} is not known here", where=option, fix=f"use one of {', '.join(known)}")
+        raise InputError(
+            f"{name!r} is unknown to the builder", where=option, fix=f"use one of {', '.join(known)}"
+        )
     return getattr(kind, name.upper())
 
 
@@ -195,12 +198,12 @@ def check_settings(settings: BuildSettings) -> None:
 
 
 def _check_profile(profile: tuple[int, int, int]) -> None:
-    smallest, likely, largest = profile
-    if not 1 <= smallest <= likely <= largest:
+    least, opt, most = profile
+    if not 1 <= least <= opt <= most:
         raise InputError(
-            f"batches {smallest}, {likely}, {largest} do not rise",
+            f"{least},{opt},{most}: min, opt and max have to ascend from 1 on",
             where="`profile`",
-            fix="write MIN,OPT,MAX",
+            fix="write it like 1,8,32",
         )
 
 
@@ -227,9 +230,21 @@ def target_capabilities(settings: BuildSettings) -> list[tuple[int, int]]:
         )
     kind = getattr(load(settings.product), "ComputeCapability", None)
     for name in wanted:
+        _check_built_for(settings.product, name)
         _member(kind, name, "`compute_capability`")
     digits = [name.upper().removeprefix("SM") for name in dict.fromkeys(wanted)]
     return [(int(d[:-1]), int(d[-1])) for d in digits]
+
+
+def _check_built_for(product: Product, name: str) -> None:
+    """Refuse hardware that there is, and that the product has no code for."""
+    known = known_capabilities(product)
+    if target_of(name) is not None and name.upper() not in known:
+        raise InputError(
+            f"{product} does not build for {name.upper()}, only for {', '.join(known)}",
+            where="`compute_capability`",
+            fix=BUILD_THERE,
+        )
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -241,7 +256,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             self.tasks: dict[str, Any] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps)
+            nested = parent_phase is not None
+            self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps, nested=nested)
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.tasks:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 from ospq_export.recipes.keys import refusal
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
             # Some editors put a byte order mark in front.
             text = Path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the recipe cannot be read: {error}", where=name_or_path) from error
+            raise InputError(f"the recipe cannot be read: {reason_of(error)}", where=name_or_path) from error
     else:
         known = ", ".join(packaged_recipes())
         raise InputError(

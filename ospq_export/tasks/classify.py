@@ -136,7 +136,7 @@ class Logits(Measure):
         return {
             TOP1: wilson(hits, len(labels)),
             "Top-5": wilson(round(top5 * len(labels) / 100), len(labels)),
-            "calibration error": expected_calibration_error(logits, labels),
+            "expected calibration error (ECE)": expected_calibration_error(logits, labels),
         }
 
 

@@ -107,6 +107,9 @@ class Verdict(Record):
         return [*self.faithful.criteria, *self.accuracy.criteria]
 
 
+_ADD = "run one that this machine has, such as onnxruntime, together with what it is compared with"
+
+
 def conclude(
     faithful: Sequence[Criterion], accuracy: Sequence[Criterion], notes: Sequence[str] = ()
 ) -> Verdict:
@@ -130,7 +133,10 @@ def worst_of(*judged: Judgement | Criterion) -> Outcome:
 
 
 def _judgement(criteria: Sequence[Criterion], subject: str, state: str) -> Judgement:
-    outcome = worst_of(*criteria) if criteria else "open"
+    if not criteria:
+        what = f"no verdict on whether {subject} {state}: no deployed execution was compared"
+        return Judgement(outcome="open", text=f"{what}; {_ADD}", criteria=[])
+    outcome = worst_of(*criteria)
     said = {
         "met": f"{subject} {state}",
         "missed": f"{subject} not {state}",
@@ -139,7 +145,7 @@ def _judgement(criteria: Sequence[Criterion], subject: str, state: str) -> Judge
     deciding = [c for c in criteria if c.outcome == outcome]
     if outcome == "met":
         deciding = [c for c in criteria if c.name in _FIGURES] or deciding
-    text = f"{said}: {_listed(deciding) or 'nothing was compared'}"
+    text = f"{said}: {_listed(deciding)}"
     return Judgement(outcome=outcome, text=text, criteria=list(criteria))
 
 

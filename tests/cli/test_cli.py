@@ -296,7 +296,10 @@ def test_backends_by_name(capsys, images, copy):
         assert [(c["reference"], c["deployed"]) for c in report["comparisons"]] == [(reference, name)]
         assert [(a["reference"], a["deployed"]) for a in report["accuracy"]] == [("float", name)]
     assert_refused(run(capsys, *options, "--backend", "abacus"), "no execution 'abacus'")
-    assert_refused(run(capsys, *options, "--backend", "fake_quant"), "nothing deployed is among fake_quant")
+    assert_refused(
+        run(capsys, *options, "--backend", "fake_quant"),
+        "no verdict without a deployed execution: fake_quant is none",
+    )
     assert_refused(run(capsys, *options, "--latency-batch", 6), "a batch of 6 would be padded")
     assert_refused(run(capsys, *options, "--decision-threshold", 1), "the largest one decides")
 

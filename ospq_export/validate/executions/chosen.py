@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 from ospq_export.errors import InputError
 from ospq_export.runs.files import (
-    ENGINE,
     QUANTIZED_BRAIN_ONNX,
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
 )
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.engines import engine_file
+from ospq_export.validate.executions.engines import check_engines
 from ospq_export.validate.executions.origin import changed_preprocessing, check_origin
 from ospq_export.validate.executions.table import (
     DEFAULT_BACKENDS,
@@ -132,7 +131,7 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
     if not set(named) & set(with_role(Role.DEPLOYED, Role.FLOAT_FILE)):
         raise InputError(
-            f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
+            f"no verdict without a deployed execution: {', '.join(named)} {'is' if len(named) == 1 else 'are'} none",
             where="`backends`",
             fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
         )
@@ -163,9 +162,9 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
         if file == QUANTIZED_HALF_ONNX and file not in run.manifest.files:
             raise InputError(f"the run has no {file}", where=run.path, fix="export it with `fp16`")
         check_origin(run, file)
-    if (run.path / ENGINE).is_file() and any(execution.runtime is Runtime.ENGINE for execution in judged):
+    if any(execution.runtime is Runtime.ENGINE for execution in judged):
         # Not being able to run an engine here is one thing; a damaged one must not pass for that.
-        engine_file(run.path)
+        check_engines(run.path)
 
 
 def pairs_of(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ospq_export.engines.products import Product, load, load_engine, quiet_polygraphy
-from ospq_export.errors import InputError
-from ospq_export.runs.files import ENGINE, QUANTIZED_ONNX, sha256
+from ospq_export.engines.targets import gpu_here
+from ospq_export.errors import InputError, reason_of
+from ospq_export.runs.files import ENGINES, QUANTIZED_ONNX, UNNAMED_ENGINE, sha256, sidecar_file
 from ospq_export.tasks.measure import Outputs
 from ospq_export.tasks.statistics import FloatArray
+
+_AMPERE = 80
 
 
 class EngineBackend:
@@ -30,7 +34,6 @@ class EngineBackend:
         self.name, self.path = name, path
         product = Product(name)
         sidecar = _sidecar(path)
-        _check_product(product, sidecar, path)
         _check_gpu(name)
         # Last of the checks: it decides which product this process can run.
         trt = load(product)
@@ -88,42 +91,73 @@ def check_engine(name: str, folder: Path) -> None:
     Raises:
         InputError: no package, no GPU, or no engine that is the one its sidecar describes.
     """
-    product, path = Product(name), engine_file(folder)
-    _check_product(product, _sidecar(path), path)
-    _check_gpu(name)
+    product = Product(name)
     load(product)
+    _check_gpu(name)
+    engine_file(folder, product)
 
 
-def _check_product(product: Product, sidecar: dict[str, Any], path: Path) -> None:
-    built_by = sidecar.get("product", product)
-    if built_by != product:
-        raise InputError(
-            f"the engine was built by {built_by}",
-            where=path,
-            fix=f"validate it as {built_by}, or build one with `engine` {product}",
-        )
-
-
-def engine_file(folder: Path) -> Path:
-    """The run's engine.
+def check_engines(folder: Path) -> None:
+    """Hold every engine of a run to its sidecar.
 
     Raises:
-        InputError: it has none, or one that is not the file its sidecar describes.
+        InputError: one is not the file that its sidecar describes.
     """
-    path = folder / ENGINE
-    if not path.is_file():
-        raise InputError(f"the run has no {ENGINE}", where=folder, fix="build an engine with `export` first")
-    _sidecar(path)
-    return path
+    for path in sorted(folder.glob(ENGINES)):
+        _sidecar(path)
+
+
+def engine_file(folder: Path, product: Product, gpu: str | None = None) -> Path:
+    """The run's engine of a product for a GPU: the one that was built for the fewest others besides.
+
+    Args:
+        folder: the run directory.
+        product: what built it.
+        gpu: compute capability such as "SM89"; None is this machine's.
+
+    Raises:
+        InputError: there is none, or one is not the file that its sidecar describes.
+    """
+    gpu = gpu or gpu_here()
+    sidecars = {path: _sidecar(path) for path in sorted(folder.glob(ENGINES))}
+    own = {path: s for path, s in sidecars.items() if s.get("product", product) == product}
+    again = f"build one with `export` and `engine` {product}"
+    if not own:
+        raise InputError(f"the run has no engine of {product}", where=folder, fix=again)
+    fitting = [path for path, sidecar in own.items() if gpu is None or _runs_on(sidecar, gpu)]
+    if not fitting:
+        there = ", ".join(f"{path.name} for {', '.join(_targets(s))}" for path, s in own.items())
+        raise InputError(
+            f"no engine of the run is for this GPU, {gpu}: it has {there}", where=folder, fix=again
+        )
+    return min(fitting, key=lambda path: _preference(path, own[path], gpu))
+
+
+def _targets(sidecar: Mapping[str, Any]) -> list[str]:
+    return list(map(str, sidecar.get("compute_capabilities", ["current"])))
+
+
+def _runs_on(sidecar: Mapping[str, Any], gpu: str) -> bool:
+    """Whether an engine was built for a GPU; for "current" it is tried: older sidecars do not say more."""
+    targets = _targets(sidecar)
+    beyond = sidecar.get("hardware_compatibility") == "ampere_plus" and int(gpu.removeprefix("SM")) >= _AMPERE
+    return gpu in targets or "current" in targets or beyond
+
+
+def _preference(path: Path, sidecar: Mapping[str, Any], gpu: str | None) -> tuple[bool, bool, int, str]:
+    targets = _targets(sidecar)
+    return gpu not in targets, path.name == UNNAMED_ENGINE, len(targets), path.name
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    beside = path.parent / f"{path.name}.json"
+    beside = sidecar_file(path)
     try:
         values = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the engine's sidecar cannot be read: {error}", where=beside, fix="build the engine again"
+            f"the engine's sidecar cannot be read: {reason_of(error)}",
+            where=beside,
+            fix="build the engine again",
         ) from error
     source = Path(str(values.get("onnx", QUANTIZED_ONNX))).name if isinstance(values, dict) else ""
     claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}

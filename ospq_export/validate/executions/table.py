@@ -96,7 +96,7 @@ class Execution:
             InputError: it is not available.
         """
         if self.runtime is Runtime.ENGINE:
-            return EngineBackend(self.name, engine_file(run.path))
+            return EngineBackend(self.name, engine_file(run.path, Product(self.name)))
         if self.runtime is Runtime.OPENVINO:
             check_openvino(run, str(self.file))
             return OpenVinoBackend(self.name, run.runnable(str(self.file)), exact=self.exact)

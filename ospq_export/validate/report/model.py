@@ -21,7 +21,8 @@ class BackendResult(Record):
     """One execution over all images.
 
     Attributes:
-        scores: in percent, by name: "Top-1", "Top-5", "calibration error", "k-NN Top-1", "mIoU"; none without labels.
+        scores: in percent, by name: "Top-1", "Top-5", "expected calibration error (ECE)", "k-NN Top-1", "mIoU"; none
+            without labels.
         intervals: of those that are shares of the images.
     """
 
