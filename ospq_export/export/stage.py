@@ -17,6 +17,7 @@ from ospq_export.export.jobs import Extras, Job, jobs_of
 from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
+from ospq_export.export.opset import check_opset
 from ospq_export.graph.outputs import output_names
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.kernels import Kernels, integer_kernels
@@ -51,6 +52,7 @@ def export(
     batch_size: int | None = None,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    opset: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[Path], Sequence[str]] | None = None,
@@ -67,6 +69,7 @@ def export(
         extras: further files.
         deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
             asked otherwise, because a static shape is what fuses and tunes best.
+        opset: of ONNX's operators, for parsers that know no later ones: 17 for TensorRT 8.6; None: 20, or what the formats need.
         overwrite: whether files of an earlier export may be replaced.
         progress: where to show a progress bar.
         finish: called with the folder of the finished files before they take their place; what it writes there, an engine, takes
@@ -83,13 +86,15 @@ def export(
             raise InputError(f"a batch of {size} images", where="`batch_size`", fix="give 1 or more")
     check_folder(path, "RUN")
     run = Run.open(path)
-    jobs = jobs_of(run, extras or Extras(), batch_size, deploy_batch_size)
+    extras = extras or Extras()
+    check_opset(run, extras, opset)
+    jobs = jobs_of(run, extras, batch_size, deploy_batch_size)
     files = [*(job.file for job in jobs), SCALES]
     _check_free(run, files, overwrite=overwrite)
     _check_room(run, jobs)
     advance = stepper(progress, "export", len(jobs) + 1)
     with staging(path) as folder:
-        files = _write(run, jobs, folder, advance)
+        files = _write(_Writer(run, folder, opset), jobs, advance)
         files += [] if finish is None else finish(folder)
         files += [data for data in _data_files(files) if (folder / data).is_file()]
         run.manifest = _claim(run, files)
@@ -99,9 +104,9 @@ def export(
     return run
 
 
-def _write(run: Run, jobs: Sequence[Job], folder: Path, advance: Callable[[], None]) -> list[str]:
+def _write(writer: _Writer, jobs: Sequence[Job], advance: Callable[[], None]) -> list[str]:
     """Names of what was written."""
-    writer, files = _Writer(run, folder), [SCALES]
+    run, folder, files = writer.run, writer.folder, [SCALES]
     for job, following in zip(jobs, [*jobs[1:], None], strict=True):
         files += writer.write(job, following)
         advance()
@@ -162,8 +167,8 @@ def _claim(run: Run, files: Sequence[str]) -> Manifest:
 class _Writer:
     """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: Path, opset: int | None) -> None:
+        self.run, self.folder, self.opset = run, folder, opset
         self.captured: fx.GraphModule | None = None
         self.quantized: QuantizedGraph | None = None
         self.lowered: fx.GraphModule | None = None
@@ -197,7 +202,7 @@ class _Writer:
         probes, model = list(self.probes.values()), self.translated
         if model is None:
             size, sizes = self.run.manifest.data.input_size, self.run.manifest.size_range
-            opset = highest_opset(self.network()) if job.quantized else OPSET
+            opset = self.opset or (highest_opset(self.network()) if job.quantized else OPSET)
             returned = output_names(module.graph)
             model = translate(
                 module,
