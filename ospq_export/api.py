@@ -144,6 +144,7 @@ class Run(StoredRun):
         batch_size: int | None = None,
         extras: Extras | None = None,
         fp16: bool = False,
+        opset: int | None = None,
         overwrite: bool = False,
         session: Session | None = None,
     ) -> Self:
@@ -153,6 +154,7 @@ class Run(StoredRun):
             batch_size: a fixed one; None is dynamic.
             extras: further files.
             fp16: also the files with FP16 float parts, which engines are built from.
+            opset: of ONNX's operators; None is 20, or what the formats need.
             overwrite: whether files of an earlier export are replaced; else those that are there stay, and the rest is added.
             session: progress.
 
@@ -169,6 +171,7 @@ class Run(StoredRun):
                 self.path,
                 batch_size=batch_size,
                 extras=extras or Extras(fp16=fp16),
+                opset=opset,
                 overwrite=overwrite,
                 progress=progress,
             )

@@ -59,6 +59,10 @@ def export(
             help="uint8: also model_uint8_activations.onnx, the same codes for ONNX Runtime on x86."
         ),
     ] = "int8",
+    opset: Annotated[
+        int | None,
+        typer.Option(help="Of ONNX's operators: 17 for TensorRT 8.6. Default: 20, or what the formats need."),
+    ] = None,
     engine: Annotated[
         Product | None, typer.Option(help="Also build model.PRODUCT.smNN.engine from model_qdq_fp16.onnx.")
     ] = None,
@@ -127,7 +131,7 @@ def export(
             raise InputError("only an engine has these", where=given, fix="give --engine")
         if hardware is not None:
             check_formats(hardware, _formats(run))
-        run_export(run, batch_size, quiet, extras, batch_size or 1, overwrite=overwrite)
+        run_export(run, batch_size, quiet, extras, batch_size or 1, opset=opset, overwrite=overwrite)
         return
     from ospq_export.engines.build import BuildSettings
     from ospq_export.engines.record import check_target, name_of
@@ -146,7 +150,7 @@ def export(
     name = name_of(settings)
     check_target(run / name, settings, overwrite=overwrite or name not in read_manifest(run).files)
     deploy = None if batches is not None else batch_size or 1
-    run_export(run, batch_size, quiet, extras, deploy, overwrite=overwrite, engine=settings)
+    run_export(run, batch_size, quiet, extras, deploy, opset=opset, overwrite=overwrite, engine=settings)
 
 
 def _formats(run: Path) -> list[Format]:
@@ -177,6 +181,7 @@ def run_export(
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
     *,
+    opset: int | None = None,
     overwrite: bool = False,
     engine: BuildSettings | None = None,
 ) -> None:
@@ -202,6 +207,7 @@ def run_export(
             batch_size=batch_size,
             extras=extras,
             deploy_batch_size=deploy_batch_size,
+            opset=opset,
             overwrite=overwrite,
             progress=progress,
             finish=None if engine is None else build,

@@ -8,16 +8,16 @@ from typing import Any
 from ospq_export.errors import InputError, damaged, reason_of
 from ospq_export.export.jobs import Job
 from ospq_export.export.metadata import float_metadata, quantized_metadata
-from ospq_export.onnx.write import OPSET
 from ospq_export.runs.run import Run
 
 
-def check_goes_with(run: Run, job: Job, *, any_batch: bool) -> None:
+def check_goes_with(run: Run, job: Job, opset: int | None, *, any_batch: bool) -> None:
     """Hold a file of an earlier export to the one that would be written in its place.
 
     Args:
         run: holds the file.
         job: would write it.
+        opset: that was asked for; None where the file may have any.
         any_batch: whether the file may have another batch size, because none was asked for.
 
     Raises:
@@ -31,11 +31,10 @@ def check_goes_with(run: Run, job: Job, *, any_batch: bool) -> None:
         raise _contradiction(
             path, _spoken(there), _spoken(job.batch_size), f"{fix}, or copy the run directory"
         )
-    opset = {o.domain: o.version for o in proto.opset_import}.get("")
-    wanted = max(f.opset for f in run.manifest.formats().values()) if job.quantized else OPSET
+    has = {o.domain: o.version for o in proto.opset_import}.get("")
     # Passes may raise the opset.
-    if not job.passes and opset != wanted:
-        raise _contradiction(path, f"opset {opset}", f"opset {wanted}", "give `overwrite`")
+    if opset is not None and not job.passes and has != opset:
+        raise _contradiction(path, f"opset {has}", f"opset {opset}", "give `overwrite`")
     metadata = {p.key: p.value for p in proto.metadata_props}
     expected = quantized_metadata(run) if job.quantized else float_metadata(run)
     for key, value in {**expected, **dict(job.metadata)}.items():

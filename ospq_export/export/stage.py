@@ -19,6 +19,7 @@ from ospq_export.export.jobs import Extras, Job, jobs_of
 from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
+from ospq_export.export.opset import check_opset
 from ospq_export.export.present import check_goes_with
 from ospq_export.graph.outputs import output_names
 from ospq_export.graph.quantizers import QuantizedGraph
@@ -70,6 +71,7 @@ def export(
     batch_size: int | None = None,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    opset: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[Path], Sequence[str]] | None = None,
@@ -86,6 +88,7 @@ def export(
         extras: further files.
         deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
             asked otherwise, because a static shape is what fuses and tunes best.
+        opset: of ONNX's operators, for parsers that know no later ones: 17 for TensorRT 8.6; None: 20, or what the formats need.
         overwrite: whether files of an earlier export are replaced.
         progress: where to show a progress bar.
         finish: called with the folder of the finished files before they take their place; what it writes there, an engine, takes
@@ -103,13 +106,16 @@ def export(
             raise InputError(f"a batch of {size} images", where="`batch_size`", fix="give 1 or more")
     check_folder(path, "RUN")
     run = Run.open(path)
-    jobs = jobs_of(run, extras or Extras(), batch_size, deploy_batch_size)
-    left = jobs if overwrite else _left(run, jobs, stated=batch_size is not None, engine=finish is not None)
+    extras = extras or Extras()
+    check_opset(run, extras, opset)
+    jobs = jobs_of(run, extras, batch_size, deploy_batch_size)
+    engine = finish is not None
+    left = jobs if overwrite else _left(run, jobs, opset, stated=batch_size is not None, engine=engine)
     scales = overwrite or SCALES not in run.manifest.files
     _check_room(run, left)
     advance = stepper(progress, "export", len(left) + 1)
     with staging(path) as folder:
-        files = _write(run, left, folder, advance, scales=scales)
+        files = _write(run, left, folder, advance, opset, scales=scales)
         files += [] if finish is None else finish(folder)
         files += [data for data in _data_files(files) if (folder / data).is_file()]
         run.manifest = _claim(run, files)
@@ -120,10 +126,16 @@ def export(
 
 
 def _write(
-    run: Run, jobs: Sequence[Job], folder: Path, advance: Callable[[], None], *, scales: bool
+    run: Run,
+    jobs: Sequence[Job],
+    folder: Path,
+    advance: Callable[[], None],
+    opset: int | None,
+    *,
+    scales: bool,
 ) -> list[str]:
     """Names of what was written."""
-    writer, files = _Writer(run, folder), []
+    writer, files = _Writer(run, folder, opset), []
     for job, following in zip_longest(jobs, jobs[1:]):
         files += writer.write(job, following)
         advance()
@@ -155,12 +167,13 @@ def _data_files(files: Sequence[str]) -> list[str]:
     return [data_file(Path(name)).name for name in files if name.endswith(".onnx")]
 
 
-def _left(run: Run, jobs: Sequence[Job], *, stated: bool, engine: bool) -> list[Job]:
+def _left(run: Run, jobs: Sequence[Job], opset: int | None, *, stated: bool, engine: bool) -> list[Job]:
     """The jobs whose files are not there yet; those that are have to go with what is asked for.
 
     Args:
         run: of the manifest.
         jobs: all that are asked for.
+        opset: that was asked for; None leaves files the one that they have.
         stated: whether a batch size was asked for; if not, files keep the one that they have.
         engine: whether an engine is built, which then is what is left to do, and needs its file to have the right batch.
 
@@ -169,7 +182,7 @@ def _left(run: Run, jobs: Sequence[Job], *, stated: bool, engine: bool) -> list[
     """
     there = [job for job in jobs if job.file in run.manifest.files]
     for job in there:
-        check_goes_with(run, job, any_batch=not (stated or (engine and job.file in _BUILT_FROM)))
+        check_goes_with(run, job, opset, any_batch=not (stated or (engine and job.file in _BUILT_FROM)))
     left = [job for job in jobs if job not in there]
     if not left and not engine:
         names = ", ".join(job.file for job in there)
@@ -204,8 +217,8 @@ def _claim(run: Run, files: Sequence[str]) -> Manifest:
 class _Writer:
     """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: Path, opset: int | None) -> None:
+        self.run, self.folder, self.opset = run, folder, opset
         self.captured: fx.GraphModule | None = None
         self.quantized: QuantizedGraph | None = None
         self.lowered: fx.GraphModule | None = None
@@ -239,7 +252,7 @@ class _Writer:
         probes, model = list(self.probes.values()), self.translated
         if model is None:
             size, sizes = self.run.manifest.data.input_size, self.run.manifest.size_range
-            opset = highest_opset(self.network()) if job.quantized else OPSET
+            opset = self.opset or (highest_opset(self.network()) if job.quantized else OPSET)
             returned = output_names(module.graph)
             model = translate(
                 module,
