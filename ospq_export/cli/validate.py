@@ -17,6 +17,7 @@ from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.data import ImageSet, StreamSet
+    from ospq_export.validate.executions.triton import Server
     from ospq_export.validate.report.model import Report
     from ospq_export.validate.verdict import Thresholds
 
@@ -91,6 +92,12 @@ def validate(
         list[int] | None,
         typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="With --backend triton: the server, http://HOST:8000.")
+    ] = None,
+    triton_model: Annotated[
+        str | None, typer.Option(help="Its name on the server. Default: the run directory's.")
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Another run, to compare with on the same images.")
     ] = None,
@@ -155,12 +162,25 @@ def validate(
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
+        server=_server(url, triton_model),
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
 
 
-_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device")
+def _server(url: str | None, model: str | None) -> Server | None:
+    """Where a model is served; None where none is asked for."""
+    from ospq_export.validate.executions.triton import Server
+
+    if url is None and model is not None:
+        raise InputError("only a served model has it", where="--triton-model", fix="give --url")
+    return None if url is None else Server(url, model)
+
+
+_OF_RUNS = (
+    *("backends", "code_images", "latency_batches", "baseline", "fp16", "device"),
+    *("url", "triton_model"),
+)
 
 
 def _without(context: typer.Context, names: Sequence[str]) -> None:

@@ -27,6 +27,8 @@ QUANTIZED_BRAIN_ONNX, BRAIN_ONNX = "model_qdq_bf16.onnx", "model_bf16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 ENGINE, SIDECAR = "model.engine", "model.engine.json"
+# An engine's name in a model repository of Triton.
+PLAN = "model.plan"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 
