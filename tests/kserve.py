@@ -54,7 +54,10 @@ def parsed(body, length):
     """The request, and its tensors: binary ones lie behind the JSON, one after the other."""
     request, place, feeds = json.loads(body[:length]), length, {}
     for tensor in request["inputs"]:
-        dtype, size = triton_to_np_dtype(tensor["datatype"]), tensor.get("parameters", {}).get("binary_data_size")
+        dtype, size = (
+            triton_to_np_dtype(tensor["datatype"]),
+            tensor.get("parameters", {}).get("binary_data_size"),
+        )
         values = tensor.get("data") if size is None else np.frombuffer(body[place : place + size], dtype)
         place += size or 0
         feeds[tensor["name"]] = np.asarray(values, dtype).reshape(tensor["shape"])
@@ -63,7 +66,9 @@ def parsed(body, length):
 
 def packed(request, outputs):
     """The answer as JSON, and what lies behind it."""
-    binary = {o["name"]: o.get("parameters", {}).get("binary_data", False) for o in request.get("outputs", [])}
+    binary = {
+        o["name"]: o.get("parameters", {}).get("binary_data", False) for o in request.get("outputs", [])
+    }
     described, behind = [], b""
     for name, values in outputs.items():
         entry = {"name": name, "datatype": np_to_triton_dtype(values.dtype), "shape": list(values.shape)}

@@ -151,6 +151,8 @@ def _table() -> Iterator[Execution]:
 
 TABLE: dict[str, Execution] = {execution.name: execution for execution in _table()}
 ALL_BACKENDS = tuple(TABLE)
+# Nobody can look into what runs on another machine.
+CLOSED = tuple(name for name, e in TABLE.items() if e.runtime in (Runtime.SERVER, Runtime.RECORD))
 DEFAULT_BACKENDS = tuple(name for name, e in TABLE.items() if e.default)
 
 
