@@ -143,6 +143,7 @@ def validate(
         raise typer.Exit(report.verdict.exit_status)
     if data is None:
         raise InputError("there are no images to validate on", where="--data", fix="give some")
+    server = server_of(url, triton_model)
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
     common: dict[str, Any] = {
@@ -174,7 +175,7 @@ def validate(
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
-        server=server_of(url, triton_model),
+        server=server,
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
