@@ -23,6 +23,7 @@ from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.data import ClassChoice, Classes, DataConfig, ImageSet, StreamSet, image_set, open_source
 from ospq_export.data.config import unknown_preprocessing
 from ospq_export.data.tensors import TensorSet, first_size
+from ospq_export.deploy import BUNDLE_IMAGES, bundle, report_device, serve
 from ospq_export.errors import InputError
 from ospq_export.export.jobs import Extras
 from ospq_export.models.record import ModelSpec
@@ -220,6 +221,29 @@ class Run(StoredRun):
         if documents and world.rank == 0:
             write_documents(self, report, images)
         return report
+
+    def serve(self, repository: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
+        """Write the exported network into a model repository of Triton; see `deploy.serve`."""
+        return serve(self, Path(repository), name, overwrite=overwrite)
+
+    def bundle(
+        self,
+        out: str | Path,
+        data: Data,
+        *,
+        images: int = BUNDLE_IMAGES,
+        overwrite: bool = False,
+        session: Session | None = None,
+    ) -> Path:
+        """Pack the exported network for a check on the device that will run it; see `deploy.bundle`."""
+        how = session or Session()
+        with how.bars() as progress:
+            settings = {"device": how.device, "workers": how.workers, "progress": progress}
+            return bundle(self, Path(out), self._images(data), count=images, overwrite=overwrite, **settings)
+
+    def report_device(self, result: str | Path, *, documents: bool = True, **settings: Any) -> Report:
+        """Judge what a bundle's script found on a device; see `deploy.report_device`."""
+        return report_device(self, Path(result), documents=documents, **settings)
 
     def _images(self, data: Data) -> ImageSet | StreamSet | TensorSet:
         """Whatever was given as validation images, with the run's preprocessing and classes."""

@@ -9,6 +9,8 @@ import typer
 
 from ospq_export.cli import options
 from ospq_export.cli.options import say
+from ospq_export.cli.pack import packing
+from ospq_export.deploy import BUNDLE_IMAGES
 from ospq_export.engines.products import Product
 from ospq_export.engines.targets import capabilities_to_build, check_formats, find_target
 from ospq_export.errors import InputError, damaged
@@ -86,6 +88,20 @@ def export(
     hardware_compatibility: Annotated[
         str | None, typer.Option(help="TensorRT: ampere_plus or same_compute_capability.")
     ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also a model in this model repository of Triton Inference Server.")
+    ] = None,
+    triton_model: Annotated[
+        str | None, typer.Option(help="Its name there. Default: the run directory's.")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Also FILE.zip for a device: files, images, references, and a script that checks."),
+    ] = None,
+    data: options.PackedDataOption = None,
+    bundle_images: Annotated[
+        int | None, typer.Option(min=1, help=f"Images in the bundle. Default: {BUNDLE_IMAGES}.")
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -103,6 +119,20 @@ def export(
     use_threads(threads)
     from ospq_export.export.jobs import Extras
 
+    packed = packing(
+        run,
+        triton=triton,
+        triton_model=triton_model,
+        bundle=bundle,
+        data=data,
+        images=bundle_images,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    files = fp16 or debug or int4 or uint8_input or activation_layout != "int8" or batch_size is not None
+    if packed and packed.exported and not files and engine is None:
+        packed.write()
+        return
     uint8 = activation_layout == "uint8"
     if uint8 and engine is not None:
         raise InputError(
@@ -132,6 +162,7 @@ def export(
         if hardware is not None:
             check_formats(hardware, _formats(run))
         run_export(run, batch_size, quiet, extras, batch_size or 1, opset=opset, overwrite=overwrite)
+        packed.write()
         return
     from ospq_export.engines.build import BuildSettings
     from ospq_export.engines.record import check_target, name_of
@@ -151,6 +182,7 @@ def export(
     check_target(run / name, settings, overwrite=overwrite or name not in read_manifest(run).files)
     deploy = None if batches is not None else batch_size or 1
     run_export(run, batch_size, quiet, extras, deploy, opset=opset, overwrite=overwrite, engine=settings)
+    packed.write()
 
 
 def _formats(run: Path) -> list[Format]:

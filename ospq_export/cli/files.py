@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ospq_export.cli.options import console, say
+from ospq_export.cli.options import console, say, with_options
 
 if TYPE_CHECKING:
     from ospq_export.data import ClassChoice
@@ -67,3 +67,12 @@ def print_report(report: Report, page: Path, as_json: bool) -> None:
         return
     console().print(render(report), soft_wrap=True)
     say(f"report: {page}")
+
+
+def as_options(report: Report) -> Report:
+    """The report for people on the command line: report.json names settings as Python does."""
+    changed = {
+        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
+        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
+    }
+    return report.model_copy(update=changed)

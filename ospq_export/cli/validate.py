@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.files import print_report, run_files
-from ospq_export.cli.options import class_choice, data_settings, with_options
+from ospq_export.cli.elsewhere import run_device, server_of
+from ospq_export.cli.files import as_options, print_report, run_files
+from ospq_export.cli.options import class_choice, data_settings
 from ospq_export.errors import InputError, refusal_of
 from ospq_export.world.threads import use_threads
 
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 def validate(
     context: typer.Context,
-    data: options.DataOption,
     run: Annotated[Path | None, typer.Argument(help="Run directory that `calibrate` wrote.")] = None,
+    data: options.GivenDataOption = None,
     float_file: Annotated[
         Path | None,
         typer.Option("--float", help="Instead of RUN: a float ONNX file, to compare --deployed with."),
@@ -91,6 +92,16 @@ def validate(
         list[int] | None,
         typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="With --backend triton: the server, http://HOST:8000.")
+    ] = None,
+    triton_model: Annotated[
+        str | None, typer.Option(help="Its name on the server. Default: the run directory's.")
+    ] = None,
+    device_result: Annotated[
+        Path | None,
+        typer.Option(help="In place of --data: result.json, which a bundle's script wrote on a device."),
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Another run, to compare with on the same images.")
     ] = None,
@@ -130,6 +141,15 @@ def validate(
         significance=significance,
         max_error=max_error,
     )
+    if device_result is not None:
+        others = [str(p.name) for p in context.command.params if p.name not in _OF_DEVICES]
+        _without(context, others, "it says nothing of a device's result")
+        limits = {"thresholds": thresholds, "decision_threshold": decision_threshold}
+        report = run_device(_only_run(run, {}), device_result, as_json, **limits)
+        raise typer.Exit(report.verdict.exit_status)
+    if data is None:
+        raise InputError("there are no images to validate on", where="--data", fix="give some")
+    server = server_of(url, triton_model)
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
     common: dict[str, Any] = {
@@ -142,7 +162,7 @@ def validate(
     }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
-        _without(context, _OF_RUNS)
+        _without(context, _OF_RUNS, "it is for runs, not for two files")
         report = run_files(
             *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
@@ -162,21 +182,27 @@ def validate(
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
         save_outputs=save_outputs,
+        server=server,
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
 
 
-_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs")
+_OF_DEVICES = (
+    *("run", "device_result", "decision_threshold", "quiet", "as_json", "threads", "max_drop", "confidence"),
+    *("max_top1_difference", "min_agreement", "significance", "max_error"),
+)
+_OF_RUNS = (
+    *("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs"),
+    *("url", "triton_model", "device_result"),
+)
 
 
-def _without(context: typer.Context, names: Sequence[str]) -> None:
-    """Refuse options that say nothing of files: what would be ignored is not taken."""
+def _without(context: typer.Context, names: Sequence[str], what: str) -> None:
+    """Refuse options that say nothing here: what would be ignored is not taken."""
     given = [p for p in context.command.params if p.name in names and _was_given(context, p.name)]
     if given:
-        raise InputError(
-            "it is for runs, not for two files", where=", ".join(p.opts[0] for p in given), fix="leave it out"
-        )
+        raise InputError(what, where=", ".join(p.opts[0] for p in given), fix="leave it out")
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -235,19 +261,10 @@ def run_validate(
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
-    shown = _with_options(report)
+    shown = as_options(report)
     page = write_documents(run, shown, images)
     print_report(shown, page, as_json)
     return report
-
-
-def _with_options(report: Report) -> Report:
-    """The report for people on the command line: report.json names settings as Python does."""
-    changed = {
-        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
-        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
-    }
-    return report.model_copy(update=changed)
 
 
 def _thresholds(**values: float | None) -> Thresholds:

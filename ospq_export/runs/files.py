@@ -28,6 +28,8 @@ DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "mode
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
 # Engines lie side by side, one per target; runs of before they were named so have this one.
 ENGINES, UNNAMED_ENGINE = "*.engine", "model.engine"
+# An engine's name in a model repository of Triton.
+PLAN = "model.plan"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 

@@ -20,6 +20,7 @@ from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import open_baseline, open_executions, pairs_of
 from ospq_export.validate.executions.origin import check_preprocessing
 from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
+from ospq_export.validate.executions.triton import Server
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
@@ -52,6 +53,7 @@ def validate(
     float_type: str = "fp32",
     baseline: Run | None = None,
     save_outputs: Path | None = None,
+    server: Server | None = None,
     progress: Progress | None = None,
     world: World = SOLO,
 ) -> Report:
@@ -75,6 +77,7 @@ def validate(
             are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
         save_outputs: file for every execution's outputs of the first images, as Polygraphy's `RunResults`; the images go beside.
+        server: where a model is served, for the execution "triton".
         progress: where to show a progress bar.
         world: processes that share the images; the first one judges.
 
@@ -85,10 +88,10 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
             would be padded, or the baseline's images or classes are others.
     """
-    check_request(run, backends, device, baseline)
+    check_request(run, backends, device, baseline, server)
     check_preprocessing(run, images.config)
     check_batch_memory(_most(images, limit or batch_size), batch_size, images.config.input_size)
-    executions = open_executions(run, backends, device, float_type)
+    executions = open_executions(run, backends, device, float_type, server)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)

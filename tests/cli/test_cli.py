@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from ospq_export import cli
 from ospq_export.cli.app import app
+from ospq_export.cli.files import as_options
 from ospq_export.cli.options import with_options
-from ospq_export.cli.validate import _with_options
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model, parse_model_kwargs
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
@@ -392,6 +392,6 @@ def test_settings_are_called_as_their_options():
     report = Report.model_construct(
         image_notes={"are turned; `exif` applies it": 3}, executions_skipped={"x": "export it with `fp16`"}
     )
-    shown = _with_options(report)
+    shown = as_options(report)
     assert shown.image_notes == {"are turned; --exif applies it": 3}
     assert shown.executions_skipped == {"x": "export it with --fp16"}

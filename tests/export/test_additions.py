@@ -76,7 +76,7 @@ def other_recipe(model):
     ("change", "settings", "said"),
     [
         (None, {"batch_size": 2}, r"a dynamic batch, this one would have a batch of 2 .*model_fp32\.onnx"),
-        (older_opset, {}, r"opset 19, this one would have opset 20 .*model\.onnx"),
+        (older_opset, {"opset": 20}, r"opset 19, this one would have opset 20 .*model\.onnx"),
         (other_recipe, {}, r"another recipe, this one would have the run's .*model\.onnx"),
     ],
 )

@@ -32,6 +32,7 @@ from ospq_export.validate.executions.table import (
     Runtime,
     with_role,
 )
+from ospq_export.validate.executions.triton import Server
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -89,7 +90,9 @@ class Executions:
         return [n for n in self.names if TABLE[n].role is Role.DEPLOYED and n not in used]
 
 
-def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
+def open_executions(
+    run: Run, names: Sequence[str] | None, device: str, float_type: str, server: Server | None = None
+) -> Executions:
     """Open the named executions with the references that they are judged by, or every default one that is available.
 
     Args:
@@ -97,6 +100,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         names: out of `ALL_BACKENDS`, a deployed one among them; None takes the defaults.
         device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
         float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts and the file that is deployed so.
+        server: where a model is served, for the execution that asks it.
 
     Raises:
         InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
@@ -107,7 +111,8 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     _check_files(run, wanted)
     result = Executions(asked=named)
     for name in wanted:
-        _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
+        must = name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ())
+        _open(result, run, name, device, server, must=must)
     # Where torch's side is not to be had, ONNX Runtime stands in for it.
     judged = [name for name in result.names if TABLE[name].role is Role.DEPLOYED]
     if judged and FAKE_QUANT not in result.names and UNOPTIMIZED not in judged:
@@ -138,9 +143,11 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
     return named
 
 
-def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
+def _open(
+    result: Executions, run: Run, name: str, device: str, server: Server | None = None, *, must: bool
+) -> None:
     try:
-        result.backends.append(TABLE[name].open(run, device))
+        result.backends.append(TABLE[name].open(run, device, server))
         result.skipped.pop(name, None)
     except InputError as error:
         if must:
