@@ -88,7 +88,7 @@ class Run(StoredRun):
         size_range: Sequence[Sequence[int]] | None = None,
         preprocessing: DataConfig | None = None,
         classes: Sequence[str] = (),
-        name: str | None = None,
+        name: str | ModelSpec | None = None,
         session: Session | None = None,
     ) -> Self:
         """Quantize a module and write a run directory; interrupted, the same call goes on where it was.
@@ -105,7 +105,7 @@ class Run(StoredRun):
                 of the images lies between. None: only that one.
             preprocessing: what the tensors have had, or image files are to have; kept with the run. Files need one.
             classes: names of the classes in the order of the network's outputs.
-            name: of the model, in reports; None takes its class.
+            name: of the model, in reports, or what it was made from, where `models.sources` made it; None takes its class.
             session: device, seed, progress.
 
         Raises:
@@ -117,10 +117,13 @@ class Run(StoredRun):
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), list(overrides))
         images = _images(data, preprocessing, classes)
         sample = images.sample(chosen.calibration_images, how.seed, how.workers)
+        spec = name
+        if not isinstance(spec, ModelSpec):
+            spec = ModelSpec(name=name or type(model).__name__, source="object")
         with how.bars() as progress:
             run = calibrate(
                 model,
-                ModelSpec(name=name or type(model).__name__, source="object"),
+                spec,
                 sample,
                 images.config,
                 chosen,
