@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.files import print_report, run_files
-from ospq_export.cli.options import class_choice, data_settings, with_options
+from ospq_export.cli.files import print_report, run_files, with_option_names
+from ospq_export.cli.options import class_choice, data_settings
 from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
@@ -101,6 +101,12 @@ def validate(
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
     ] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="No picture of an image in report.html; file names stay.")
+    ] = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance", help="Record date and host in the report.")
+    ] = False,
     exif: options.ExifOption = False,
     class_map: options.ClassMapOption = None,
     class_order: options.ClassOrderOption = None,
@@ -133,6 +139,8 @@ def validate(
         "decision_threshold": decision_threshold,
         "floor_images": floor_images,
         "workers": workers,
+        "provenance": provenance,
+        "pictures": not no_images,
     }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
@@ -205,7 +213,12 @@ def _at(run: Any, size: tuple[int, ...] | None) -> Any:
 
 
 def run_validate(
-    run: Any, images: ImageSet | StreamSet, quiet: bool, as_json: bool = False, **settings: Any
+    run: Any,
+    images: ImageSet | StreamSet,
+    quiet: bool,
+    as_json: bool = False,
+    pictures: bool = True,
+    **settings: Any,
 ) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
@@ -214,6 +227,7 @@ def run_validate(
         images: with the run's preprocessing.
         quiet: no progress bar.
         as_json: whether the report is printed as JSON.
+        pictures: whether the page may show images.
         settings: of `validate`; None means the default.
 
     Raises:
@@ -228,19 +242,10 @@ def run_validate(
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
-    shown = _with_options(report)
-    page = write_documents(run, shown, images)
+    shown = with_option_names(report)
+    page = write_documents(run, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
-
-
-def _with_options(report: Report) -> Report:
-    """The report for people on the command line: report.json names settings as Python does."""
-    changed = {
-        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
-        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
-    }
-    return report.model_copy(update=changed)
 
 
 def _thresholds(**values: float | None) -> Thresholds:

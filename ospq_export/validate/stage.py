@@ -22,7 +22,7 @@ from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_rol
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
-from ospq_export.validate.report.model import Report
+from ospq_export.validate.report.model import Report, stamped
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
@@ -49,6 +49,7 @@ def validate(
     latency_batches: Sequence[int] = (),
     float_type: str = "fp32",
     baseline: Run | None = None,
+    provenance: bool = False,
     progress: Progress | None = None,
     world: World = SOLO,
 ) -> Report:
@@ -71,6 +72,7 @@ def validate(
         float_type: "fp16" adds model_qdq_fp16.onnx and the fake-quantized network with FP16 float parts, which it and the engines
             are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
+        provenance: whether date and host are recorded.
         progress: where to show a progress bar.
         world: processes that share the images; the first one judges.
 
@@ -132,6 +134,7 @@ def validate(
         opened = [*everything, *_float_files(run, everything, device)]
         timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]
         report = report.model_copy(update={"latencies": timed})
+    report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))
     world.tell(report.model_dump_json())
     return report
