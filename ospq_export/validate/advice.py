@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ospq_export.tasks.comparison import Comparison
+from ospq_export.validate.executions.table import UNOPTIMIZED
 from ospq_export.validate.verdict import Criterion, Judgement, Thresholds, Verdict
 
 _FAITHFUL = "Nothing to do: deploy the file that was validated, in the runtime it was validated in."
+_OTHERWISE = (
+    "Compare with `backends` onnxruntime-unoptimised: if that one agrees, the runtime's optimisations are at fault; try another "
+    "version of it."
+)
+_ON_MORE = "Measure the noise floor on more images (`floor_images`), and try another version of the runtime."
 _KEPT = "Nothing to do: the loss is within what is allowed."
 
 
@@ -64,15 +70,13 @@ def _on_faithful(judged: Judgement) -> str:
             "Do not deploy it. The file itself computes something else, from the slice named here on: export it again, and check "
             "it with lint."
         )
+    again = {c.deployed for c in judged.criteria if c.outcome == "missed"}
     if codes == "met":
         return (
-            "Do not deploy it in this runtime. The file is right, since its codes agree when inputs are equal: compare with "
-            "`backends` onnxruntime-unoptimised, and try another version of the runtime."
+            "Do not deploy it in this runtime. The file is right, since its codes agree when inputs are equal; "
+            f"what the runtime makes of it is not. {_OTHERWISE if UNOPTIMIZED not in again else _ON_MORE}"
         )
-    return (
-        "Do not deploy it. Compare with `backends` onnxruntime-unoptimised: if that one agrees, the runtime's optimisations "
-        "are at fault; if not, check the file with lint."
-    )
+    return f"Do not deploy it. {_OTHERWISE if UNOPTIMIZED not in again else 'Export it again, and check it with lint.'}"
 
 
 def _on_accuracy(verdict: Verdict, limits: Thresholds, quantization: Comparison | None) -> str:

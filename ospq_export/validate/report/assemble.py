@@ -23,7 +23,7 @@ from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.openvino import openvino_findings
 from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
-from ospq_export.validate.findings import processor_findings, size_findings
+from ospq_export.validate.findings import processor_findings, size_findings, stand_in_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.kept import accuracy_criteria
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
@@ -108,7 +108,11 @@ def subject_of(run: Run, evidence: Evidence) -> Subject:
         class_to_idx=run.manifest.class_to_idx,
         provenance=_provenance(run),
         left=not_executed(run, evidence.backends),
-        findings=[*size_findings(run), *processor_findings(run, evidence.names(baseline=False))],
+        findings=[
+            *stand_in_findings(evidence.backends),
+            *size_findings(run),
+            *processor_findings(run, evidence.names(baseline=False)),
+        ],
         weights=weight_comparisons(run),
     )
 

@@ -1,4 +1,4 @@
-"""The longer tables of the report: slices, flipped images, classes, files."""
+"""The longer tables of the report: slices, outputs, flipped images, classes, files."""
 
 from __future__ import annotations
 
@@ -43,6 +43,39 @@ def diverges(location: Location) -> str:
     if location.first_diverging:
         return f"The first slice that diverges is {location.first_diverging}."
     return "No slice diverges: with equal inputs every code is the fake-quantized network's, but at rounding edges."
+
+
+def outputs(report: Report) -> Table:
+    """Errors of outputs that are no logits of an image."""
+    headers = ("mean error, %", "largest", "noise", "images beyond", "mean cosine")
+    columns = (
+        name("execution"),
+        name("reference"),
+        name("output"),
+        *(Column(h) for h in headers),
+        name("worst image"),
+    )
+    quantization = [report.quantization] if report.quantization else []
+    rows = [
+        (
+            c.deployed,
+            c.reference,
+            f"{o.name} (holds {o.holds})" if o.holds else o.name,
+            f"{100 * o.mean_error:.3g}",
+            f"{100 * o.max_error:.3g}",
+            "" if o.noise is None else f"{100 * o.noise:.3g}",
+            "" if o.beyond is None else str(o.beyond),
+            f"{o.mean_cosine:.5f}",
+            o.worst[0].id if o.worst else "",
+        )
+        for c in [*report.comparisons, *quantization]
+        for o in c.outputs
+    ]
+    note = (
+        "Relative error: the norm of the difference over the norm of the reference, image by image. "
+        "Noise is twice the largest error in the noise floor."
+    )
+    return Table("outputs", "Errors of the outputs", columns, rows, note)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _tables(report: Report) -> dict[str, tables.Table]:
         tables.against_float,
         tables.noise_floor,
         tables.latency,
-        tables.outputs,
+        details.outputs,
         tables.baseline,
         details.files,
     )

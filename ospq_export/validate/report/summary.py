@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ospq_export.engines.targets import TARGETS
-from ospq_export.runs.files import FLOAT_ONNX
+from ospq_export.runs.files import FLOAT_ONNX, checked_file
 from ospq_export.tasks.accuracy import ERROR, AccuracyChange
 from ospq_export.validate.executions.table import (
     FAKE_QUANT,
@@ -171,6 +171,8 @@ def _accuracy(report: Report) -> Tile | None:
         return Tile(title, "", f"{worst.share:.2f} %", f"{said}{bound}{which}")
     change = f"{abs(worst.drop):.2f} points {'lost' if worst.drop >= 0 else 'gained'}"
     bound = f"at most {worst.high:.2f} lost" if worst.high >= 0 else f"at least {-worst.high:.2f} gained"
+    if worst.low is not None and worst.low > report.thresholds.max_drop:
+        bound = f"at least {worst.low:.2f}"
     sure = f"{bound} ({100 * report.thresholds.confidence:g} % confidence)"
     return Tile(
         f"Accuracy ({worst.measure})",
@@ -185,18 +187,16 @@ def _loss(change: AccuracyChange) -> float:
 
 
 def _size(report: Report, best: BackendResult | None) -> Tile | None:
-    before, after = _float_bytes(report), None if best is None else best.detail.get("bytes")
-    if best is None or after is None:
+    ran = "" if best is None else best.detail.get("file", "")
+    file, sizes = checked_file(ran), report.provenance.file_bytes
+    if best is None or "bytes" not in best.detail:
         return None
-    title, deployed, file = "Size of the file", int(after), best.detail.get("file", best.name)
+    title, before = "Size of the file", _float_bytes(report)
+    deployed = int(best.detail["bytes"]) if file == ran else sizes.get(file, 0)
     if not before:
         return Tile(title, "", shown_bytes(deployed), file)
-    return Tile(
-        title,
-        shown_bytes(before),
-        shown_bytes(deployed),
-        f"{file}: {_times(before, deployed, 'as large', 'smaller', 'larger')}",
-    )
+    change = _times(before, deployed, "as large", "smaller", "larger")
+    return Tile(title, shown_bytes(before), shown_bytes(deployed), f"{file}: {change}")
 
 
 def _float_bytes(report: Report) -> int:
@@ -218,7 +218,9 @@ def _times(before: float, after: float, same: str, less: str, more: str) -> str:
 def _latency(report: Report, best: BackendResult | None) -> Tile | None:
     found = {x.name: x for x in sorted(report.latencies, key=lambda x: x.batch_size, reverse=True)}
     after = found.get("" if best is None else best.name)
-    if after is None:
+    ran = "" if best is None else best.detail.get("file", "")
+    if after is None or checked_file(ran) != ran:
+        # The speed of a file that stands in for another says nothing.
         return None
     before = _float_latency(found, TABLE[after.name].runtime)
     title = f"Latency (batch {after.batch_size})"
@@ -238,7 +240,7 @@ def _float_latency(found: dict[str, Latency], runtime: Runtime) -> Latency | Non
 
 def _facts(report: Report, manifest: Manifest | None) -> dict[str, str]:
     held = report.provenance
-    facts = {"Float file": held.model, "Deployed file": held.recipe}
+    facts = {"Float": held.model, "Deployed": held.recipe}
     if manifest is not None:
         facts = {
             "Network": held.model,

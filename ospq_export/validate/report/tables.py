@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ospq_export.tasks.accuracy import ERROR
 from ospq_export.validate.executions.chosen import PREFIX
 from ospq_export.validate.executions.table import TABLE
 from ospq_export.validate.report.model import BackendResult, Report, number, parity_of, points, score_names
@@ -159,6 +160,7 @@ def described(b: BackendResult) -> str:
 
 def against_float(report: Report) -> Table:
     """What every deployed execution lost."""
+    limits, of_errors = report.thresholds, any(a.measure == ERROR for a in report.accuracy)
     columns = (
         name("execution"),
         name("reference"),
@@ -166,7 +168,10 @@ def against_float(report: Report) -> Table:
         *(Column(header) for header in ("float", "deployed")),
         Column("points lost", term="point"),
         *(Column(header, term="bound") for header in ("at least", "at most")),
-        *(Column(header) for header in ("images lost", "images gained", "differing, %")),
+        *(
+            Column(header)
+            for header in ("images lost", "images gained", "error, %" if of_errors else "differing, %")
+        ),
     )
     rows = [
         (
@@ -179,11 +184,9 @@ def against_float(report: Report) -> Table:
         )
         for a in report.accuracy
     ]
-    note = (
-        f"One-sided bounds, each with {100 * report.thresholds.confidence:g} % confidence; "
-        f"allowed: {points(report.thresholds.max_drop)}."
-    )
-    if not report.labelled:
+    allowed = f"{limits.max_error:g} %" if of_errors else points(limits.max_drop)
+    note = f"One-sided bounds, each with {100 * limits.confidence:g} % confidence; allowed: {allowed}."
+    if not (report.labelled or of_errors):
         note += " Without labels, the share of differing predictions bounds what was lost."
     return Table("against-float", "Against the float network", columns, rows, note)
 
@@ -264,36 +267,3 @@ def baseline(report: Report) -> Table:
         rows,
         "The other run, on the same images. The verdicts do not depend on it.",
     )
-
-
-def outputs(report: Report) -> Table:
-    """Errors of outputs that are no logits of an image."""
-    headers = ("mean error, %", "largest", "noise", "images beyond", "mean cosine")
-    columns = (
-        name("execution"),
-        name("reference"),
-        name("output"),
-        *(Column(h) for h in headers),
-        name("worst image"),
-    )
-    quantization = [report.quantization] if report.quantization else []
-    rows = [
-        (
-            c.deployed,
-            c.reference,
-            f"{o.name} (holds {o.holds})" if o.holds else o.name,
-            f"{100 * o.mean_error:.3g}",
-            f"{100 * o.max_error:.3g}",
-            "" if o.noise is None else f"{100 * o.noise:.3g}",
-            "" if o.beyond is None else str(o.beyond),
-            f"{o.mean_cosine:.5f}",
-            o.worst[0].id if o.worst else "",
-        )
-        for c in [*report.comparisons, *quantization]
-        for o in c.outputs
-    ]
-    note = (
-        "Relative error: the norm of the difference over the norm of the reference, image by image. "
-        "Noise is twice the largest error in the noise floor."
-    )
-    return Table("outputs", "Errors of the outputs", columns, rows, note)
