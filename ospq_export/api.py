@@ -189,6 +189,7 @@ class Run(StoredRun):
         thresholds: Thresholds | None = None,
         session: Session | None = None,
         documents: bool = True,
+        pictures: bool = True,
         **settings: Any,
     ) -> Report:
         """Hold the exported network to the fake-quantized one and to the float one, image by image.
@@ -198,6 +199,7 @@ class Run(StoredRun):
             thresholds: what is allowed; None takes the defaults.
             session: device, progress, workers.
             documents: whether report.md and report.html are written beside report.json.
+            pictures: whether report.html may show images; their names stay.
             settings: of `validate.stage.validate`: backends, batch_size, limit, float_type, baseline, ...
 
         Returns:
@@ -222,7 +224,7 @@ class Run(StoredRun):
                 **settings,
             )
         if documents and world.rank == 0:
-            write_documents(self, report, images)
+            write_documents(self, report, images, pictures=pictures)
         return report
 
     def serve(self, repository: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:

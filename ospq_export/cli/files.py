@@ -23,6 +23,7 @@ def run_files(
     choice: ClassChoice,
     quiet: bool,
     as_json: bool = False,
+    pictures: bool = True,
     **settings: Any,
 ) -> Report:
     """Compare two files with a progress bar, print the report, and write it for people.
@@ -36,6 +37,7 @@ def run_files(
         choice: what is said of the classes.
         quiet: no progress.
         as_json: whether the report is printed as JSON.
+        pictures: whether the page may show images.
         settings: of `validate_files`.
 
     Raises:
@@ -53,9 +55,27 @@ def run_files(
     images = image_set(open_source(data, choice), config, choice, None, needed=False)
     with stage_progress(disable=quiet) as progress:
         report = validate_files(float_file, deployed_file, images, folder, progress=progress, **settings)
-    page = write_documents(folder, report, images)
-    print_report(report, page, as_json)
+    shown = as_options(report)
+    page = write_documents(folder, shown, images, pictures=pictures)
+    print_report(shown, page, as_json)
     return report
+
+
+def as_options(report: Report) -> Report:
+    """The report for people on the command line: report.json names settings as Python does."""
+    verdict, named = report.verdict, with_options
+    judged = {
+        key: judgement.model_copy(
+            update={"text": named(judgement.text), "advice": named(judgement.advice)},
+        )
+        for key, judgement in (("faithful", verdict.faithful), ("accuracy", verdict.accuracy))
+    }
+    changed: dict[str, Any] = {
+        "verdict": verdict.model_copy(update={"text": [named(line) for line in verdict.text], **judged}),
+        "image_notes": {named(note): count for note, count in report.image_notes.items()},
+        "executions_skipped": {n: named(why) for n, why in report.executions_skipped.items()},
+    }
+    return report.model_copy(update=changed)
 
 
 def print_report(report: Report, page: Path, as_json: bool) -> None:
@@ -67,12 +87,3 @@ def print_report(report: Report, page: Path, as_json: bool) -> None:
         return
     console().print(render(report), soft_wrap=True)
     say(f"report: {page}")
-
-
-def as_options(report: Report) -> Report:
-    """The report for people on the command line: report.json names settings as Python does."""
-    changed = {
-        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
-        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
-    }
-    return report.model_copy(update=changed)

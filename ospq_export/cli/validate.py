@@ -118,6 +118,12 @@ def validate(
             help="Also FILE.json for Polygraphy: outputs of 8 images; the images in FILE.inputs.json."
         ),
     ] = None,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="No picture of an image in report.html; file names stay.")
+    ] = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance", help="Record date and host in the report.")
+    ] = False,
     exif: options.ExifOption = False,
     class_map: options.ClassMapOption = None,
     class_order: options.ClassOrderOption = None,
@@ -159,6 +165,8 @@ def validate(
         "decision_threshold": decision_threshold,
         "floor_images": floor_images,
         "workers": workers,
+        "provenance": provenance,
+        "pictures": not no_images,
     }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
@@ -238,7 +246,12 @@ def _at(run: Any, size: tuple[int, ...] | None) -> Any:
 
 
 def run_validate(
-    run: Any, images: ImageSet | StreamSet, quiet: bool, as_json: bool = False, **settings: Any
+    run: Any,
+    images: ImageSet | StreamSet,
+    quiet: bool,
+    as_json: bool = False,
+    pictures: bool = True,
+    **settings: Any,
 ) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
@@ -247,6 +260,7 @@ def run_validate(
         images: with the run's preprocessing.
         quiet: no progress.
         as_json: whether the report is printed as JSON.
+        pictures: whether the page may show images.
         settings: of `validate`; None means the default.
 
     Raises:
@@ -262,7 +276,7 @@ def run_validate(
     if world.rank > 0:
         return report
     shown = as_options(report)
-    page = write_documents(run, shown, images)
+    page = write_documents(run, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
 

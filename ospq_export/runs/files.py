@@ -71,6 +71,12 @@ def check_file(name: str) -> str:
     return f"{name.removesuffix('.onnx')}_check.onnx"
 
 
+def checked_file(name: str) -> str:
+    """What a file is or stands in for: the inverse of `check_file`."""
+    stem = name.removesuffix("_check.onnx")
+    return name if stem == name else f"{stem}.onnx"
+
+
 def data_file(path: Path) -> Path:
     """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
     return path.with_name(f"{path.name}.data")

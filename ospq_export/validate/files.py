@@ -28,7 +28,7 @@ from ospq_export.validate.executions.probes import read_proto
 from ospq_export.validate.executions.table import FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.floor import Meter, in_parts
 from ospq_export.validate.report.assemble import Evidence, Subject, assemble
-from ospq_export.validate.report.model import Provenance, Report
+from ospq_export.validate.report.model import Provenance, Report, stamped
 from ospq_export.validate.shards import Samples
 from ospq_export.validate.stage import choose_images, collect
 from ospq_export.validate.verdict import Thresholds
@@ -100,6 +100,7 @@ def validate_files(
     decision_threshold: float | None = None,
     floor_images: int = 1000,
     workers: int = 0,
+    provenance: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Run two ONNX files in ONNX Runtime over the same tensors, and judge the deployed one.
@@ -119,6 +120,7 @@ def validate_files(
         decision_threshold: of a network with one logit.
         floor_images: images on which the noise floor is measured.
         workers: processes that decode.
+        provenance: whether date and host are recorded.
         progress: where to show a progress bar.
 
     Raises:
@@ -157,6 +159,7 @@ def validate_files(
     )
     subject = Subject(found.name, images.class_to_idx, _provenance(float_file, deployed_file, out))
     report = assemble(subject, evidence, thresholds or Thresholds())
+    report = stamped(report) if provenance else report
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT, report.model_dump(mode="json"))
     return report

@@ -24,7 +24,7 @@ from ospq_export.validate.executions.triton import Server
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
-from ospq_export.validate.report.model import Report
+from ospq_export.validate.report.model import Report, stamped
 from ospq_export.validate.saved import SavedOutputs
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
@@ -54,6 +54,7 @@ def validate(
     baseline: Run | None = None,
     save_outputs: Path | None = None,
     server: Server | None = None,
+    provenance: bool = False,
     progress: Progress | None = None,
     world: World = SOLO,
 ) -> Report:
@@ -78,6 +79,7 @@ def validate(
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
         save_outputs: file for every execution's outputs of the first images, as Polygraphy's `RunResults`; the images go beside.
         server: where a model is served, for the execution "triton".
+        provenance: whether date and host are recorded.
         progress: where to show a progress bar.
         world: processes that share the images; the first one judges.
 
@@ -143,6 +145,7 @@ def validate(
         opened = [*everything, *_float_files(run, everything, device)]
         timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]
         report = report.model_copy(update={"latencies": timed})
+    report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))
     if saved is not None:
         saved.write()

@@ -14,6 +14,7 @@ from ospq_export.runs.files import (
     QUANTIZED_BRAIN_ONNX,
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
+    checked_file,
 )
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.engines import check_engines
@@ -195,8 +196,9 @@ def pairs_of(
 
 
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
-    """Networks and engines in the run directory that none of the executions ran, by file name."""
-    ran = {e.detail.get("file") for e in executions}
+    """Networks and engines in the run directory that none of the executions ran, nor a file that stands in for them."""
+    files = [e.detail["file"] for e in executions if "file" in e.detail]
+    ran = {*files, *map(checked_file, files)}
     return sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS and p.name not in ran)
 
 
