@@ -260,8 +260,15 @@ def write_page() -> None:
 
 def _short_row(result: Result) -> list[str]:
     """Products and attentions that run quantized, of all; a dash where a format was not tried."""
-    fusions = [result.fusion, *(found.fusion if (found := result.floats.get(r)) else None for r in FLOAT_TARGETS)]
-    cells = [cell.replace(" of ", "/") for f in fusions for cell in (("-", "-") if f is None else onnx_tools.fusion_cells(f))]
+    fusions = [
+        result.fusion,
+        *(found.fusion if (found := result.floats.get(r)) else None for r in FLOAT_TARGETS),
+    ]
+    cells = [
+        cell.replace(" of ", "/")
+        for f in fusions
+        for cell in (("-", "-") if f is None else onnx_tools.fusion_cells(f))
+    ]
     return [result.label, f"`{FAMILIES[result.label].name}`", *cells]
 
 

@@ -216,7 +216,9 @@ def write_page() -> None:
             size = f"{row['bytes'] / _MIB:.1f}"
             plan = row["tensorrt"]
             if plan[0].startswith("refused"):
-                failures.append([result["network"], label, plan[0].split(" Please set")[0].split(" (/")[0][:240]])
+                failures.append(
+                    [result["network"], label, plan[0].split(" Please set")[0].split(" (/")[0][:240]]
+                )
                 plan = ["refused", "-"]
             lines.append([result["network"], label, size, *ratios, row["onnxruntime"], *plan])
         failures += [[result["network"], name, reason] for name, reason in result["failures"].items()]
@@ -232,8 +234,8 @@ def write_page() -> None:
 
 _INTRO = """# Beside other quantizers
 
-This project's INT8 ONNX file beside those of ONNX Runtime's `quantize_static` and of nvidia-modelopt, made of the same float network. *demo-vit*
-is the packaged network; ViT-S has random weights.
+This project's INT8 ONNX file beside those of ONNX Runtime's `quantize_static` and of nvidia-modelopt, made of the same float
+network. *demo-vit* is the packaged network; ViT-S has random weights.
 
 - *Latency* is that of ONNX Runtime on a CPU, one thread, over that of FP32: below 1 is faster. It says nothing about GPUs.
 - The last two columns are read from the engine that TensorRT-RTX compiles for {target}, batch 1, without a GPU.

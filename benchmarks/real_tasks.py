@@ -195,8 +195,8 @@ def page() -> str:
     """docs/tasks-measured.md."""
     rows = TASKS.rows()
     parts = [
-        "# Other tasks\n\nA pretrained DINOv2 ViT-S, deployed as an embedder and under a segmentation head. *Deployed* is the exported file in "
-        "ONNX Runtime.\n"
+        "# Other tasks\n\nA pretrained DINOv2 ViT-S, deployed as an embedder and under a segmentation head. *Deployed* is the "
+        "exported file in ONNX Runtime.\n"
     ]
     told = {True: "yes", False: "no", None: "open"}
     for task, what in (("embed", "nearest neighbour"), ("dense", "pixels")):

@@ -34,7 +34,8 @@ from ospq_export.tasks.statistics import mcnemar
 from ospq_export.validate import validate
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
-DOCUMENT, SHORT, FORMATS = TABLES_OF_NOTES / "results.md", DOCS / "results.md", DOCS / "formats.md"
+DOCUMENT, SHORT = TABLES_OF_NOTES / "results.md", DOCS / "results.md"
+PAGES_WITH_POINTS = (DOCS / "formats.md", DOCS.parent / "README.md")
 W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "w8a8": ("w8a8", []),
@@ -204,7 +205,7 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
 
 
 def points_lost(rows: list[dict[str, Any]]) -> str:
-    """A table for docs/formats.md: Top-1 below float of the deployed networks, by packaged recipe."""
+    """A table for docs/formats.md and the README: Top-1 below float of the deployed networks, by packaged recipe."""
     networks = sorted({r["network"] for r in rows})
     found = {(r["bits"], r["network"]): r["top1"][FLOAT] - r["top1"][OPTIMIZED] for r in rows}
     cells = [
@@ -219,7 +220,8 @@ def write_pages() -> None:
     """The long page, and the tables of the short ones."""
     DOCUMENT.write_text(table())
     write_between(SHORT, "accuracy", accuracy(RESULTS.rows()))
-    write_between(FORMATS, "points lost", points_lost(RESULTS.rows()))
+    for page in PAGES_WITH_POINTS:
+        write_between(page, "points lost", points_lost(RESULTS.rows()))
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[str]:

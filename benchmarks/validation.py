@@ -3,9 +3,9 @@
     ospq-export demo
     python benchmarks/validation.py --run runs/demo-vit-w8a8
 
-Writes a section of docs/speed.md. Time: `validate` with ONNX Runtime alone against a loop that only executes the same file, over the same
-preprocessed tensors, by turns in one process. Memory: peak resident set over 10,000 and 50,000 images (the 10,000 repeated),
-decoded as they are needed; median of three fresh processes. Only ratios and differences travel to another machine.
+Writes a section of docs/speed.md. Time: `validate` with ONNX Runtime alone against a loop that only executes the same file, over
+the same preprocessed tensors, by turns in one process. Memory: peak resident set over 10,000 and 50,000 images (the 10,000
+repeated), decoded as they are needed; median of three fresh processes. Only ratios and differences travel to another machine.
 """
 
 from __future__ import annotations

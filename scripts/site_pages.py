@@ -59,9 +59,13 @@ def command_line() -> str:
     for name, command in _commands(root, "ospq-export"):
         context = command.context_class(command, info_name=name)
         usage = " ".join(command.collect_usage_pieces(context))
-        parts.append(f"## {name.removeprefix('ospq-export ')}\n\n```text\n{name} {usage}\n```\n\n{command.help}\n")
+        parts.append(
+            f"## {name.removeprefix('ospq-export ')}\n\n```text\n{name} {usage}\n```\n\n{command.help}\n"
+        )
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        parts.append(table(["option", "what it does"], [[_code(names), _plain(said)] for names, said in records]))
+        parts.append(
+            table(["option", "what it does"], [[_code(names), _plain(said)] for names, said in records])
+        )
     return "\n".join(parts)
 
 
@@ -88,7 +92,10 @@ def recipe_keys() -> str:
     return (
         "# Recipe keys\n\nA recipe is a TOML file. `ospq-export recipe show w8a8` prints one in full, and "
         "`--set reconstruction.iterations=2000` overrides one value.\n\n## Packaged recipes\n\n"
-        + table(["recipe", "formats", "what it is"], [[_code(r.name), r.summary(), r.description] for r in recipes])
+        + table(
+            ["recipe", "formats", "what it is"],
+            [[_code(r.name), r.summary(), r.description] for r in recipes],
+        )
         + "\n## Keys\n\n"
         + table(["key", "takes", "default", "what it does"], rows)
     )
@@ -122,7 +129,10 @@ def report() -> str:
 
 def _records(title: str, schema: dict[str, Any]) -> str:
     """A record and those that it is made of."""
-    parts = [_record(title, schema), *(_record(name, found) for name, found in schema.get("$defs", {}).items())]
+    parts = [
+        _record(title, schema),
+        *(_record(name, found) for name, found in schema.get("$defs", {}).items()),
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -131,7 +141,9 @@ def _record(name: str, schema: dict[str, Any]) -> str:
         return f"## {name}\n\nOne of {', '.join(_code(value) for value in schema['enum'])}.\n"
     text, _, attributes = schema.get("description", "").partition(_ATTRIBUTES)
     said = _described(attributes)
-    rows = [[_code(key), _type(value), said.get(key, "")] for key, value in schema.get("properties", {}).items()]
+    rows = [
+        [_code(key), _type(value), said.get(key, "")] for key, value in schema.get("properties", {}).items()
+    ]
     return f"## {name}\n\n{_plain(text).strip()}\n\n{table(['field', 'type', 'what it is'], rows)}"
 
 
