@@ -31,6 +31,31 @@ ENGINES, UNNAMED_ENGINE = "*.engine", "model.engine"
 # An engine's name in a model repository of Triton.
 PLAN = "model.plan"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
+# What each file is, in the order in which the stages write them; the documents' page on run directories is made from it.
+CONTENTS: dict[str, str] = {
+    MANIFEST: "model, preprocessing, recipe, slices with their errors, quantizers, versions, and a hash of every other file",
+    GRAPH: "the network: operators, arguments, shapes and module paths; only operators of an allow-list are called",
+    FLOAT_TENSORS: "the weights of the float network: later stages need neither the checkpoint nor a download",
+    QUANTIZED_TENSORS: "integer, FP8 or FP4 codes, scales and offsets",
+    CALIBRATION_IMAGES: "a digest of every calibration image: `validate` counts those that it meets again",
+    CHECKPOINTS: "folder: finished slices of a calibration that is not finished; an interrupted one continues from it",
+    QUANTIZED_ONNX: "the quantized network as QDQ ONNX",
+    FLOAT_ONNX: "the float network: the baseline for speed and accuracy",
+    SCALES: "per slice and quantizer: bits, grid, levels, scale, offset, axis; which products ONNX Runtime computes in integers",
+    QUANTIZED_HALF_ONNX: "with `--fp16` or `--engine`: FP16 around the quantized operators; engines are built from it",
+    HALF_ONNX: "with `--fp16` or `--engine`: the float network in FP16",
+    QUANTIZED_BRAIN_ONNX: "the same with BF16, where the calibration saw values that FP16 cannot hold",
+    BRAIN_ONNX: "the float network in BF16, beside it",
+    DEBUG_ONNX: "with `--debug`: every quantizer's codes and every slice's output as further outputs",
+    INT4_ONNX: "with `--int4`: 4-bit weights stored as INT4",
+    UINT8_ONNX: "with `--uint8-input`: takes uint8 images (B, H, W, C) and normalises them itself",
+    UINT8_ACTIVATIONS_ONNX: "with `--activation-layout uint8`: the same codes as uint8, for ONNX Runtime on x86",
+    ENGINE: "with `--engine`: the engine",
+    SIDECAR: "what the engine was built from, by and for, and its compiled layers; the builder's log lies beside it, as `.log`",
+    REPORT_HTML: "the last validation as one page that needs nothing else",
+    REPORT_MD: "the same as Markdown",
+    REPORT: "the same for programs",
+}
 
 
 def sha256(path: Path) -> str:

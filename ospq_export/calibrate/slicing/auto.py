@@ -6,7 +6,7 @@ activation scales are refined once, block by block; from there each candidate is
 images and judged on the rest by the total variation between the softened class probabilities of the float and of the quantized
 network. The best is taken. The run then starts from the searched ranges, as if nothing had been tried: started from the scales
 that a trial learned, it ended lower. Trials are long before they are many: in short ones fine slices are ahead of those that
-would overtake them later (docs/granularity.md has the measurements).
+would overtake them later (notes/granularity.md has the measurements).
 """
 
 from __future__ import annotations
