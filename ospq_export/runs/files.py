@@ -51,7 +51,7 @@ CONTENTS: dict[str, str] = {
     UINT8_ONNX: "with `--uint8-input`: takes uint8 images (B, H, W, C) and normalises them itself",
     UINT8_ACTIVATIONS_ONNX: "with `--activation-layout uint8`: the same codes as uint8, for ONNX Runtime on x86",
     "model.PRODUCT.smNN.engine": "with `--engine`: an engine, named after what built it and for which GPUs",
-    "model.PRODUCT.smNN.engine.json": "what it was built from, by and for, and its layers; the builder's log lies beside it, as `.log`",
+    "model.PRODUCT.smNN.engine.json": "what it was built from, by and for, and its layers; the log is beside it, as `.log`",
     REPORT_HTML: "the last validation as one page that needs nothing else",
     REPORT_MD: "the same as Markdown",
     REPORT: "the same for programs",
