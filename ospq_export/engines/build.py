@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from ospq_export.engines.products import Message, Product, known_capabilities, load, recorder
 from ospq_export.engines.profiles import set_profile
-from ospq_export.engines.targets import BUILD_THERE, target_of
+from ospq_export.engines.targets import BUILD_THERE, in_order, target_of
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -129,9 +129,7 @@ def _config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
 def _member(kind: Any, name: str, option: str) -> Any:
     known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
-        raise InputError(
-            f"{name!r} is unknown to the builder", where=option, fix=f"use one of {', '.join(known)}"
-        )
+        raise InputError(f"{name!r} is unknown", where=option, fix=f"use one of {in_order(known)}")
     return getattr(kind, name.upper())
 
 
@@ -192,7 +190,7 @@ def target_members(settings: BuildSettings) -> list[Any]:
         raise InputError(
             "there is no GPU here to build for",
             where="`compute_capability`",
-            fix=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
+            fix=f"name the target: {in_order(known)}" if known else "build where the GPU is",
         )
     if has_targets and not wanted:
         return [trt.ComputeCapability.CURRENT]
@@ -206,7 +204,7 @@ def _check_built_for(product: Product, name: str) -> None:
     known = known_capabilities(product)
     if target_of(name) is not None and name.upper() not in known:
         raise InputError(
-            f"{product} does not build for {name.upper()}, only for {', '.join(known)}",
+            f"{product} does not build for {name.upper()}, only for {in_order(known)}",
             where="`compute_capability`",
             fix=BUILD_THERE,
         )
