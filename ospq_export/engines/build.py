@@ -23,7 +23,7 @@ from ospq_export.engines.products import (
     recorder,
 )
 from ospq_export.engines.profiles import profiles
-from ospq_export.engines.targets import BUILD_THERE, target_of
+from ospq_export.engines.targets import BUILD_THERE, in_order, target_of
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -165,9 +165,7 @@ def _config(
 def _member(kind: Any, name: str, option: str) -> Any:
     known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
-        raise InputError(
-            f"{name!r} is unknown to the builder", where=option, fix=f"use one of {', '.join(known)}"
-        )
+        raise InputError(f"{name!r} is unknown", where=option, fix=f"use one of {in_order(known)}")
     return getattr(kind, name.upper())
 
 
@@ -226,7 +224,7 @@ def target_capabilities(settings: BuildSettings) -> list[tuple[int, int]]:
         raise InputError(
             "there is no GPU here to build for",
             where="`compute_capability`",
-            fix=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
+            fix=f"name the target: {in_order(known)}" if known else "build where the GPU is",
         )
     kind = getattr(load(settings.product), "ComputeCapability", None)
     for name in wanted:
@@ -241,7 +239,7 @@ def _check_built_for(product: Product, name: str) -> None:
     known = known_capabilities(product)
     if target_of(name) is not None and name.upper() not in known:
         raise InputError(
-            f"{product} does not build for {name.upper()}, only for {', '.join(known)}",
+            f"{product} does not build for {name.upper()}, only for {in_order(known)}",
             where="`compute_capability`",
             fix=BUILD_THERE,
         )

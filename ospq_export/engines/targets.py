@@ -136,6 +136,11 @@ def check_formats(target: Target, formats: Iterable[Format], *, where: str = "")
     )
 
 
+def in_order(capabilities: Iterable[str]) -> str:
+    """Compute capabilities from the oldest to the newest: "SM75, SM120"."""
+    return ", ".join(sorted(capabilities, key=lambda name: (len(name), name)))
+
+
 def _spoken(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -171,7 +176,7 @@ def capabilities_to_build(
     chosen = tuple(capability for capability in target.compute_capabilities if capability in known)
     if not chosen:
         raise InputError(
-            f"{product} builds for {', '.join(known)}, not for {target}",
+            f"{product} builds for {in_order(known)}, not for {target}",
             where=f"`target` {target.name}",
             fix=BUILD_THERE,
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ospq_export.errors import InputError, damaged, reason_of
+from ospq_export.errors import InputError, damaged
 from ospq_export.export.jobs import Job
 from ospq_export.export.metadata import float_metadata, quantized_metadata
+from ospq_export.onnx.read import why_unreadable
 from ospq_export.runs.run import Run
 
 
@@ -59,4 +60,4 @@ def _header(path: Path) -> Any:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:
         # protobuf's errors have no public common base.
-        raise damaged(f"not a valid ONNX file: {reason_of(error)}", path) from error
+        raise damaged(f"not a valid ONNX file: {why_unreadable(error)}", path) from error

@@ -158,7 +158,7 @@ def test_what_is_missing_is_one_line(run, tmp_path, data, finished_runs):
         (["--float", file, "--deployed", file, "--data", data], "--mean and --std"),
         (
             ["--float", tmp_path / "none.onnx", "--deployed", file, "--data", data],
-            "not a valid ONNX file: No such file",
+            "the ONNX file cannot be read: No such file",
         ),
         (["--data", data], "nothing is given to validate"),
         ([finished_runs["w8a8"], "--data", data, "--mean", "0.5"], "the run says it itself"),
