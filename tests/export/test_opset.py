@@ -71,7 +71,7 @@ def convolutions(tmp_path_factory):
     return Files(module, images, tmp_path_factory.mktemp("convolutions"))
 
 
-@pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9)])
+@pytest.mark.parametrize(("opset", "ir"), [(17, 8), (19, 9)])
 def test_a_transformer_computes_the_same_codes(transformer, opset, ir):
     """Gelu is written out below 20: its last bits differ, and a code where that lies on a rounding edge."""
     expected, got = transformer.outputs(OPSET), transformer.outputs(opset)
