@@ -1,6 +1,7 @@
 """Files in older opsets: the same codes and outputs, operators that TensorRT 8.6 knows, refusals before any work."""
 
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,9 @@ import pytest
 import torch
 from helpers import tiny
 from onnx import TensorProto, helper, numpy_helper
-from typer.testing import CliRunner
 
 from ospq_export.calibrate.observe import observe
-from ospq_export.cli.app import app
+from ospq_export.cli import main
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.jobs import Extras
@@ -71,7 +71,7 @@ def convolutions(tmp_path_factory):
     return Files(module, images, tmp_path_factory.mktemp("convolutions"))
 
 
-@pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9)])
+@pytest.mark.parametrize(("opset", "ir"), [(17, 8), (19, 9)])
 def test_a_transformer_computes_the_same_codes(transformer, opset, ir):
     """Gelu is written out below 20: its last bits differ, and a code where that lies on a rounding edge."""
     expected, got = transformer.outputs(OPSET), transformer.outputs(opset)
@@ -212,15 +212,21 @@ def test_opsets_that_are_taken(name, opset):
     check_opset(with_formats(name), Extras(fp16=opset != 17), opset)
 
 
-def test_the_command_writes_one_and_refuses_before_any_work(tmp_path):
+def test_the_command_writes_one_and_refuses_before_any_work(tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ospq-export", "export", str(run), *arguments, "--quiet"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0
+
     run = tmp_path / "run"
     tiny(run, recipe="w8a8")
     before = sorted(path.name for path in run.iterdir())
-    refused = CliRunner().invoke(app, ["export", str(run), "--opset", "18", "--fp16"])
-    assert refused.exit_code == 2 and "leave --fp16 out" in refused.output
+    assert command("--opset", "18", "--fp16") == 2
+    error = capsys.readouterr().err.strip()
+    assert "leave --fp16 out" in error and len(error.splitlines()) == 1
     assert sorted(path.name for path in run.iterdir()) == before
-    done = CliRunner().invoke(app, ["export", str(run), "--opset", "17", "--uint8-input", "--quiet"])
-    assert done.exit_code == 0, done.output
+    assert command("--opset", "17", "--uint8-input") == 0
     for name in ("model.onnx", "model_fp32.onnx", "model_uint8.onnx"):
         assert onnx.load(str(run / name)).opset_import[0].version == 17
         assert not [f for f in lint(run / name, (), "tensorrt-8.6") if f.severity is Severity.ERROR]
