@@ -243,8 +243,16 @@ class Run(StoredRun):
         """Pack the exported network for a check on the device that will run it; see `deploy.bundle`."""
         how = session or Session()
         with how.bars() as progress:
-            settings = {"device": how.device, "workers": how.workers, "progress": progress}
-            return bundle(self, Path(out), self._images(data), count=images, overwrite=overwrite, **settings)
+            return bundle(
+                self,
+                Path(out),
+                self._images(data),
+                count=images,
+                overwrite=overwrite,
+                device=how.device,
+                workers=how.workers,
+                progress=progress,
+            )
 
     def report_device(self, result: str | Path, *, documents: bool = True, **settings: Any) -> Report:
         """Judge what a bundle's script found on a device; see `deploy.report_device`."""

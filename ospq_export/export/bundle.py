@@ -100,7 +100,7 @@ def write_bundle(run: Run, out: Path, contents: Contents, *, overwrite: bool = F
     """
     check_bundle(run, out, len(contents.images), overwrite=overwrite)
     network, baseline, float_type = device_files(run)
-    arrays = {"images.npy": contents.images, "labels.npy": contents.labels}
+    arrays: dict[str, NDArray[Any]] = {"images.npy": contents.images, "labels.npy": contents.labels}
     outputs: dict[str, dict[str, str]] = {}
     for execution, held in contents.outputs.items():
         for name, values in held.items():

@@ -81,7 +81,7 @@ class TensorRT:
         log = TensorRT.log = TensorRT.log or trt.Logger(trt.Logger.WARNING)
         builder, network, self.parser, typed = parse(trt, log, path)
         config = builder.create_builder_config()
-        self.half = not typed and set_precision(trt, config)
+        self.half = not typed and set_precision(trt, config, network)
         if hasattr(trt.BuilderFlag, "TF32"):
             # On by default; float32 in the file is to be float32.
             config.clear_flag(trt.BuilderFlag.TF32)
@@ -109,7 +109,9 @@ class TensorRT:
         self.context.set_input_shape(self.input, images.shape)
         found = {}
         for name in self.names:
-            kind = self.trt.nptype(self.engine.get_tensor_dtype(name))
+            # nptype of 8.6 needs a numpy that has numpy.bool.
+            half = self.engine.get_tensor_dtype(name) == self.trt.DataType.HALF
+            kind = np.float16 if half else np.float32
             shape = tuple(self.context.get_tensor_shape(name))
             if (name, shape) not in self.held:
                 values = np.empty(shape, kind)
@@ -158,9 +160,12 @@ def parse(trt: Any, log: Any, path: Path) -> Tuple[Any, Any, Any, bool]:
     return builder, network, parser, typed
 
 
-def set_precision(trt: Any, config: Any) -> bool:
-    """Allow INT8 and FP16 where networks are not strongly typed; returns whether FP16 was."""
-    for name in ("INT8", "FP16"):
+def set_precision(trt: Any, config: Any, network: Any) -> bool:
+    """Allow FP16, and INT8 where the file quantizes, of networks that are not strongly typed; returns whether FP16 is allowed."""
+    layers = (network.get_layer(i).type for i in range(network.num_layers))
+    # Without quantizers, INT8 would want a calibration.
+    quantized = any(kind in (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE) for kind in layers)
+    for name in ("FP16", "INT8") if quantized else ("FP16",):
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
     return hasattr(trt.BuilderFlag, "FP16")

@@ -104,7 +104,7 @@ class ServedBackend:
         Raises:
             InputError: the server fails, or the images are no 8-bit pixels, which the model takes.
         """
-        sent = self._pixels(images) if self.input.dtype == "UINT8" else images
+        sent: NDArray[Any] = self._pixels(images) if self.input.dtype == "UINT8" else images
         if self.fixed_batch is not None:
             return in_batches(self._ask, sent, self.fixed_batch)
         parts = [self._ask(sent[start : start + self.most]) for start in range(0, len(sent), self.most)]
