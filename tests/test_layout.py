@@ -31,6 +31,7 @@ BELOW = {
 SHARED = set(BELOW) - {"demo"}
 BELOW |= dict.fromkeys(("calibrate", "export", "validate"), SHARED)
 BELOW["api"] = set(BELOW)
+BELOW["sweep"] = set(BELOW)
 BELOW["cli"] = set(BELOW)
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -1,24 +1,22 @@
 """Whole sweeps on a local Ray: the page's example as it stands, and one whose driver and worker are killed."""
 
-import csv
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sweep_killed import amid_calibration, attempts, finished, kill, start, tables, wait_for
 
 from ospq_export.api import Session
 from ospq_export.cli.app import app
 from ospq_export.sweep.cells import cells_of
-from ospq_export.sweep.outcome import LOGS, RESULTS, RUNS, Outcome
+from ospq_export.sweep.outcome import LOGS, RESULTS, Outcome
 from ospq_export.sweep.plan import load_plan
-from ospq_export.sweep.table import CSV, MARKDOWN, Table, write_tables
+from ospq_export.sweep.table import Table, write_tables
 from ospq_export.sweep.work import run_cell
 
 ROOT = Path(__file__).parents[2]
@@ -68,55 +66,6 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("networks", None)
 
 
-def started(folder, *words, **options):
-    """A driver in a process group of its own."""
-    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "ospq_export.cli", "sweep", *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process, condition):
-    """What the condition gives as soon as it gives something, while the process runs."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        if process.poll() is not None:
-            pytest.fail(f"the sweep was over before that: {process.communicate()}")
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("that did not come")
-
-
-def finished(out):
-    return {path.stem for path in (out / RESULTS).glob("*.json")}
-
-
-def attempts(out, name):
-    """Processes that computed a run, in the order of their beginnings."""
-    path = out / LOGS / f"{name}.log"
-    text = path.read_text() if path.is_file() else ""
-    return [int(pid) for pid in re.findall(r"process (\d+) on", text)]
-
-
-def amid_calibration(out):
-    """An unfinished run with a checkpoint, once another is finished."""
-    done = finished(out)
-    begun = {path.parents[1].name for path in (out / RUNS).glob("*/slices/*.safetensors")} - done
-    return next(iter(begun), None) if done else None
-
-
-def without_times(path):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(path.open())]
-
-
 @pytest.mark.slow
 def test_killed_driver_and_killed_worker_leave_the_table_of_an_undisturbed_sweep(folder):
     (folder / "networks.py").write_text(NETWORKS)
@@ -129,33 +78,29 @@ def test_killed_driver_and_killed_worker_leave_the_table_of_an_undisturbed_sweep
     cells = cells_of(plan)
     assert len(cells) == 4
 
-    first = started(folder, "plan.toml", "--out", out)
-    interrupted = wait_for(first, lambda: amid_calibration(out))
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first = start(folder, "plan.toml", "--out", out, path=[folder])
+    interrupted = wait_for(first, lambda: amid_calibration(out, 1), PATIENCE)
+    kill(first)
     kept = {name: (out / RESULTS / f"{name}.json").stat().st_mtime_ns for name in finished(out)}
     assert 1 <= len(kept) < 4 and interrupted not in kept
 
-    second = started(folder, "plan.toml", "--out", out)
-    again = wait_for(second, lambda: attempts(out, interrupted)[1:])
-    # In the middle of it: before its result, after its beginning.
+    second = start(folder, "plan.toml", "--out", out, path=[folder])
+    again = wait_for(second, lambda: attempts(out, interrupted)[1:], PATIENCE)
+    # In the middle of it: after its beginning, before its result.
     os.kill(again[0], signal.SIGKILL)
     _, said = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0, said
-    # Twice by the drivers, once more since its worker died.
-    assert len(attempts(out, interrupted)) == 3
-    assert all(
-        (out / RESULTS / f"{n}.json").stat().st_mtime_ns == t and len(attempts(out, n)) == 1
-        for n, t in kept.items()
-    )
-    assert "[4/4]" in said
+    # Once by each driver, and once more since its worker died.
+    assert len(attempts(out, interrupted)) == 3 and "[4/4]" in said
+    for name, written in kept.items():
+        assert (out / RESULTS / f"{name}.json").stat().st_mtime_ns == written
+        assert len(attempts(out, name)) == 1
 
     whole = folder / "whole"
     outcomes = {c.name: run_cell(c, whole, Session(seed=c.seed), 1) for c in cells}
     assert {outcome.status for outcome in outcomes.values()} == {"done"}
     write_tables(Table(plan, cells, outcomes), whole)
-    assert without_times(out / CSV) == without_times(whole / CSV)
-    assert (out / MARKDOWN).read_text() == (whole / MARKDOWN).read_text()
+    assert tables(out) == tables(whole)
 
 
 @pytest.mark.slow
@@ -173,11 +118,11 @@ def test_the_page_runs_as_it_stands(folder):
     assert words[:2] == ["ospq-export", "sweep"] and "sweep" in {
         c.callback.__name__ for c in app.registered_commands
     }
-    process = started(folder, *words[2:])
+    process = start(folder, *words[2:], path=[folder])
     shown, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "| wide |" in shown and "[6/6]" in said and "left" in said
-    lines = without_times(folder / "runs" / "sweep" / CSV)
+    lines, _ = tables(folder / "runs" / "sweep")
     assert len(lines) == 6 and {line["status"] for line in lines} == {"done"}
     listed = re.findall(r"^\| `([^|]+)` \|", PAGE.read_text().partition("## What comes out")[2], re.MULTILINE)
     for names in listed[:4]:
@@ -187,7 +132,6 @@ def test_the_page_runs_as_it_stands(folder):
             )
 
 
-@pytest.mark.slow
 def test_one_failure_stops_nothing_and_is_listed(folder):
     """Without Ray: a cell that fails is an outcome, its reason one line, its traceback in the log."""
     np.savez("images.npz", images=np.zeros((16, 28, 28), np.uint8))
