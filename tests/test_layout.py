@@ -32,6 +32,7 @@ SHARED = set(BELOW) - {"demo"}
 BELOW |= dict.fromkeys(("calibrate", "export", "validate"), SHARED)
 BELOW["deploy"] = SHARED | {"export", "validate"}
 BELOW["api"] = set(BELOW)
+BELOW["sweep"] = set(BELOW)
 BELOW["cli"] = set(BELOW)
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -29,14 +29,12 @@ def sweep(
     quiet: options.QuietOption = False,
 ) -> None:
     """Run every model with every recipe of a plan, on Ray; exit status 1 where a run failed."""
-    from ospq_export.progress import stage_progress
     from ospq_export.sweep.driver import run_sweep
     from ospq_export.sweep.plan import load_plan
     from ospq_export.sweep.table import MARKDOWN, PAGE, markdown
 
     chosen = load_plan(plan, overrides or [])
-    with stage_progress(disable=quiet) as progress:
-        table = run_sweep(chosen, out, address=address, progress=None if quiet else progress)
+    table = run_sweep(chosen, out, address=address, progress=not quiet)
     for line in markdown(*table.matrix()):
         say(line)
     for outcome in table.failed:

@@ -124,7 +124,7 @@ def refusal(
     kind: str = "recipe",
     listed_by: str = "recipe explain",
 ) -> InputError:
-    """What is wrong with a recipe, or with another TOML file that a model describes, in one line: the first thing found.
+    """What is wrong with a recipe, or with another TOML file that a model describes, in one line.
 
     Args:
         model: of the recipe.
@@ -133,7 +133,9 @@ def refusal(
         kind: what messages call it.
         listed_by: where all keys are listed.
     """
-    first = error.errors()[0]
+    found = error.errors()
+    # A key that is misspelt explains the one that is missing.
+    first = next((e for e in found if e["type"] == _UNKNOWN_KEY), found[0])
     known = {key.name: key for key in keys_of(model)}
     name, rest = _name([str(part) for part in first["loc"]], known)
     if first["type"] == _UNKNOWN_KEY and not rest:

@@ -16,10 +16,10 @@ from ospq_export.calibrate.checks import LOCK, differences
 from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.data import folder_of
 from ospq_export.errors import InputError
-from ospq_export.progress import stepper
+from ospq_export.progress import stage_progress, stepper
 from ospq_export.runs.files import is_temporary, write_json
 from ospq_export.sweep.cells import Cell, cells_of
-from ospq_export.sweep.cluster import cluster, load_ray
+from ospq_export.sweep.cluster import Cluster, cluster, load_ray
 from ospq_export.sweep.outcome import CELLS, Outcome, read_cells, read_outcome
 from ospq_export.sweep.plan import Plan
 from ospq_export.sweep.table import Table, write_tables
@@ -27,9 +27,7 @@ from ospq_export.sweep.task import compute
 from ospq_export.world.room import check_apart, check_folder
 
 
-def run_sweep(
-    plan: Plan, out: Path, *, address: str | None = None, progress: Progress | None = None
-) -> Table:
+def run_sweep(plan: Plan, out: Path, *, address: str | None = None, progress: bool = False) -> Table:
     """Compute what a sweep's folder lacks, and write its tables.
 
     Args:
@@ -37,7 +35,7 @@ def run_sweep(
         out: its folder, new, or left by an earlier sweep of the same plan or of a part of it. It, the images and the
             checkpoints are seen under the same names by all nodes.
         address: of a Ray cluster; None starts Ray on this machine.
-        progress: where to show a bar and a line for each run that ends.
+        progress: whether a bar, and a line for each run that ends, are shown on standard error.
 
     Returns:
         The table; a run that failed is in it with its reason, and is tried again by the next call.
@@ -55,18 +53,19 @@ def run_sweep(
         known = {cell.name: read_outcome(out, cell.name) for cell in cells}
         outcomes = {name: outcome or Outcome(name=name, status="waiting") for name, outcome in known.items()}
         todo = [cell for cell in cells if known[cell.name] is None]
-        shown = _Shown(progress, len(cells), len(todo))
         if todo:
-            for outcome in _computed(todo, plan, out, address):
-                outcomes[outcome.name] = outcome
-                shown.say(outcome)
-                write_tables(Table(plan, cells, outcomes), out)
+            with cluster(address, plan.resources) as found, stage_progress(disable=not progress) as bars:
+                shown = _Shown(bars, len(cells), len(todo))
+                for outcome in _computed(todo, plan, out, found):
+                    outcomes[outcome.name] = outcome
+                    shown.say(outcome)
+                    write_tables(Table(plan, cells, outcomes), out)
         table = Table(plan, cells, outcomes)
         write_tables(table, out)
         return table
 
 
-def _computed(cells: Sequence[Cell], plan: Plan, out: Path, address: str | None) -> Iterator[Outcome]:
+def _computed(cells: Sequence[Cell], plan: Plan, out: Path, found: Cluster) -> Iterator[Outcome]:
     """Outcomes as they come."""
     asked = plan.resources
     device, here = "cuda" if asked.gpus else "cpu", str(Path.cwd())
@@ -74,10 +73,9 @@ def _computed(cells: Sequence[Cell], plan: Plan, out: Path, address: str | None)
     budget = None if asked.memory is None else str(parse_bytes(asked.memory) // 2)
     common = (str(out), here, asked.cpus, device, asked.workers, budget)
     calls: dict[str, tuple[Any, ...]] = {cell.name: (cell.model_dump_json(), *common) for cell in cells}
-    with cluster(address, asked) as found:
-        for name, text, reason in found.each(compute, calls):
-            done = Outcome.model_validate_json(text) if text else None
-            yield done or Outcome(name=name, status="failed", reason=reason)
+    for name, text, reason in found.each(compute, calls):
+        done = Outcome.model_validate_json(text) if text else None
+        yield done or Outcome(name=name, status="failed", reason=reason)
 
 
 def _check_apart(cells: Sequence[Cell], out: Path) -> None:
@@ -134,7 +132,7 @@ def _claim(cells: Sequence[Cell], out: Path) -> None:
 class _Shown:
     """A bar with an estimate, and a line for each run that ends: where there is no terminal, the lines alone are seen in time."""
 
-    progress: Progress | None
+    progress: Progress
     total: int
     todo: int
 
@@ -146,7 +144,7 @@ class _Shown:
         """Tell of a run that ended."""
         self._ended += 1
         self._advance()
-        if self.progress is None:
+        if self.progress.disable:
             return
         left = self.todo - self._ended
         remaining = left * (time.monotonic() - self._started) / self._ended

@@ -116,21 +116,21 @@ def _summary(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row.outcome.status == "done"]
     if not done:
         return "failed" if any(row.outcome.status == "failed" for row in rows) else ""
-    said = _mean(done, lambda row: row.outcome.score)
-    lost = _mean(done, lambda row: row.outcome.lost)
+    said = _mean(done, lambda row: row.outcome.score, spread=True)
+    lost = _mean(done, lambda row: row.outcome.lost, spread=not said)
     near = _mean(done, lambda row: row.nearest and row.nearest.lost)
     parts = [f"lost {lost}" if lost else "", f"nearest {near}" if near else ""]
     told = ", ".join(filter(None, parts))
     return f"{said} ({told})" if said else told
 
 
-def _mean(rows: Sequence[Row], of: Callable[[Row], float | None]) -> str:
-    """The mean, and half of the spread where there are several seeds."""
+def _mean(rows: Sequence[Row], of: Callable[[Row], float | None], *, spread: bool = False) -> str:
+    """The mean, and, if asked for, half of the spread where there are several seeds."""
     values = [value for row in rows if (value := of(row)) is not None]
     if not values:
         return ""
-    spread = f" ±{(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+    half = f" ±{(max(values) - min(values)) / 2:.2f}" if spread and len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{half}"
 
 
 def write_tables(table: Table, out: Path) -> None:
@@ -139,7 +139,7 @@ def write_tables(table: Table, out: Path) -> None:
     write_text(out / CSV, _csv(lines))
     write_text(out / MARKDOWN, _markdown(table, lines))
     write_json(out / JSON, document(table))
-    write_text(out / PAGE, page(table, lines, caption(table)))
+    write_text(out / PAGE, page(table, lines, caption(table), text))
 
 
 def document(table: Table) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _markdown(table: Table, lines: Sequence[dict[str, Any]]) -> str:
     """Without times: two sweeps of one plan give the same text."""
     left_out = {"seconds", "reason", "measure", "status"}
     columns = [name for name in lines[0] if name not in left_out and any(line[name] for line in lines)]
-    rows = [[text(line[name]) for name in columns] for line in lines]
+    rows = [[text(line[name], name) for name in columns] for line in lines]
     parts = [f"# {table.plan.name or 'Sweep'}", "", caption(table), "", *markdown(*table.matrix())]
     parts += ["", "## Every run", "", *markdown(columns, rows)]
     if table.failed:
@@ -199,12 +199,14 @@ def caption(table: Table) -> str:
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table."""
-    lines = [heading, ["---"] * len(heading), *rows]
+    lines = [heading, ["-" * 3] * len(heading), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def text(value: Any) -> str:
-    """A value as people read it."""
+def text(value: Any, column: str = "") -> str:
+    """A value as people read it; sizes with three digits, whatever they are."""
     if value is None:
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if column.endswith("MB") else f"{value:.2f}"
