@@ -76,13 +76,13 @@ class Heads(nn.Module):
 def _torchvision_swin() -> nn.Module:
     from torchvision.models import SwinTransformer
 
-    return SwinTransformer([4, 4], 48, [2, 2], [2, 4], [4, 4], num_classes=10)
+    return SwinTransformer([4, 4], 64, [2, 2], [2, 4], [4, 4], num_classes=10)
 
 
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(64, 16, 3, 4, 96, 192, num_classes=10)
+    return VisionTransformer(64, 16, 3, 3, 96, 192, num_classes=10)
 
 
 def _transformers(kind: str, config: str, **arguments: Any) -> Callable[[], nn.Module]:

@@ -100,7 +100,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         with stage_progress() as progress:
             calibrate(network.model, network.spec, images, network.config, recipe, folder, progress=progress)
     with stage_progress() as progress:
-        run = export(folder, overwrite=True, progress=progress)
+        run = export(folder, overwrite=True, progress=progress).run
         known = _float_top1(network.name, run.manifest.files[FLOAT_TENSORS], args.limit)
         wanted = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED)
         backends = wanted if known is None else wanted[1:]

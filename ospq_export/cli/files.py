@@ -35,7 +35,7 @@ def run_files(
         out: folder of the report; None puts it beside the deployed file, under its name and ".report".
         given: what is said of the preprocessing.
         choice: what is said of the classes.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
         pictures: whether the page may show images.
         settings: of `validate_files`.
@@ -55,13 +55,24 @@ def run_files(
     images = image_set(open_source(data, choice), config, choice, None, needed=False)
     with stage_progress(disable=quiet) as progress:
         report = validate_files(float_file, deployed_file, images, folder, progress=progress, **settings)
-    shown = with_option_names(report)
+    shown = as_options(report)
     page = write_documents(folder, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
 
 
-def with_option_names(report: Report) -> Report:
+def print_report(report: Report, page: Path, as_json: bool) -> None:
+    """A report as people read it, with the path of its page; or as JSON."""
+    from ospq_export.validate import render
+
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    console().print(render(report), soft_wrap=True)
+    say(f"report: {page}")
+
+
+def as_options(report: Report) -> Report:
     """The report for people on the command line: report.json names settings as Python does."""
     verdict, named = report.verdict, with_options
     judged = {
@@ -76,14 +87,3 @@ def with_option_names(report: Report) -> Report:
         "executions_skipped": {n: named(why) for n, why in report.executions_skipped.items()},
     }
     return report.model_copy(update=changed)
-
-
-def print_report(report: Report, page: Path, as_json: bool) -> None:
-    """A report as people read it, with the path of its page; or as JSON."""
-    from ospq_export.validate import render
-
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-        return
-    console().print(render(report), soft_wrap=True)
-    say(f"report: {page}")

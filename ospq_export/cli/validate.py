@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.files import print_report, run_files, with_option_names
+from ospq_export.cli.elsewhere import run_device, server_of
+from ospq_export.cli.files import as_options, print_report, run_files
 from ospq_export.cli.options import class_choice, data_settings
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 def validate(
     context: typer.Context,
-    data: options.DataOption,
     run: Annotated[Path | None, typer.Argument(help="Run directory that `calibrate` wrote.")] = None,
+    data: options.GivenDataOption = None,
     float_file: Annotated[
         Path | None,
         typer.Option("--float", help="Instead of RUN: a float ONNX file, to compare --deployed with."),
@@ -91,6 +92,16 @@ def validate(
         list[int] | None,
         typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="With --backend triton: the server, http://HOST:8000.")
+    ] = None,
+    triton_model: Annotated[
+        str | None, typer.Option(help="Its name on the server. Default: the run directory's.")
+    ] = None,
+    device_result: Annotated[
+        Path | None,
+        typer.Option(help="In place of --data: result.json, which a bundle's script wrote on a device."),
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Another run, to compare with on the same images.")
     ] = None,
@@ -107,6 +118,12 @@ def validate(
     provenance: Annotated[
         bool, typer.Option("--provenance", help="Record date and host in the report.")
     ] = False,
+    save_outputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also FILE.json for Polygraphy: outputs of 8 images; the images in FILE.inputs.json."
+        ),
+    ] = None,
     exif: options.ExifOption = False,
     class_map: options.ClassMapOption = None,
     class_order: options.ClassOrderOption = None,
@@ -130,6 +147,15 @@ def validate(
         significance=significance,
         max_error=max_error,
     )
+    if device_result is not None:
+        others = [str(p.name) for p in context.command.params if p.name not in _OF_DEVICES]
+        _without(context, others, "it says nothing of a device's result")
+        limits = {"thresholds": thresholds, "decision_threshold": decision_threshold}
+        report = run_device(_only_run(run, {}), device_result, as_json, **limits)
+        raise typer.Exit(report.verdict.exit_status)
+    if data is None:
+        raise InputError("there are no images to validate on", where="--data", fix="give some")
+    server = server_of(url, triton_model)
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
     common: dict[str, Any] = {
@@ -144,7 +170,7 @@ def validate(
     }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
-        _without(context, _OF_RUNS)
+        _without(context, _OF_RUNS, "it is for runs, not for two files")
         report = run_files(
             *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
@@ -163,21 +189,28 @@ def validate(
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
+        save_outputs=save_outputs,
+        server=server,
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
 
 
-_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device")
+_OF_DEVICES = (
+    *("run", "device_result", "decision_threshold", "quiet", "as_json", "threads", "max_drop", "confidence"),
+    *("max_top1_difference", "min_agreement", "significance", "max_error"),
+)
+_OF_RUNS = (
+    *("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs"),
+    *("url", "triton_model", "device_result"),
+)
 
 
-def _without(context: typer.Context, names: Sequence[str]) -> None:
-    """Refuse options that say nothing of files: what would be ignored is not taken."""
+def _without(context: typer.Context, names: Sequence[str], what: str) -> None:
+    """Refuse options that say nothing here: what would be ignored is not taken."""
     given = [p for p in context.command.params if p.name in names and _was_given(context, p.name)]
     if given:
-        raise InputError(
-            "it is for runs, not for two files", where=", ".join(p.opts[0] for p in given), fix="leave it out"
-        )
+        raise InputError(what, where=", ".join(p.opts[0] for p in given), fix="leave it out")
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -225,7 +258,7 @@ def run_validate(
     Args:
         run: exported.
         images: with the run's preprocessing.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
         pictures: whether the page may show images.
         settings: of `validate`; None means the default.
@@ -242,7 +275,7 @@ def run_validate(
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
-    shown = with_option_names(report)
+    shown = as_options(report)
     page = write_documents(run, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
@@ -263,6 +296,5 @@ def _thresholds(**values: float | None) -> Thresholds:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise InputError(
-            first["msg"], where=f"{option} {first['input']}", fix="choose another value"
-        ) from error
+        where = f"{option} {first['input']}"
+        raise InputError("the value is not possible", where=where, fix=refusal_of(first)) from error

@@ -101,7 +101,7 @@ def check_text(model: Any, path: Path) -> None:
 def _check_size(path: Path) -> None:
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.onnx"))
-        fix = f"give a file in it: {', '.join(inside)}" if inside else "give an ONNX file"
+        fix = f"give its {' or '.join(inside)}" if inside else "give a file, such as the model.onnx of a run"
         raise InputError("a directory, not an ONNX file", where=path, fix=fix)
     try:
         size = path.stat().st_size
@@ -213,7 +213,7 @@ def _place(tensor: Any, path: Path) -> tuple[str, int]:
     except (ValueError, TypeError) as error:
         # A type of no fixed size, or an offset or a length that is no number.
         raise InputError(
-            f"{tensor.name}'s external data cannot be read: {error}", where=path, fix=_AGAIN
+            f"{tensor.name}'s external data cannot be read: {reason_of(error)}", where=path, fix=_AGAIN
         ) from error
     if offset < 0 or length != size:
         raise InputError(

@@ -26,7 +26,10 @@ QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 QUANTIZED_BRAIN_ONNX, BRAIN_ONNX = "model_qdq_bf16.onnx", "model_bf16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
-ENGINE, SIDECAR = "model.engine", "model.engine.json"
+# Engines lie side by side, one per target; runs of before they were named so have this one.
+ENGINES, UNNAMED_ENGINE = "*.engine", "model.engine"
+# An engine's name in a model repository of Triton.
+PLAN = "model.plan"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 
@@ -77,6 +80,23 @@ def checked_file(name: str) -> str:
 def data_file(path: Path) -> Path:
     """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
     return path.with_name(f"{path.name}.data")
+
+
+def engine_name(product: str, targets: Sequence[str], level: str | None = None) -> str:
+    """Name of an engine, such as "model.tensorrt-rtx.sm89.engine".
+
+    Args:
+        product: what builds it.
+        targets: compute capabilities that it is for, "SM89".
+        level: of hardware compatibility, where it runs on further ones.
+    """
+    parts = ["model", product, "-".join(t.lower() for t in targets), *([level] if level else [])]
+    return f"{'.'.join(parts)}.engine"
+
+
+def sidecar_file(engine: Path) -> Path:
+    """What is known of an engine: built from what, by what, for what."""
+    return engine.with_name(f"{engine.name}.json")
 
 
 def stored_bytes(path: Path) -> int:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from ospq_export.data import DataConfig, ImageSet, StreamSet
 from ospq_export.data.config import ASSUMED
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.formats.fp8 import Fp8
 from ospq_export.runs.files import REPORT, sha256, stored_bytes, write_json
 from ospq_export.tasks.choice import choose_task
@@ -72,7 +72,10 @@ def preprocessing_of_files(files: Sequence[Path], given: Mapping[str, Any]) -> D
         return DataConfig.model_validate({**values, **assumed, "assumed": tuple(assumed)})
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(str(first["msg"]), where="the preprocessing", fix="check the values") from error
+        what = (
+            f"the preprocessing does not fit: {': '.join([*map(str, first['loc'][:1]), refusal_of(first)])}"
+        )
+        raise InputError(what, where=files[0], fix="check the values") from error
 
 
 def _input_size(file: Path) -> tuple[int, int, int]:

@@ -52,14 +52,14 @@ def test_the_largest_values_are_recorded(calibrated):
 
 def test_values_that_fp16_holds_stay_fp16(calibrated, tmp_path):
     folder = shutil.copytree(calibrated, tmp_path / "run")
-    written = export(folder, extras=Extras(fp16=True)).manifest.files
+    written = export(folder, extras=Extras(fp16=True)).run.manifest.files
     assert {HALF_ONNX, QUANTIZED_HALF_ONNX} <= written.keys() and BRAIN_ONNX not in written
     assert TensorProto.FLOAT16 in kinds(folder / HALF_ONNX)
 
 
 def test_values_that_fp16_lacks_get_bf16(wide, caplog):
     with caplog.at_level(logging.WARNING):
-        run = export(wide, extras=Extras(fp16=True))
+        run = export(wide, extras=Extras(fp16=True)).run
     assert {BRAIN_ONNX, QUANTIZED_BRAIN_ONNX} <= run.manifest.files.keys()
     assert not {HALF_ONNX, QUANTIZED_HALF_ONNX} & run.manifest.files.keys()
     assert "values reach 5e+04" in caplog.text and "FP16 ends at 65504" in caplog.text

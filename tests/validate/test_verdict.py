@@ -192,7 +192,11 @@ def test_what_was_not_finite_or_not_compared_refutes():
 
 def test_no_evidence_shows_nothing():
     verdict = conclude([], [])
-    assert verdict.exit_status == 3 and not verdict and "nothing deployed was compared" in verdict.text[0]
+    assert (
+        verdict.exit_status == 3
+        and not verdict
+        and "no deployed execution was compared; run one" in verdict.text[0]
+    )
 
 
 def test_the_words_of_the_verdict():

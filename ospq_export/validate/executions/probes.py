@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 from ospq_export.onnx.read import check_text
 from ospq_export.onnx.shapes import hollow, infer_shapes
 from ospq_export.tasks.statistics import FloatArray
@@ -51,7 +51,7 @@ def read_proto(path: Path) -> Any:
     except Exception as error:
         # protobuf's errors have no public common base.
         raise InputError(
-            f"the file is not readable ONNX: {type(error).__name__}", where=path, fix="export the run again"
+            f"not a valid ONNX file: {reason_of(error)}", where=path, fix="export the run again"
         ) from error
     check_text(proto, path)
     if not proto.graph.node:

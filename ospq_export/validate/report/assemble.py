@@ -22,7 +22,7 @@ from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.openvino import openvino_findings
-from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
+from ospq_export.validate.executions.table import CLOSED, FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
 from ospq_export.validate.findings import processor_findings, size_findings, stand_in_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.kept import accuracy_criteria
@@ -138,7 +138,7 @@ def assemble(
     findings = [*subject.findings, *openvino_findings(evidence.backends)]
     not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
-        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
+        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations, CLOSED
     )
     notes = [*_notes(evidence, subject.left), *findings]
     quantization = evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None

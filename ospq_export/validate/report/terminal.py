@@ -19,7 +19,7 @@ _STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open"
 def render(report: Report) -> Group:
     """The verdicts with what to do next, accuracy and size, the table of executions, flipped images, criteria."""
     said = [f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}" for c in report.verdict.criteria]
-    parity = map(Text, [*_baseline_lines(report), *_flip_lines(report)])
+    parity = map(Text, [*_engine_lines(report), *_baseline_lines(report), *_flip_lines(report)])
     return Group(
         *verdict_lines(report),
         *_summary_lines(report),
@@ -63,6 +63,12 @@ def _table(report: Report) -> Table:
         row = [number(b.scores.get(name)) for name in scores] + [parity.get(name, "") for name in cells]
         table.add_row(b.name, *row, f"{b.images_per_second:.0f}")
     return table
+
+
+def _engine_lines(report: Report) -> list[str]:
+    """Which of a run's engines ran: there may be one per target."""
+    ran = ((b.name, b.detail.get("file", "")) for b in report.backends)
+    return [f"  {name} ran {file}" for name, file in ran if file.endswith(".engine")]
 
 
 def _baseline_lines(report: Report) -> list[str]:
