@@ -61,6 +61,17 @@ def run_files(
     return report
 
 
+def print_report(report: Report, page: Path, as_json: bool) -> None:
+    """A report as people read it, with the path of its page; or as JSON."""
+    from ospq_export.validate import render
+
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    console().print(render(report), soft_wrap=True)
+    say(f"report: {page}")
+
+
 def as_options(report: Report) -> Report:
     """The report for people on the command line: report.json names settings as Python does."""
     verdict, named = report.verdict, with_options
@@ -76,14 +87,3 @@ def as_options(report: Report) -> Report:
         "executions_skipped": {n: named(why) for n, why in report.executions_skipped.items()},
     }
     return report.model_copy(update=changed)
-
-
-def print_report(report: Report, page: Path, as_json: bool) -> None:
-    """A report as people read it, with the path of its page; or as JSON."""
-    from ospq_export.validate import render
-
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-        return
-    console().print(render(report), soft_wrap=True)
-    say(f"report: {page}")

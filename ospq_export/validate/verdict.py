@@ -19,7 +19,8 @@ Outcome = Literal["met", "missed", "open"]
 _FIGURES = ("agreement", "outputs", "accuracy")
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
 _NO_DEPLOYED = (
-    "nothing deployed was compared; add an execution of the quantized file, such as `backends` onnxruntime"
+    "no deployed execution was compared; run one that this machine has, such as onnxruntime, together with what it is "
+    "compared with"
 )
 _NO_FLOAT = "no float network was executed; add one, `backends` float or onnxruntime-fp32"
 

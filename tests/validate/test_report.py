@@ -29,9 +29,12 @@ from ospq_export.tasks.classify import ECE
 from ospq_export.tasks.comparison import Flip, margin_histogram
 from ospq_export.validate import Report, render, validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.findings import stand_in_findings
 from ospq_export.validate.report import plots
+from ospq_export.validate.report.details import flips_of
 from ospq_export.validate.report.model import stamped
 from ospq_export.validate.report.pictures import data_url, thumbnails
+from ospq_export.validate.report.summary import summarize
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 40
@@ -55,7 +58,9 @@ def validated(finished_runs, tmp_path_factory):
     report = validate(run, images, backends=chosen, baseline=other, **options)
     # A flip shows what flips look like, whatever this machine's rounding gives.
     flip = Flip(id="test/00007", label=1, reference=1, deployed=6, reference_margin=0.25, deployed_margin=0.5)
-    comparison = report.comparisons[0].model_copy(update={"flips": [flip]})
+    margins = report.comparisons[0].margins
+    margins = margins.model_copy(update={"flips": [1, *[0] * (len(margins.images) - 1)]})
+    comparison = report.comparisons[0].model_copy(update={"flips": [flip], "margins": margins})
     shown = report.model_copy(update={"comparisons": [comparison]})
     write_documents(run, shown, images)
     return run, report, shown
@@ -208,6 +213,36 @@ def test_the_first_screen_answers(validated):
         assert judged.advice and judged.advice.replace("`", "") in text
     decision = {0: "Ready to deploy", 1: "Do not deploy it as it is", 3: "Not decided yet"}
     assert decision[report.verdict.exit_status] in text
+
+
+def test_a_file_that_stands_in_is_not_the_deployed_one(validated):
+    """ONNX Runtime runs an NVFP4 network as a larger file of float operators: neither its size nor its speed is shown."""
+    run, report, _ = validated
+
+    def standing(b):
+        inside = {**b.detail, "file": "model_check.onnx", "bytes": "99000000"}
+        return b.model_copy(update={"detail": inside}) if b.name == OPTIMIZED else b
+
+    changed = report.model_copy(update={"backends": [standing(b) for b in report.backends]})
+    tiles = {tile.title: tile for tile in summarize(changed, run.manifest).tiles}
+    size = (run.path / "model.onnx").stat().st_size / 1e6
+    assert tiles["Size of the file"].after == f"{size:.2f} MB" and not any("Latency" in t for t in tiles)
+    findings = stand_in_findings(changed.backends)
+    assert [line.split(",")[0] for line in findings] == ["model.onnx was judged by model_check.onnx"]
+    assert stand_in_findings(report.backends) == []
+
+
+def test_charts_are_drawn_once(validated):
+    """Executions that flip the same images share a chart, a heading and a list."""
+    _, _, shown = validated
+    (one,) = shown.comparisons
+    margins = one.margins.model_copy(update={"flips": [1, *[0] * (len(one.margins.images) - 1)]})
+    both = [
+        one.model_copy(update={"deployed": name, "margins": margins}) for name in (OPTIMIZED, UNOPTIMIZED)
+    ]
+    assert len(plots.margin_plots(both)) == 1 and plots.margin_plots(shown.comparisons[:0]) == []
+    (group,) = flips_of(shown.model_copy(update={"comparisons": both}))
+    assert group.deployed == [OPTIMIZED, UNOPTIMIZED] and len(group.table(1).rows) == 1
 
 
 def test_every_cell_stands_under_its_header(validated):

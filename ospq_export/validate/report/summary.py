@@ -136,7 +136,7 @@ def _loses(report: Report) -> dict[Outcome, str]:
 
 
 def _deployed(report: Report) -> BackendResult | None:
-    """The execution that stands for the deployment: an engine before the runtimes, optimised before not."""
+    """The execution that stands for the deployment: a device, a server or an engine before the runtimes, optimised before not."""
     judged = {a.deployed for a in report.accuracy} | {c.deployed for c in report.comparisons}
     return min(
         (b for b in report.backends if b.name in judged), key=lambda b: _rank(TABLE[b.name]), default=None
@@ -146,7 +146,7 @@ def _deployed(report: Report) -> BackendResult | None:
 def _rank(execution: Execution) -> tuple[bool, bool, bool, bool, bool]:
     return (
         execution.role is not Role.DEPLOYED,
-        execution.runtime is not Runtime.ENGINE,
+        execution.runtime not in (Runtime.RECORD, Runtime.SERVER, Runtime.ENGINE),
         execution.provider is None,
         not execution.optimize,
         execution.float_type == "fp16",
@@ -189,10 +189,11 @@ def _loss(change: AccuracyChange) -> float:
 def _size(report: Report, best: BackendResult | None) -> Tile | None:
     ran = "" if best is None else best.detail.get("file", "")
     file, sizes = checked_file(ran), report.provenance.file_bytes
-    if best is None or "bytes" not in best.detail:
+    known = None if best is None or file != ran else best.detail.get("bytes")
+    deployed = int(known) if known else sizes.get(file)
+    if deployed is None:
         return None
     title, before = "Size of the file", _float_bytes(report)
-    deployed = int(best.detail["bytes"]) if file == ran else sizes.get(file, 0)
     if not before:
         return Tile(title, "", shown_bytes(deployed), file)
     change = _times(before, deployed, "as large", "smaller", "larger")
