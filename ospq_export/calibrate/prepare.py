@@ -95,9 +95,9 @@ def observe_network(job: Job, images: Tensor) -> None:
     else:
         _observe(job, images[: job.manifest.recipe.observation_images])
         if job.writes:
-            quantizers = [*network.activations.values(), *network.weights.values()]
+            kept = quantizer_tensors([*network.activations.values(), *network.weights.values()])
             held = _Records(quantizer_records(network, anywhere)).model_dump_json()
-            write_tensors(path, quantizer_tensors(quantizers), {"records": held})
+            write_tensors(path, kept, {"records": held})
         job.world.wait()
         job.pieces("observe").remove()
     job.seconds_per_image = _seconds(job, images[:_TIMED_IMAGES])
