@@ -176,7 +176,7 @@ def _mish(graph: Any, node: Any) -> None:
     import onnx_ir as ir
 
     x, result = node.inputs[0], node.outputs[0]
-    made = []
+    made = list[Any]()
     for operator in ("Softplus", "Tanh"):
         step = ir.node(operator, [made[-1] if made else x])
         step.metadata_props.update(node.metadata_props)
