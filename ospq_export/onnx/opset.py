@@ -2,7 +2,7 @@
 
 torch's exporter writes 18 and above, and decomposes what came later: below 20 there is no Gelu. From 18 to 17 the operators are
 rewritten here one by one. A form of 18 that 17 does not have is refused, whatever operator it belongs to: the two versions of its
-schema tell.
+schema tell. What an older opset has but older parsers do not know, or read otherwise, is rewritten in all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ def ir_version(opset: int) -> int:
     from onnx import helper
 
     return int(helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
+
+
+def for_older_parsers(model: Any) -> None:
+    """Write without CastLike, and without a Shape of some dimensions only, in place.
+
+    TensorRT 8.6 has no CastLike, and 9.1 still reads a Shape without its start and end: onnx/lint/versions.json.
+
+    Args:
+        model: an onnx_ir model, as torch's exporter translated it.
+    """
+    for node in list(model.graph):
+        if rewrite := _FOR_OLDER_PARSERS.get(node.op_type):
+            rewrite(model.graph, node)
 
 
 def to_lowest(model: Any) -> None:
@@ -125,6 +138,31 @@ def _cast_like(_graph: Any, node: Any) -> None:
         node.attributes["to"] = ir.AttrInt64("to", int(kind))
 
 
+def _shape(graph: Any, node: Any) -> None:
+    """A Shape, and a Slice of it."""
+    import onnx_ir as ir
+
+    start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
+    if not start and end is None:
+        return
+    bounds = [constant(graph, f"from_{start or 0}", np.array([start or 0], np.int64))]
+    last = np.iinfo(np.int64).max if end is None else end
+    bounds.append(constant(graph, f"to_{'end' if end is None else end}", np.array([last], np.int64)))
+    node.attributes.pop("start", None)
+    node.attributes.pop("end", None)
+    whole = node.outputs[0]
+    part = ir.node("Slice", [whole, *bounds])
+    part.metadata_props.update(node.metadata_props)
+    graph.insert_after(node, part)
+    result = part.outputs[0]
+    result.shape, result.type = whole.shape, whole.type
+    for reader, index in list(whole.uses()):
+        if reader is not part:
+            reader.replace_input_with(index, result)
+    rank = node.inputs[0].shape
+    whole.shape = None if rank is None else ir.Shape([len(rank)])
+
+
 def _resize(_graph: Any, node: Any) -> None:
     """Without attributes that only say what is so anyway."""
     if not node.attributes.get_int("antialias", 0):
@@ -138,7 +176,7 @@ def _mish(graph: Any, node: Any) -> None:
     import onnx_ir as ir
 
     x, result = node.inputs[0], node.outputs[0]
-    made = []
+    made = list[Any]()
     for operator in ("Softplus", "Tanh"):
         step = ir.node(operator, [made[-1] if made else x])
         step.metadata_props.update(node.metadata_props)
@@ -161,7 +199,7 @@ def _constant_values(value: Any) -> Any:
 _REWRITES: dict[str, Callable[[Any, Any], None]] = {
     **{f"Reduce{name}": _reduce for name in _REDUCTIONS},
     "Split": _split,
-    "CastLike": _cast_like,
     "Resize": _resize,
     "Mish": _mish,
 }
+_FOR_OLDER_PARSERS: dict[str, Callable[[Any, Any], None]] = {"CastLike": _cast_like, "Shape": _shape}

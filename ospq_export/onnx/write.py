@@ -27,7 +27,7 @@ from ospq_export.onnx.names import (
     name_everything,
     name_sizes,
 )
-from ospq_export.onnx.opset import EXPORTED, LOWEST, ir_version, to_lowest
+from ospq_export.onnx.opset import EXPORTED, LOWEST, for_older_parsers, ir_version, to_lowest
 
 # Unless a format needs more or another is asked for. From 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with
 # both a zero_point and an output_dtype, which its own type inference then refuses; at 20 the attribute does not exist.
@@ -160,6 +160,7 @@ def translate(
     if opset == LOWEST:
         to_lowest(program.model)
     if opset < OPSET:
+        for_older_parsers(program.model)
         # Parsers that know no later operators were built for no later file either.
         program.model.ir_version = ir_version(opset)
     if dimensions:

@@ -25,7 +25,7 @@ from ospq_export.graph.capture import capture
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode
 from ospq_export.onnx.lint import Severity, lint
-from ospq_export.onnx.opset import to_lowest
+from ospq_export.onnx.opset import for_older_parsers, to_lowest
 from ospq_export.onnx.write import OPSET, write_onnx
 from ospq_export.runs.run import Run
 from ospq_export.validate import validate
@@ -134,6 +134,14 @@ FORMS = {
     "equal parts": (graph_of(node("Split", "x", "y0 y1", axis=2, num_outputs=2), outputs=2), "Split"),
     "unequal parts": (graph_of(node("Split", "x", "y0 y1", axis=1, num_outputs=2), outputs=2), "Split"),
     "CastLike": (graph_of(node("CastLike", "one x"), constants={"one": np.int32(1)}), "Cast"),
+    "a part of a Shape": (
+        graph_of(node("Shape", "x", "some", start=1, end=-1), node("Cast", "some", to=1)),
+        "Slice",
+    ),
+    "the end of a Shape": (
+        graph_of(node("Shape", "x", "some", start=2), node("Cast", "some", to=1)),
+        "Slice",
+    ),
     "Mish": (graph_of(node("Mish", "x")), "Mul"),
     "Resize": (
         graph_of(
@@ -150,8 +158,10 @@ def test_operators_of_18_in_17(form):
     newer, operator = FORMS[form]
     model = onnx_ir.from_proto(newer)
     to_lowest(model)
+    for_older_parsers(model)
     older = onnx_ir.to_proto(model)
     assert older.opset_import[0].version == 17 and operator in {n.op_type for n in older.graph.node}
+    assert not any(n.attribute for n in older.graph.node if n.op_type == "Shape")
     onnx.checker.check_model(older, full_check=True)
     expected, got = (
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(

@@ -195,6 +195,12 @@ def mean_of_opset_18():
     return net
 
 
+def part_of_a_shape():
+    net = Net(opset=17)
+    net.n("Cast", net.n("Shape", "x", start=0, end=1), to=TensorProto.FLOAT)
+    return net
+
+
 def gelu():
     net = Net(opset=20)
     net.n("Gelu", "x")
@@ -297,6 +303,12 @@ REPORTED = {
         "tensorrt-8.6",
         "reduction-axes",
         "tensorrt-10.3",
+    ),
+    "the importer's source: a Shape of some dimensions": (
+        part_of_a_shape,
+        "tensorrt-8.6",
+        "attribute-ignored",
+        "tensorrt-11",
     ),
     "the parser of 8.6.0: no Gelu": (gelu, "tensorrt-8.6", "operator-unknown", "tensorrt-10.3"),
 }

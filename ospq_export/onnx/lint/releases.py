@@ -18,6 +18,7 @@ _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 # ReduceSum has had its axes as an input since opset 13, which the importers know.
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Elu", "HardSwish", "PRelu")
+_SCATTERS = ("ScatterElements", "ScatterND")
 _HALF_QUANTIZERS = 19
 
 
@@ -48,6 +49,20 @@ def reduction_axes(network: Network) -> Iterator[Finding]:
                 f"{node.op_type} with its axes as an input: they are not read, and it reduces over all axes",
                 "export with opset 17, which has them as an attribute",
             )
+
+
+def ignored_attributes(network: Network) -> Iterator[Finding]:
+    """No attribute says something that the importer does not read."""
+    graph = network.graph
+    for node in graph.nodes:
+        start, end = (graph.attribute(node, name) for name in ("start", "end"))
+        if node.op_type == "Shape" and (start or end is not None):
+            what, fix = "Shape with start or end: the importer gives all dimensions", "put a Slice behind it"
+        elif node.op_type in _SCATTERS and graph.attribute(node, "reduction", b"none") != b"none":
+            what, fix = f"{node.op_type} with a reduction: the importer overwrites", "add what is scattered"
+        else:
+            continue
+        yield different("attribute-ignored", node, what, fix)
 
 
 def half_quantizers(network: Network) -> Iterator[Finding]:
