@@ -14,6 +14,8 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
+from ospq_export.world.processor import PRECISE_KERNELS
+
 HEADER = "Inference-Header-Content-Length"
 
 
@@ -26,6 +28,8 @@ class Model:
         path = folder / max(self.versions) / self.config.default_model_filename
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        # As on a processor with VNNI; Triton has no parameter for it.
+        options.add_session_config_entry(PRECISE_KERNELS, "1")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.ready = True
 
