@@ -118,7 +118,7 @@ def _summary(rows: Sequence[Row]) -> str:
         return "failed" if any(row.outcome.status == "failed" for row in rows) else ""
     said = _mean(done, lambda row: row.outcome.score, spread=True)
     lost = _mean(done, lambda row: row.outcome.lost, spread=not said)
-    near = _mean(done, lambda row: row.nearest and row.nearest.lost)
+    near = _mean(done, lambda row: None if row.nearest is None else row.nearest.lost)
     parts = [f"lost {lost}" if lost else "", f"nearest {near}" if near else ""]
     told = ", ".join(filter(None, parts))
     return f"{said} ({told})" if said else told
