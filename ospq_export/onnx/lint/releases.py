@@ -70,9 +70,9 @@ def half_quantizers(network: Network) -> Iterator[Finding]:
     if network.graph.opset >= _HALF_QUANTIZERS:
         return
     for pair in network.pairs.values():
-        kinds = {network.types.get(name) for name in (pair.scale, pair.data)} & set(_HALVES)
+        kinds = {network.types.get(name, 0) for name in (pair.scale, pair.data)} & set(_HALVES)
         if kinds and pair.node.op_type in (QUANTIZE, DEQUANTIZE):
-            what = f"{shown(min(kinds, key=int))} in opset {network.graph.opset}: ONNX has it in Q and DQ from 19 on"
+            what = f"{shown(min(kinds))} in opset {network.graph.opset}: ONNX has it in Q and DQ from 19 on"
             yield warning("quantizer-half", pair.node, what, "write opset 19, or float32 around Q and DQ")
 
 
