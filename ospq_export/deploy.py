@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ospq_export.runs.run import Run
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ospq_export.data import ImageSet, StreamSet
     from ospq_export.data.tensors import TensorSet
+    from ospq_export.runs.run import Run
     from ospq_export.validate.report.model import Report
 
 # So many images without a flip show, with 95 % confidence, that fewer than 1 % flip; 256 would show nothing.

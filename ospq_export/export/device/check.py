@@ -29,6 +29,8 @@ DEVICE, FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "device", "float", "fake_quant", "f
 SHOWN, WARM_UP, FEWEST, MOST, SECONDS = 10, 5, 10, 200, 2.0
 # Twice what other executions of the reference differ by is noise; a share of the images may be further off (ospq-export's rule).
 HEADROOM, ALLOWED = 2.0, 0.005
+# The last digits of float32 are no finding.
+DIGITS = 1e-5
 # A float network in FP16 or TF32 is a thousandth off; one that is so far off is broken.
 BROKEN = 0.05
 
@@ -80,28 +82,26 @@ def compare_outputs(bundle: Bundle, found: Arrays, reference: str) -> List[str]:
     findings = []
     for name, expected in bundle.outputs[reference].items():
         error, noise = errors_of(found[name], expected), bundle.facts["noise"][reference][name]
-        mean, most = HEADROOM * noise["mean"], HEADROOM * noise["largest"]
-        text = "%s: %.3g %% off on average, %.3g %% at most" % (name, 100 * error.mean(), 100 * error.max())
-        print("  %s (noise: %.3g %%, %.3g %%)" % (text, 100 * mean, 100 * most))
-        if error.mean() > mean or (error > most).mean() > ALLOWED:
+        middle, most = (HEADROOM * noise[key] + DIGITS for key in ("mean", "largest"))
+        figures = (name, 100 * np.median(error), 100 * error.max())
+        text = "%s: %.3g %% off in the median image, %.3g %% at most" % figures
+        print("  %s (noise: %.3g %%, %.3g %%)" % (text, 100 * middle, 100 * most))
+        # A rounding edge moves few images, a wrong scale all.
+        if np.median(error) > middle or (error > most).sum() > max(1, ALLOWED * len(error)):
             findings.append("%s, which is more than noise" % text)
     return findings
 
 
 def compare_decisions(bundle: Bundle, found: Arrays, reference: str) -> List[str]:
     """Print what a classifier decides otherwise than its reference, with margins; findings where that is more than noise."""
-    (name, expected), margin = (
-        next(iter(bundle.outputs[reference].items())),
-        bundle.facts["margin"][reference],
-    )
+    ((name, expected),) = bundle.outputs[reference].items()
+    margin = bundle.facts["margin"][reference]
     ours, theirs = two_classes(found[name]), two_classes(expected)
     before, after = theirs.argmax(1), ours.argmax(1)
     for who, logits in ((FLOAT, bundle.outputs[FLOAT][name]), (reference, expected), (DEVICE, found[name])):
         if (bundle.labels >= 0).all():
-            print(
-                "  Top-1 of %s: %.2f %%"
-                % (who, 100 * (two_classes(logits).argmax(1) == bundle.labels).mean())
-            )
+            hits = two_classes(logits).argmax(1) == bundle.labels
+            print("  Top-1 of %s: %.2f %%" % (who, 100 * hits.mean()))
     flips, ordered = np.flatnonzero(before != after), np.sort(theirs, 1)
     lead = ordered[:, -1] - ordered[:, -2]
     for i in flips[:SHOWN]:
@@ -110,7 +110,7 @@ def compare_decisions(bundle: Bundle, found: Arrays, reference: str) -> List[str
     text = "%d of %d predictions differ, %d of them with a margin above the noise of %.3g"
     text = text % (len(flips), len(before), beyond, margin)
     print("  " + text)
-    return [text] if beyond > ALLOWED * len(before) else []
+    return [text] if beyond > max(1, ALLOWED * len(before)) else []
 
 
 def swapped_rows(found: Any, expected: Any, size: int, noise: float) -> List[str]:
@@ -133,7 +133,7 @@ def compare_rows(bundle: Bundle, runtime: Any, found: Arrays, reference: str, ba
     same = np.repeat(bundle.images[:1], runtime.fixed or size, 0)
     first, again = runtime.run(same), runtime.run(same)
     for name, expected in bundle.outputs[reference].items():
-        noise = HEADROOM * bundle.facts["noise"][reference][name]["largest"]
+        noise = HEADROOM * bundle.facts["noise"][reference][name]["largest"] + DIGITS
         rows = swapped_rows(found[name], expected, size, noise)
         if rows:
             findings.append("rows of a batch are swapped in %s: %s" % (name, ", ".join(rows[:4])))
