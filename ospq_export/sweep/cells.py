@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ospq_export.data.choice import ClassChoice
 from ospq_export.data.class_map import read_class_map
 from ospq_export.data.door import several
 from ospq_export.data.huggingface import MAPPED, STREAMED
@@ -140,6 +141,7 @@ def _resolved(name: str, model: Model, shared: Images) -> Model:
     if images["class_map"] is not None:
         read_class_map(Path(images["class_map"]))
         images["class_map"] = str(Path(images["class_map"]).absolute())
+    choice_of(model.model_copy(update=images))
     checkpoint = None if model.checkpoint is None else str(Path(model.checkpoint).absolute())
     return model.model_copy(update={**images, "checkpoint": checkpoint, **_built(model)})
 
@@ -197,3 +199,13 @@ def spec_of(network: Model) -> ModelSpec:
             "pretrained": network.checkpoint is None and not network.random_weights,
         }
     )
+
+
+def choice_of(network: Model) -> ClassChoice:
+    """What is said of the classes.
+
+    Raises:
+        InputError: both a map and an order are given.
+    """
+    map_file = None if network.class_map is None else Path(network.class_map)
+    return ClassChoice(map_file, network.class_order, network.class_from)

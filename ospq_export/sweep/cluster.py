@@ -52,7 +52,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Cluster]:
         options |= {"num_cpus": allowed_cores()}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"`address` {address}" if address else "a local Ray"
         raise InputError(f"Ray does not start: {reason_of(error)}", where=where) from error
     try:

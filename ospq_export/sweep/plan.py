@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.errors import InputError
 from ospq_export.recipes.keys import override, read_toml, refusal
 from ospq_export.validate.verdict import Thresholds
 
-PAGE = "docs/sweeps.md"
+PAGE = "docs/sweep-plan.md"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _Size = tuple[int, int]
 _M = TypeVar("_M", bound=BaseModel)
@@ -138,6 +139,8 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     plan = _checked(Plan, values, str(path))
     check_labels(plan.models, f"{path}, models")
     check_labels(plan.overrides, f"{path}, overrides")
+    if plan.resources.memory is not None:
+        parse_bytes(plan.resources.memory, f"{path}, resources.memory")
     return plan
 
 

@@ -15,14 +15,14 @@ from filelock import FileLock, Timeout
 
 from ospq_export.api import Run, Session
 from ospq_export.calibrate.checks import check_batch
-from ospq_export.data import ClassChoice, ImageSet, StreamSet, image_set, open_source, resolve_data_config
+from ospq_export.data import ImageSet, StreamSet, image_set, open_source, resolve_data_config
 from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
 from ospq_export.errors import InputError, reason_of
 from ospq_export.models.sources import check_input, create_model
 from ospq_export.models.timm import for_size
 from ospq_export.runs.files import MANIFEST, SCALES
 from ospq_export.runs.manifest import read_manifest
-from ospq_export.sweep.cells import Cell, spec_of
+from ospq_export.sweep.cells import Cell, choice_of, spec_of
 from ospq_export.sweep.outcome import LOGS, RUNS, Outcome, outcome_of, read_outcome, write_outcome
 from ospq_export.sweep.plan import Model
 from ospq_export.world.threads import use_threads
@@ -98,7 +98,7 @@ def _calibrated(cell: Cell, folder: Path, session: Session) -> Run:
     if given.demo is not None:
         images = demo_images("calibration", config)
     else:
-        choice = _choice(given)
+        choice = choice_of(given)
         found = open_source(str(given.calibration), choice)
         known = outputs if given.task in (None, "classify") else None
         images = image_set(found, config, choice, known, needed=False)
@@ -121,12 +121,7 @@ def _validation_images(network: Model, run: Run) -> ImageSet | StreamSet:
 
     if network.demo is not None:
         return demo_images("test", run.data)
-    return images_of(run, str(network.validation), _choice(network), exif=bool(network.exif))
-
-
-def _choice(network: Model) -> ClassChoice:
-    map_file = None if network.class_map is None else Path(network.class_map)
-    return ClassChoice(map_file, network.class_order, network.class_from)
+    return images_of(run, str(network.validation), choice_of(network), exif=bool(network.exif))
 
 
 @contextmanager

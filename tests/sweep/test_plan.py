@@ -108,7 +108,8 @@ BAD = [
         "resources.cpus=0",
         "resources.cpus 0 is not possible (plan.toml): it takes a whole number, at least 1",
     ),
-    (PLAN, "zebra=1", "docs/sweeps.md lists the keys"),
+    (PLAN, "resources.memory=lots", "'lots' is no amount of memory (plan.toml, resources.memory)"),
+    (PLAN, "zebra=1", "docs/sweep-plan.md lists the keys"),
     (PLAN, "models.small.chekpoint=a", "(plan.toml, models.small): write checkpoint"),
     (PLAN, "models.other=3", "a model is a section (plan.toml, models.other)"),
     (PLAN, "models.other.task='embed'", "nothing says which network it is (plan.toml, models.other)"),
@@ -134,6 +135,7 @@ BAD = [
     ),
     (PLAN, "models.small.checkpoint=a.safetensors", "there is no such file (models.small.checkpoint"),
     (PLAN, "models.small.model_kwargs=depth", "not name=value"),
+    (PLAN + "[models.third]\nmodel = 'a'\nclass_map = 'plan.toml'\nclass_order = 'plain'", "", "class"),
     (PLAN, "data.class_map=classes.txt", "there is no such file (models.small.class_map"),
 ]
 
@@ -151,7 +153,7 @@ def test_bad_plans_are_one_line(folder, text, override, said):
 
 
 def test_all_keys_are_explained_on_the_page():
-    text = (ROOT / "docs" / "sweeps.md").read_text()
+    text = (ROOT / "docs" / "sweep-plan.md").read_text()
     # Those of a network stand in a table of their own.
     known = {key.name for kind in (Plan, Model) for key in keys_of(kind)} | {
         "data.calibration",
