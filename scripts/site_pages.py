@@ -103,6 +103,7 @@ def recipe_keys() -> str:
 
 def run_directory() -> str:
     """What lies in a run directory."""
+    from ospq_export.cli.options import with_options
     from ospq_export.engines.record import EngineRecord
     from ospq_export.runs.files import CONTENTS
     from ospq_export.runs.manifest import Manifest
@@ -111,7 +112,9 @@ def run_directory() -> str:
         "# Run directory\n\nThe three stages meet in this folder and nowhere else. `calibrate` writes the first files, `export` "
         "and `validate` add theirs. The manifest has a SHA-256 of every file beside it; a stage refuses a folder whose files do "
         "not match. No file is a pickle.\n\n"
-        + table(["file", "what it is"], [[_code(name), said] for name, said in CONTENTS.items()])
+        + table(
+            ["file", "what it is"], [[_code(name), with_options(said)] for name, said in CONTENTS.items()]
+        )
         + "\nAn ONNX file above 2 GB has its weights in a second file, `model.onnx.data`.\n\n"
         + _records("manifest.json", Manifest.model_json_schema())
         + _records("The engine's sidecar", EngineRecord.model_json_schema())

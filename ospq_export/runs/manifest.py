@@ -163,27 +163,12 @@ class Manifest(_Record):
     """Everything about a run that is not a tensor.
 
     Attributes:
-        schema_version: of this file.
-        status: "calibrating" until the last slice is finished.
-        model: where the network comes from, its name and arguments.
-        data: preprocessing of images.
         size_range: heights and widths that the network takes besides `data`'s; None where it takes that one only.
-        class_to_idx: the class names and their outputs.
-        classes_source: where the order of the classes is from; None in older runs.
-        class_from: how nested folders are read, "first" or "path".
-        outputs: how many values the classifier's output has.
-        recipe: with every value.
-        task: what the outputs are.
-        graph_fingerprint: of the captured graph.
-        calibration: images, seed, device, threads, and what was found on the way.
-        checkpoint: which weights were loaded from a file, and how they were found.
-        slicing: how the slices were chosen.
-        equalized: where outliers were moved from activations into weights.
-        profile: statistics of the activations of the float network.
-        slices: the error of each slice before and after it was learned, its losses, time and memory.
-        quantizers: of every tensor that has one: format, levels, slice.
-        versions: of the packages.
-        files: SHA-256 by file name.
+        classes_source: where the order of the classes is from; None in older runs, like the next two.
+        class_from: how nested folders are read.
+        outputs: how many values the classifier's output has; None for other tasks.
+        profile: statistics of the float network's activations.
+        files: SHA-256 of every file beside this one.
     """
 
     schema_version: int = SCHEMA_VERSION
