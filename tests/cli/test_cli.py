@@ -22,6 +22,7 @@ from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.validate import Report
+from ospq_export.validate.verdict import conclude
 
 KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
 MODEL = "vit_tiny_patch16_224"
@@ -268,7 +269,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert_refused(run(capsys, *options, "--baseline", images), "not a run directory")
     assert_refused(run(capsys, *options, "--significance", 1), "--significance 1")
     status, stdout, _ = run(capsys, *options)
-    assert status == 1 and stdout.startswith("the deployment is not faithful: onnxruntime")
+    assert status == 1 and stdout.startswith("the deployment is not faithful: each of onnxruntime")
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
 
 
@@ -388,8 +389,12 @@ def test_settings_are_called_as_their_options():
     text = "a `batch_size` of 0, `overrides` x=1, `backends`, and what `calibrate` wrote"
     assert with_options(text) == "a --batch-size of 0, --set x=1, --backend, and what `calibrate` wrote"
     report = Report.model_construct(
-        image_notes={"are turned; `exif` applies it": 3}, executions_skipped={"x": "export it with `fp16`"}
+        verdict=conclude([], []),
+        image_notes={"are turned; `exif` applies it": 3},
+        executions_skipped={"x": "export it with `fp16`"},
     )
     shown = as_options(report)
+    assert "add one, --backend float" in shown.verdict.text[1]
+    assert shown.verdict.accuracy.text == shown.verdict.text[1]
     assert shown.image_notes == {"are turned; --exif applies it": 3}
     assert shown.executions_skipped == {"x": "export it with --fp16"}

@@ -143,13 +143,16 @@ def assemble(
     notes = [*_notes(evidence, subject.left), *findings]
     quantization = evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None
     verdict = conclude(faithful, accuracy_criteria(changes, thresholds), notes)
-    uses = {
-        "labelled": has_labels(labels),
-        "uses_labels": evidence.measure.uses_labels,
-        "seen": evidence.seen,
-    }
+    verdict = advised(
+        verdict,
+        thresholds,
+        labelled=has_labels(labels),
+        uses_labels=evidence.measure.uses_labels,
+        seen=evidence.seen,
+        quantization=quantization,
+    )
     return Report(
-        verdict=advised(verdict, thresholds, quantization=quantization, **uses),
+        verdict=verdict,
         task=subject.task,
         thresholds=thresholds,
         images=len(labels),
