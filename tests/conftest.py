@@ -1,6 +1,7 @@
 """Shared fixtures: one torch thread, small networks, and small finished runs that tests copy before they damage them."""
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, fx
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from ospq_export.calibrate import calibrate
 from ospq_export.calibrate.observe import observe
@@ -31,6 +33,8 @@ from ospq_export.runs.run import Run
 torch.set_num_threads(1)
 # torch's modules alone are a million objects, which every full collection would walk through.
 gc.freeze()
+# For each file torch reads the source of a thousand functions to make the same table of translations: a second and a half.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
