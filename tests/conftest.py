@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -34,8 +35,14 @@ from ospq_export.runs.run import Run
 torch.set_num_threads(1)
 # torch's modules alone are a million objects, which every full collection would walk through.
 gc.freeze()
-# For each file torch reads the source of a thousand functions to make the same table of translations: a second and a half.
+gc.set_threshold(20_000, 10, 10)
+# What torch makes anew for each capture and each file, and what is the same each time: the names of its operators, once per
+# namespace, and a table of translations, from the source of a thousand functions. The table has what is registered by then.
+importlib.import_module("torch.ao.quantization.fx._decomposed")
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+_materialize = torch._export.utils._materialize_cpp_cia_ops
+_materialized = functools.cache(lambda _namespaces: _materialize())
+torch._export.utils._materialize_cpp_cia_ops = lambda: _materialized(len(torch.ops._dir))
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -4,7 +4,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -33,19 +32,23 @@ from ospq_export.runs.quantizers import quantizer_tensors
 CPU = torch.device("cpu")
 
 
+def hold(folder):
+    with locked(folder):
+        (folder / "held").touch()
+        time.sleep(400)
+
+
 def test_one_process_per_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from ospq_export.calibrate.checks import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); input()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match="another process is calibrating"), locked(tmp_path):
-        pytest.fail("two processes hold the same folder")
-    holder.kill()
-    holder.communicate()
+    holder = Forked(tmp_path, hold, tmp_path)
+
+    def found():
+        if (tmp_path / "held").exists():
+            with pytest.raises(InputError, match="another process is calibrating"), locked(tmp_path):
+                pytest.fail("two processes hold the same folder")
+            return True
+        return False
+
+    assert holder.kill_when(found), holder.errors
     assert (tmp_path / LOCK).exists(), "the dead process left its lock file"
     with locked(tmp_path):
         assert (tmp_path / LOCK).exists()
