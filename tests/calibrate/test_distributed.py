@@ -3,17 +3,21 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from helpers import finished, tiny
 
 from ospq_export.calibrate.checks import check_processes
 from ospq_export.calibrate.observe import observe
 from ospq_export.calibrate.reconstruct.activations import Batches, SliceData
+from ospq_export.cli.validate import run_validate
+from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture
@@ -21,7 +25,7 @@ from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import QUANTIZED_TENSORS
+from ospq_export.runs.files import CHECKPOINTS, QUANTIZED_TENSORS
 from ospq_export.runs.manifest import read_manifest
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
@@ -36,33 +40,46 @@ import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from helpers import tiny
-if sys.argv[3] == "interrupted":
-    from ospq_export.runs.files import CHECKPOINTS
-    from ospq_export.runs.files import QUANTIZED_TENSORS
-    from ospq_export.runs.manifest import read_manifest
-    from ospq_export.runs.tensors import read_tensors
-    from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
-    run = Reconstructor.run
-    def interrupted(self, piece, data, seed, objective):
-        assert not list((Path(sys.argv[2]) / CHECKPOINTS).glob("001.*")), "interrupted"
-        return run(self, piece, data, seed, objective)
-    Reconstructor.run = interrupted
-tiny(Path(sys.argv[2]), *sys.argv[4:])
+tiny(Path(sys.argv[2]), *sys.argv[3:])
 """
 
 
-def two_processes(tmp_path, out, *overrides, mode="whole"):
+def launched(tmp_path, out, *overrides):
+    """A calibration by two processes, as users start it."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(script), str(Path(__file__).parents[1]), str(out), mode, *overrides]
+    command += [str(script), str(Path(__file__).parents[1]), str(out), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    if mode == "interrupted":
-        assert done.returncode != 0 and "interrupted" in done.stderr
-        return read_manifest(out)
     assert done.returncode == 0, done.stderr[-3000:]
     return Run.open(out)
+
+
+def two_processes(folder, function, *arguments):
+    """The same call in two processes, with the variables by which a launcher tells them of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Forked(folder, function, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+
+
+def interrupted(out):
+    """A calibration that dies in its second slice."""
+    from ospq_export.calibrate.reconstruct.reconstructor import Reconstructor
+
+    run = Reconstructor.run
+
+    def dying(self, piece, data, seed, objective):
+        assert not list((out / CHECKPOINTS).glob("001.*")), "interrupted"
+        return run(self, piece, data, seed, objective)
+
+    Reconstructor.run = dying
+    tiny(out)
 
 
 def tensors(run):
@@ -73,7 +90,7 @@ def tensors(run):
 def test_two_processes_learn_what_one_learns(tmp_path):
     # Nothing is dropped: what is dropped differs between processes, and then no two results could be compared exactly.
     fixed = ["reconstruction.drop_probability=0.0", "reconstruction.iterations=20"]
-    one, two = tiny(tmp_path / "one", *fixed), two_processes(tmp_path, tmp_path / "two", *fixed)
+    one, two = tiny(tmp_path / "one", *fixed), launched(tmp_path, tmp_path / "two", *fixed)
     assert two.manifest.calibration.processes == 2 and one.manifest.calibration.processes == 1
     first, second = tensors(one), tensors(two)
     assert first.keys() == second.keys()
@@ -90,14 +107,21 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_and_drop(tmp_path):
-    whole = two_processes(tmp_path, tmp_path / "two")
-    one = tiny(tmp_path / "one")
+    for process in two_processes(tmp_path, tiny, tmp_path / "two"):
+        assert process.ended() == 0, process.errors
+    whole, one = Run.open(tmp_path / "two"), tiny(tmp_path / "one")
     for a, b in zip(one.manifest.slices, whole.manifest.slices, strict=True):
         # Other elements are dropped: after six steps that is as far apart as two seeds.
         assert b.error_after == pytest.approx(a.error_after, rel=0.5) and len(b.losses) == len(a.losses)
     again = tmp_path / "again"
-    assert two_processes(tmp_path, again, mode="interrupted").status == "calibrating"
-    assert finished(two_processes(tmp_path, again).path) == finished(whole.path)
+    dying = two_processes(tmp_path, interrupted, again)
+    # The second to come there may find that the first has gone.
+    assert all(process.ended() != 0 for process in dying)
+    assert any("interrupted" in process.errors for process in dying)
+    assert read_manifest(again).status == "calibrating"
+    for process in two_processes(tmp_path, tiny, again):
+        assert process.ended() == 0, process.errors
+    assert finished(again) == finished(whole.path)
 
 
 def test_shares_of_a_batch_are_the_batch():
@@ -149,28 +173,13 @@ def test_alone(monkeypatch):
         assert value.tolist() == [1.0, 1.0] and world.gather({0: [value]}, 1) == [[value]]
 
 
-VALIDATION = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from ospq_export.cli.validate import run_validate
-from ospq_export.demo import demo_images
-from ospq_export.runs.run import Run
-run = Run.open(Path(sys.argv[1]))
-images = demo_images("test", run.manifest.data)
-report = run_validate(run, images, quiet=True, batch_size=40, limit=int(sys.argv[2]), floor_images=100, code_images=8)
-print("verdict of one process:", report.verdict.text[0])
-"""
-
-
-def validated(tmp_path, path, limit, processes):
-    script = tmp_path / "validation.py"
-    script.write_text(VALIDATION)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(limit)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+def validated(path, limit):
+    """`validate` as the command line does it, and what this process is told."""
+    run = Run.open(path)
+    images = demo_images("test", run.manifest.data)
+    options = {"batch_size": 40, "limit": limit, "floor_images": 100, "code_images": 8}
+    report = run_validate(run, images, quiet=True, **options)
+    sys.stdout.write(f"verdict of one process: {report.verdict.text[0]}\n")
 
 
 def untimed(records):
@@ -180,11 +189,12 @@ def untimed(records):
 @pytest.mark.slow
 def test_two_processes_validate_as_one_does(tmp_path, finished_runs):
     one, two = (shutil.copytree(finished_runs["w4a4"], tmp_path / name) for name in ("one", "two"))
-    alone, shared = validated(tmp_path, one, 370, 1), validated(tmp_path, two, 370, 2)
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    assert shared.returncode == 0, shared.stderr[-3000:]
-    assert shared.stdout.count("verdict of one process:") == 2, "the other process is told"
-    assert shared.stdout.count("report:") == 1, "one process writes and prints"
+    validated(one, 370)
+    shared = two_processes(tmp_path, validated, two, 370)
+    for process in shared:
+        assert process.ended() == 0, process.errors
+        assert process.output.count("verdict of one process:") == 1, "the other process is told"
+    assert sum(process.output.count("report:") for process in shared) == 1, "one process writes and prints"
     first, second = (json.loads((path / "report.json").read_text()) for path in (one, two))
     assert second["images"] == first["images"] == 370
     for name in ("backends", "comparisons"):

@@ -1,119 +1,73 @@
 """A killed calibration continues and ends in the same bytes; one made from other inputs is not continued."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
+import numpy as np
 import pytest
-from conftest import computed
+from forks import Forked, command_line
 from helpers import finished, tiny
 
-from ospq_export.runs.files import CHECKPOINTS, FLOAT_TENSORS, MANIFEST, QUANTIZED_TENSORS
+from ospq_export.cli import demo
+from ospq_export.recipes import load_recipe
+from ospq_export.runs.files import CHECKPOINTS
 from ospq_export.runs.manifest import read_manifest
 
-COMMAND = [
-    *(sys.executable, "-m", "ospq_export.cli", "demo", "--model", "swin", "--limit", "20", "--quiet"),
-    *(
-        "--set",
-        "calibration_images=48",
-        "--set",
-        "observation_images=16",
-        "--set",
-        "reconstruction.iterations=3",
-        "--set",
-        "reconstruction.refinement_images=8",
-    ),
+MODEL = ["vit_tiny_patch16_224", "--random-weights", "--model-kwargs"]
+KWARGS = "img_size=32 patch_size=16 in_chans=1 depth=4 num_classes=5 embed_dim=24 num_heads=2"
+SETTINGS = [
+    *("calibration_images=16", "observation_images=8", "equalization=none", "slicing=block"),
+    *("reconstruction.iterations=3", "reconstruction.batch_size=8", "reconstruction.refinement_images=4"),
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-# A calibration of the tiny network that dies while a slice is finished: the third event comes before the third checkpoint.
-DYING = """
-import os, signal, sys
-from pathlib import Path
-from helpers import tiny
-
-slices = []
-
-def die(event, facts):
-    slices.extend([facts] if event == "slice" else [])
-    if len(slices) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-tiny(Path(sys.argv[1]), *sys.argv[3:], recipe=sys.argv[2], events=die)
-"""
 
 
-def start(out, *extra):
-    return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *extra],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def slice_checkpoints(out):
-    return list((out / CHECKPOINTS).glob("[0-9]*.safetensors"))
-
-
-def kill_after(out, slices):
-    """Start a calibration and kill it without warning as soon as `slices` checkpoints are there."""
-    process = start(out)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(slice_checkpoints(out)) >= slices:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return
-        time.sleep(0.02)
-    process.kill()
-    pytest.fail("the calibration was over before it could be killed")
-
-
-def calibrate_whole(out):
-    """Let a calibration end; what `demo` does next is not needed here."""
-    process = start(out)
-    deadline = time.monotonic() + 400
-    while process.poll() is None and time.monotonic() < deadline:
-        known = (out / MANIFEST).is_file() and read_manifest(out).status == "calibrated"
-        # The checkpoints go last.
-        if known and not (out / CHECKPOINTS).exists():
-            break
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
-
-
-def finished_bytes(out):
-    manifest = json.loads((out / MANIFEST).read_text())
-    assert manifest["status"] == "calibrated" and not (out / CHECKPOINTS).exists()
-    return (
-        (out / QUANTIZED_TENSORS).read_bytes(),
-        (out / FLOAT_TENSORS).read_bytes(),
-        computed(manifest["slices"]),
-    )
+def slices_in(out):
+    return len(list((out / CHECKPOINTS).glob("[0-9]*.safetensors")))
 
 
 @pytest.mark.slow
 def test_killed_twice_ends_in_the_same_bytes(tmp_path):
-    calibrate_whole(tmp_path / "whole")
-    killed = tmp_path / "killed"
-    kill_after(killed, 2)
-    assert read_manifest(killed).status == "calibrating"
-    kill_after(killed, 5)
+    """By the command line, killed from outside at any moment after so many checkpoints."""
+    data, whole, killed = tmp_path / "images.npz", tmp_path / "whole", tmp_path / "killed"
+    np.savez(data, images=np.random.default_rng(0).integers(0, 256, (16, 32, 32), np.uint8))
+    settings = [part for value in SETTINGS for part in ("--set", value)]
 
-    refused = start(killed, "--seed", "1")
-    assert "was made with another calibration" in refused.communicate(timeout=400)[1]
-    assert refused.returncode == 2
-    refused = start(killed, "--set", "reconstruction.iterations=4")
-    assert "was made with another recipe" in refused.communicate(timeout=400)[1]
-    assert refused.returncode == 2
+    def start(out, *extra):
+        command = ["calibrate", *MODEL, KWARGS, "--data", str(data), "--workers", "0", "--quiet", *settings]
+        return Forked(tmp_path, command_line, *command, "--out", str(out), *extra)
 
-    calibrate_whole(killed)
-    assert finished_bytes(killed) == finished_bytes(tmp_path / "whole")
+    once = start(whole)
+    assert once.ended() == 0, once.errors
+    for slices in (2, 4):
+        assert start(killed).kill_when(lambda slices=slices: slices_in(killed) >= slices), "over before"
+        assert read_manifest(killed).status == "calibrating"
+    assert not demo._is_finished(killed, load_recipe("w8a8", SETTINGS), 0), "the demo continues it, too"
+
+    for extra, said in (
+        (("--seed", "1"), "calibration"),
+        (("--set", "reconstruction.iterations=4"), "recipe"),
+    ):
+        refused = start(killed, *extra)
+        assert refused.ended() == 2
+        assert f"was made with another {said}" in refused.errors
+
+    kept = slices_in(killed)
+    last = start(killed)
+    assert last.ended() == 0, last.errors
+    assert finished(killed) == finished(whole)
+    assert 4 <= kept < len(read_manifest(whole).slices), "it was killed before its end"
+
+
+def die_at_the_third_slice(out, recipe, overrides):
+    """A calibration that dies while a slice is finished: the third event comes before the third checkpoint."""
+    slices = []
+
+    def die(event, facts):
+        slices.extend([facts] if event == "slice" else [])
+        if len(slices) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tiny(out, *overrides, recipe=recipe, events=die)
 
 
 @pytest.mark.slow
@@ -122,11 +76,10 @@ def test_codes_in_blocks_survive_a_kill(tmp_path):
     overrides = ("slicing=atom", "equalization=none", "reconstruction.refinement_images=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tiny(whole, *overrides, recipe="nvfp4")
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", DYING, str(killed), "nvfp4", *overrides]
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    dying = Forked(tmp_path, die_at_the_third_slice, killed, "nvfp4", overrides)
+    assert dying.ended() == -signal.SIGKILL, dying.errors
     assert read_manifest(killed).status == "calibrating"
-    assert len(slice_checkpoints(killed)) == 2
+    assert slices_in(killed) == 2
     resumed = []
     tiny(killed, *overrides, recipe="nvfp4", events=lambda event, _: resumed.append(event))
     manifest, _ = found = finished(killed)

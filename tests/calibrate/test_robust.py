@@ -1,16 +1,15 @@
 """No run is lost: locks, divergence, what a refused resume says, a full disk, and death at any moment."""
 
-import contextlib
-import os
 import random
+import resource
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from helpers import SPEC, finished, tiny
 
 from ospq_export.calibrate.checks import LOCK, differences, locked
@@ -33,19 +32,23 @@ from ospq_export.runs.quantizers import quantizer_tensors
 CPU = torch.device("cpu")
 
 
+def hold(folder):
+    with locked(folder):
+        (folder / "held").touch()
+        time.sleep(400)
+
+
 def test_one_process_per_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from ospq_export.calibrate.checks import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); input()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match="another process is calibrating"), locked(tmp_path):
-        pytest.fail("two processes hold the same folder")
-    holder.kill()
-    holder.communicate()
+    holder = Forked(tmp_path, hold, tmp_path)
+
+    def found():
+        if (tmp_path / "held").exists():
+            with pytest.raises(InputError, match="another process is calibrating"), locked(tmp_path):
+                pytest.fail("two processes hold the same folder")
+            return True
+        return False
+
+    assert holder.kill_when(found), holder.errors
     assert (tmp_path / LOCK).exists(), "the dead process left its lock file"
     with locked(tmp_path):
         assert (tmp_path / LOCK).exists()
@@ -198,32 +201,15 @@ def test_a_warning_reaches_the_manifest(tmp_path):
     assert loaded.slices[0].peak_bytes is None, "runs of before this field are still read"
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from helpers import tiny
-from ospq_export.errors import InputError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-try:
-    tiny(Path(sys.argv[1]))
-except InputError as error:
-    print(error)
-    sys.exit(2)
-"""
-
-
 def on_a_full_disk(out, limit):
-    code = FULL_DISK.format(tests=str(Path(__file__).parents[1]))
-    return subprocess.run(
-        [sys.executable, "-c", code, str(out), str(limit)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},  # noqa: PTH109
-        timeout=300,
-    )
+    """The calibration of the tiny network where no file may be larger than `limit` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        tiny(out)
+    except InputError as error:
+        sys.stdout.write(str(error))
+        sys.exit(2)
 
 
 @pytest.mark.slow
@@ -232,76 +218,22 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, interrupted):
     tiny(whole)
     tensors = [name for name in finished(whole)[1] if name.endswith(".safetensors")]
     assert min((whole / name).stat().st_size for name in tensors) > 20_000
-    done = on_a_full_disk(tmp_path / "none", 20_000)
-    assert done.returncode == 2 and "cannot be written" in done.stdout, done.stderr
+    done = Forked(tmp_path, on_a_full_disk, tmp_path / "none", 20_000)
+    assert done.ended() == 2 and "cannot be written" in done.output, done.errors
     assert not (tmp_path / "none").exists() or not any((tmp_path / "none").iterdir())
     out = tmp_path / "some"
-    subprocess.run(["cp", "-r", interrupted, out], check=True)
+    shutil.copytree(interrupted, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    done = on_a_full_disk(out, 10_000)
-    assert done.returncode == 2 and "cannot be written" in done.stdout, done.stderr
+    done = Forked(tmp_path, on_a_full_disk, out, 10_000)
+    assert done.ended() == 2 and "cannot be written" in done.output, done.errors
     after = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert all(after[path] == content for path, content in before.items())
     tiny(out)
     assert finished(out) == finished(whole)
 
 
-# A process that has imported everything forks a calibration per line it is given, so that a round costs no start-up.
-SERVER = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from helpers import tiny
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        # torch replaces its thread pool at the first use after a fork; two threads at once find none and abort.
-        torch.set_num_threads(1)
-        tiny(Path(line.strip()), "equalization=none", "reconstruction.refinement_images=0")
-        os._exit(0)
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(status, flush=True)
-"""
-
-
-class Calibrations:
-    """Runs calibrations in processes of their own, one after the other."""
-
-    def __init__(self):
-        code = SERVER.format(tests=str(Path(__file__).parents[1]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # noqa: PTH109
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._line() == "ready"
-
-    def _line(self):
-        return self.server.stdout.readline().strip()
-
-    def run(self, out, kill_after=None):
-        """Wait status and seconds of a calibration that is killed after some seconds, or left alone."""
-        started = time.monotonic()
-        self.server.stdin.write(f"{out}\n")
-        self.server.stdin.flush()
-        child = int(self._line())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # it was faster than the run that the moment was drawn for
-                os.kill(child, signal.SIGKILL)
-        return int(self._line()), time.monotonic() - started
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait()
+def calibrated(out):
+    tiny(out, "equalization=none", "reconstruction.refinement_images=0")
 
 
 def is_finished(out):
@@ -310,27 +242,32 @@ def is_finished(out):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path):
-    calibrations = Calibrations()
-    try:
-        status, seconds = calibrations.run(tmp_path / "whole")
-        assert status == 0
-        whole = finished(tmp_path / "whole")
-        moments = random.Random(0)
-        killed = tried = 0
-        while killed < 10:
-            assert tried < 30, "most of the moments lie within the calibration"
-            out = tmp_path / str(tried)
-            tried += 1
-            status, took = calibrations.run(out, kill_after=moments.uniform(0.02, 0.98) * seconds)
-            if os.WIFSIGNALED(status):
-                assert os.WTERMSIG(status) == signal.SIGKILL
-                if is_finished(out):  # killed on its way out
-                    continue
-                killed += 1
-                assert calibrations.run(out)[0] == 0
-            else:
-                assert status == 0
-                seconds = min(seconds, took)
-            assert finished(out) == whole
-    finally:
-        calibrations.close()
+    """What was killed is continued, and may be killed again, until it ends."""
+
+    def calibration(out, moment=None):
+        started = time.monotonic()
+        child = Forked(tmp_path, calibrated, out)
+        if moment is not None:
+            child.kill_when(lambda: time.monotonic() - started >= moment)
+        status = child.ended()
+        assert status in (0, -signal.SIGKILL), child.errors
+        return status, time.monotonic() - started
+
+    assert calibration(tmp_path / "warm", 0)[0], "what starts the first child is not timed"
+    status, seconds = calibration(tmp_path / "whole")
+    assert status == 0
+    whole, moments = finished(tmp_path / "whole"), random.Random(0)
+    killed = tried = ended = 0
+    while killed < 10:
+        assert tried < 30, "most of the moments lie within the calibration"
+        tried += 1
+        out = tmp_path / str(ended)
+        status, _ = calibration(out, moments.uniform(0.02, 0.98) * seconds)
+        if status and not is_finished(out):
+            killed += 1
+            continue
+        # What was killed on its way out may have left its lock.
+        assert status or finished(out) == whole
+        ended += 1
+    assert calibration(tmp_path / str(ended))[0] == 0
+    assert finished(tmp_path / str(ended)) == whole

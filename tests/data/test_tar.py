@@ -177,13 +177,19 @@ def test_the_index_is_all_that_is_kept(tmp_path: Path) -> None:
     """Bytes per image in memory, beside its name, do not depend on the images' sizes or the headers."""
     count = 3000
     path = write_tar(tmp_path / "x.tar", *(f"c{n % 10}/{n}.png" for n in range(count)))
-    open_source(write_tar(tmp_path / "warm.tar", "a/1.png"))
-    gc.collect()
-    tracemalloc.start()
-    found = found_in(path)
-    gc.collect()
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert isinstance(found.source(np.zeros(count, np.int64)), TarSource)
+
+    def traced() -> tuple[int, int]:
+        gc.collect()
+        tracemalloc.start()
+        found = found_in(path)
+        gc.collect()
+        memory = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert isinstance(found.source(np.zeros(count, np.int64)), TarSource)
+        return memory
+
+    # The interpreter's own tables, of interned strings above all, are traced too where they happen to be doubled: 15 MB in a
+    # process with torch. That, and what is imported only now, happens once; what the index keeps is there each time.
+    kept, peak = map(min, zip(*(traced() for _ in range(3)), strict=True))
     assert kept / count < 250
     assert peak / count < 1200

@@ -55,12 +55,12 @@ def test_file_is_standard_and_deployable(finished_runs, recipe):
     assert {n.domain for n in model.graph.node} == {""}
     constants = {t.name: t for t in model.graph.initializer}
     pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    assert len(pairs) > 100
+    assert len(pairs) > 80
     for node in pairs:
         zero_point = constants[node.input[2]]
         assert zero_point.data_type == TensorProto.INT8 and not numpy_helper.to_array(zero_point).any()
     clips = [n for n in model.graph.node if n.op_type == "Clip"]
-    assert len(clips) == (0 if recipe == "w8a8" else 66), (
+    assert len(clips) == (0 if recipe == "w8a8" else 34), (
         "8-bit grids emit no Clip, the others one per quantizer"
     )
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Conv", "Gemm")]
@@ -80,7 +80,7 @@ def test_initializers_are_the_artifacts_codes(finished_runs, recipe):
     model = onnx.load(str(run.file("model.onnx")))
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     weights = [r for r in run.manifest.quantizers if r.kind == "weight"]
-    assert len(weights) == 36
+    assert len(weights) == 20
     for record in weights:
         codes, deployed = tensors[f"{record.name}.codes"].numpy(), constants[f"{record.name}.codes"]
         assert deployed.dtype == np.int8
@@ -297,7 +297,7 @@ def test_streamed_file_is_the_plain_one(tmp_path, finished_runs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serialize, "STREAMED_BYTES", 100)
         proto, tensors = serialize.split(model)
-    assert len(tensors) > 100 and len(proto.graph.initializer) + len(tensors) == len(plain.graph.initializer)
+    assert len(tensors) > 50 and len(proto.graph.initializer) + len(tensors) == len(plain.graph.initializer)
     serialize.check(proto, tensors, tmp_path)
     assert [i.name for i in proto.graph.input] == ["images"]
     serialize.write(proto, tensors, tmp_path / "m.onnx", tmp_path)

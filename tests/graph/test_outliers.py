@@ -1,8 +1,11 @@
 """Twins: the same float function, on which per-tensor quantization collapses and equalization recovers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from conftest import small_spec
 from lib.twins import inject_outliers, twin_state_dict
 from safetensors.torch import save_file
 from scipy.stats import kurtosis
@@ -10,7 +13,7 @@ from scipy.stats import kurtosis
 from ospq_export.calibrate.equalize import equalize
 from ospq_export.calibrate.observe import observe, outlier_profile
 from ospq_export.data import resolve_data_config
-from ospq_export.demo import demo_data_overrides, demo_images, demo_spec
+from ospq_export.demo import demo_data_overrides, demo_images
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.graph.capture import capture, fingerprint
@@ -22,18 +25,20 @@ from ospq_export.models.timm import create_model
 SIZE = (1, 28, 28)
 
 
-def twin(name, folder):
-    """A packaged network's twin, by way of a checkpoint file."""
-    spec = demo_spec(name)
-    save_file(twin_state_dict(create_model(spec), SIZE), folder / "twin.safetensors")
-    return create_model(spec.model_copy(update={"checkpoint": str(folder / "twin.safetensors")}))
+@pytest.fixture(scope="module", params=["vit", "swin"])
+def twins(request, tmp_path_factory):
+    """A packaged network's first blocks, their spec, and their twin by way of a checkpoint file, with its graph."""
+    folder = tmp_path_factory.mktemp("twins")
+    spec = small_spec(request.param, folder / "weights.safetensors")
+    model = create_model(spec)
+    save_file(twin_state_dict(model, SIZE), folder / "twin.safetensors")
+    other = create_model(spec.model_copy(update={"checkpoint": str(folder / "twin.safetensors")}))
+    return spec, model, other, capture(other, SIZE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_a_twin_is_the_same_function_with_outliers(name, tmp_path):
-    model = create_model(demo_spec(name))
-    other = twin(name, tmp_path)
+def test_a_twin_is_the_same_function_with_outliers(twins):
+    _, model, other, captured = twins
     images = torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = model(images), other(images)
@@ -44,7 +49,7 @@ def test_a_twin_is_the_same_function_with_outliers(name, tmp_path):
         if path.endswith(("norm1.weight", "norm2.weight"))
     ]
     assert norms and all(7 < float((b / a).abs().max()) <= 65 for a, b in norms)
-    assert fingerprint(capture(model, SIZE)) == fingerprint(capture(other, SIZE))
+    assert fingerprint(capture(model, SIZE)) == fingerprint(captured)
 
 
 def test_bad_input(small_vit):
@@ -62,10 +67,8 @@ def test_a_network_without_layer_norms_has_no_twin():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_round_to_nearest_collapses_and_equalization_recovers(name, tmp_path):
-    spec = demo_spec(name)
-    model = twin(name, tmp_path)
+def test_round_to_nearest_collapses_and_equalization_recovers(twins):
+    spec, _, model, captured = twins
     config = resolve_data_config(model, spec, demo_data_overrides())
     calibration = demo_images("calibration", config).sample(128, seed=0).images
     test = demo_images("test", config).sample(1000, seed=0)
@@ -76,7 +79,7 @@ def test_round_to_nearest_collapses_and_equalization_recovers(name, tmp_path):
         return float((logits.argmax(1) == test.labels).float().mean() * 100)
 
     def top1(equalized):
-        network = capture(model, SIZE)
+        network = copy.deepcopy(captured)
         if equalized:
             equalize(network, calibration[:32], integers(4, 4), "shift")
         quantized = insert_quantizers(network, integers(4, 4))
@@ -90,8 +93,10 @@ def test_round_to_nearest_collapses_and_equalization_recovers(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def network():
-    return capture(create_model(demo_spec("swin")), (1, 28, 28))
+def network(tmp_path_factory):
+    return capture(
+        create_model(small_spec("swin", tmp_path_factory.mktemp("network") / "weights.safetensors")), SIZE
+    )
 
 
 IMAGES = torch.randn(12, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -126,7 +131,7 @@ def test_the_largest_share_counts_the_largest_elements(network):
 
 def test_injected_outliers_show(network):
     plain = {r.name: r for r in outlier_profile(network, IMAGES)}
-    twin = capture(create_model(demo_spec("swin")), (1, 28, 28))
+    twin = copy.deepcopy(network)
     inject_outliers(twin)
     name = "layers.1.blocks.0.mlp.fc1.input"
     found = {r.name: r for r in outlier_profile(twin, IMAGES)}
