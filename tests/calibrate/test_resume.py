@@ -10,7 +10,7 @@ from helpers import finished, tiny
 
 from ospq_export.cli import demo
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import CHECKPOINTS
+from ospq_export.runs.files import CHECKPOINTS, FLOAT_TENSORS
 from ospq_export.runs.manifest import read_manifest
 
 MODEL = ["vit_tiny_patch16_224", "--random-weights", "--model-kwargs"]
