@@ -167,7 +167,6 @@ class Manifest(_Record):
         classes_source: where the order of the classes is from; None in older runs, like the next two.
         class_from: how nested folders are read.
         outputs: how many values the classifier's output has; None for other tasks.
-        profile: statistics of the float network's activations.
         files: SHA-256 of every file beside this one.
     """
 
@@ -265,9 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise damaged(f"the manifest's {key!r} is wrong: {refusal_of(first)}", path) from error
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise damaged(f"the manifest's {key!r} is wrong: {refusal_of(error.errors()[0])}", path) from error
 
 
 def _again(values: object) -> str:
