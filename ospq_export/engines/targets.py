@@ -61,8 +61,8 @@ _FP8 = {**_INTEGER, "fp8": None}
 #   https://docs.nvidia.com/cuda/curanddx/release_notes.html
 # TensorRT 10.0's parser takes opset 9 to 20, 8.5's up to 17: docs/operators.md of https://github.com/onnx/onnx-tensorrt
 BUILD_THERE = (
-    "take model_qdq_fp16.onnx (`fp16`) to the device and build there with TensorRT 10 or later, "
-    "trtexec --stronglyTyped --onnx=model_qdq_fp16.onnx; TensorRT 8 reads opset 17 at most, and these files have 20"
+    "take model_qdq_fp16.onnx (`fp16`) to the device and build there with TensorRT 10 or later, strongly typed; "
+    "TensorRT 8 reads opset 17 at most, and these files have 20"
 )
 _ALL = (
     Target("turing", "T4, GeForce RTX 20", ("SM75",), _INTEGER),

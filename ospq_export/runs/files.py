@@ -115,7 +115,12 @@ def engine_name(product: str, targets: Sequence[str], level: str | None = None) 
         targets: compute capabilities that it is for, "SM89".
         level: of hardware compatibility, where it runs on further ones.
     """
-    parts = ["model", product, "-".join(t.lower() for t in targets), *([level] if level else [])]
+    parts = [
+        Path(UNNAMED_ENGINE).stem,
+        product,
+        "-".join(t.lower() for t in targets),
+        *([level] if level else []),
+    ]
     return f"{'.'.join(parts)}.engine"
 
 
