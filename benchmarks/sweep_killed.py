@@ -1,7 +1,7 @@
-"""A sweep that is killed twice ends with the table of an undisturbed one: 24 small runs of the packaged networks on a local Ray.
+"""A sweep that is killed twice ends with the table of an undisturbed one: 24 small runs on a local Ray.
 
-    python benchmarks/sweep_killed.py
-    python benchmarks/sweep_killed.py --out runs/sweep-killed --kills 2
+    python benchmarks/sweep_killed.py --out runs/sweep-killed              # the packaged networks
+    python benchmarks/sweep_killed.py --out runs/sweep-killed --small      # two networks of four layers: some minutes
 
 The driver's whole process group is killed without warning (SIGKILL) when a third of the runs are finished, and again at two
 thirds, each time while a calibration is between two of its checkpoints. Times are left out of the comparison. Prints what was
@@ -17,10 +17,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from lib.rows import ROOT, make_parser
 
 from ospq_export.runs.files import CHECKPOINTS
@@ -29,21 +30,14 @@ from ospq_export.sweep.table import CSV, MARKDOWN
 
 # Two networks, two recipes and nearest rounding beside each, three seeds.
 PLAN = """
-name = "Killed"
 recipes = ["w8a8", "w4a4"]
 seeds = [0, 1, 2]
 
-[models.vit]
-demo = "vit"
-
-[models.swin]
-demo = "swin"
-
 [overrides]
 short = [
-    "calibration_images=16", "observation_images=16", "slicing=block", "equalization=none",
-    "reconstruction.iterations=4", "reconstruction.batch_size=8", "reconstruction.refinement_images=0",
-    "reconstruction.loss=normalized",
+    "calibration_images=16", "observation_images=16", "equalization=none",
+    "reconstruction.iterations={iterations}", "reconstruction.batch_size=8", "reconstruction.refinement_images=0",
+    "slicing={slicing}", "reconstruction.loss=normalized",
 ]
 
 [validation]
@@ -53,13 +47,62 @@ floor_images = 0
 code_images = 0
 pages = false
 """
+PACKAGED = (
+    PLAN.format(iterations=4, slicing="block")
+    + """
+[models.vit]
+demo = "vit"
+
+[models.swin]
+demo = "swin"
+"""
+)
+SMALL = (
+    PLAN.format(iterations=400, slicing="layer")
+    + """
+[data]
+calibration = "calibration.npz"
+validation = "validation.npz"
+"""
+    + "".join(
+        f"""
+[models.{name}]
+model = "module:networks:small"
+model_kwargs = "width={width}"
+random_weights = true
+input_size = [1, 28, 28]
+mean = [0.5]
+std = [0.5]
+"""
+        for name, width in (("narrow", 4), ("wide", 8))
+    )
+)
+NETWORKS = """
+import torch
+from torch import nn
+
+
+def small(width):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, width, 4, 4), nn.GELU(), nn.Conv2d(width, width, 2, 2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(9 * width, 5))
+"""
 RUNS_IN_ALL = 24
 _T = TypeVar("_T")
 
 
-def start(folder: Path, *words: str | Path, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
-    """A driver in a process group of its own, which writes to pipes; `path` is where modules are found besides."""
-    found = [*map(str, path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+def write_small(folder: Path) -> None:
+    """Put the small networks, and images for them, into a folder."""
+    (folder / "networks.py").write_text(NETWORKS)
+    rng = np.random.default_rng(0)
+    for name, count in (("calibration", 16), ("validation", 40)):
+        images = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(count) % 5)
+
+
+def start(folder: Path, *words: str | Path) -> subprocess.Popen[str]:
+    """A driver in a process group of its own, which writes to pipes; modules in the folder are found."""
+    found = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-m", "ospq_export.cli", "sweep", *map(str, words)],
         cwd=folder,
@@ -135,11 +178,13 @@ def main() -> None:
     """Command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep-killed"), help="a new folder")
+    parser.add_argument("--small", action="store_true", help="networks that take seconds each")
     parser.add_argument("--kills", type=int, default=2)
     args = parser.parse_args()
     folder = args.out.absolute()
     folder.mkdir(parents=True)
-    (folder / "plan.toml").write_text(PLAN)
+    (folder / "plan.toml").write_text(SMALL if args.small else PACKAGED)
+    write_small(folder)
     killed, whole = folder / "killed", folder / "whole"
     for number in range(1, args.kills + 1):
         process = start(folder, folder / "plan.toml", "--out", killed)

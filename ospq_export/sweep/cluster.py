@@ -53,8 +53,13 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Cluster]:
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = f"`address` {address}" if address else "a local Ray"
-        raise InputError(f"Ray does not start: {reason_of(error)}", where=where) from error
+        where = f"`address` {address}" if address else "on this machine"
+        fix = (
+            "check the address, and RAY_AUTH_MODE and the token if the cluster authenticates"
+            if address
+            else ""
+        )
+        raise InputError(f"Ray does not start: {reason_of(error)}", where=where, fix=fix) from error
     try:
         found = Cluster(ray, resources)
         found.check(local=address is None)

@@ -7,9 +7,18 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from sweep_killed import amid_calibration, attempts, finished, kill, start, tables, wait_for
+from sweep_killed import (
+    SMALL,
+    amid_calibration,
+    attempts,
+    finished,
+    kill,
+    start,
+    tables,
+    wait_for,
+    write_small,
+)
 
 from ospq_export.api import Session
 from ospq_export.cli.app import app
@@ -21,37 +30,6 @@ from ospq_export.sweep.work import run_cell
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "sweeps.md"
-NETWORKS = """
-import torch
-from torch import nn
-
-
-def small():
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 8, 2, 2), nn.Flatten(), nn.Linear(72, 5)]
-    return nn.Sequential(*layers)
-"""
-PLAN = """
-recipes = ["w4a4"]
-seeds = [0, 1]
-[data]
-calibration = "calibration.npz"
-validation = "validation.npz"
-[overrides]
-quick = ["calibration_images=16", "observation_images=16", "reconstruction.batch_size=8",
-    "reconstruction.iterations=400", "equalization=none", "slicing=layer", "reconstruction.refinement_images=0"]
-[models.small]
-model = "module:networks:small"
-random_weights = true
-input_size = [1, 28, 28]
-mean = [0.5]
-std = [0.5]
-[validation]
-backends = ["onnxruntime"]
-floor_images = 0
-code_images = 0
-pages = false
-"""
 PATIENCE = 600
 
 
@@ -68,23 +46,22 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_driver_and_killed_worker_leave_the_table_of_an_undisturbed_sweep(folder):
-    (folder / "networks.py").write_text(NETWORKS)
-    rng = np.random.default_rng(0)
-    for name, count in (("calibration", 16), ("validation", 40)):
-        images = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
-        np.savez(f"{name}.npz", images=images, labels=np.arange(count) % 5)
-    Path("plan.toml").write_text(PLAN)
-    plan, out = load_plan(Path("plan.toml")), folder / "killed"
+    write_small(folder)
+    Path("plan.toml").write_text(SMALL)
+    # Two networks, and nearest rounding beside each.
+    chosen = ["recipes=['w4a4']", "seeds=[0]"]
+    words = [word for value in chosen for word in ("--set", value)]
+    plan, out = load_plan(Path("plan.toml"), chosen), folder / "killed"
     cells = cells_of(plan)
     assert len(cells) == 4
 
-    first = start(folder, "plan.toml", "--out", out, path=[folder])
+    first = start(folder, "plan.toml", "--out", out, *words)
     interrupted = wait_for(first, lambda: amid_calibration(out, 1), PATIENCE)
     kill(first)
     kept = {name: (out / RESULTS / f"{name}.json").stat().st_mtime_ns for name in finished(out)}
     assert 1 <= len(kept) < 4 and interrupted not in kept
 
-    second = start(folder, "plan.toml", "--out", out, path=[folder])
+    second = start(folder, "plan.toml", "--out", out, *words)
     again = wait_for(second, lambda: attempts(out, interrupted)[1:], PATIENCE)
     # In the middle of it: after its beginning, before its result.
     os.kill(again[0], signal.SIGKILL)
@@ -118,7 +95,7 @@ def test_the_page_runs_as_it_stands(folder):
     assert words[:2] == ["ospq-export", "sweep"] and "sweep" in {
         c.callback.__name__ for c in app.registered_commands
     }
-    process = start(folder, *words[2:], path=[folder])
+    process = start(folder, *words[2:])
     shown, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "| wide |" in shown and "[6/6]" in said and "left" in said
@@ -134,10 +111,9 @@ def test_the_page_runs_as_it_stands(folder):
 
 def test_one_failure_stops_nothing_and_is_listed(folder):
     """Without Ray: a cell that fails is an outcome, its reason one line, its traceback in the log."""
-    np.savez("images.npz", images=np.zeros((16, 28, 28), np.uint8))
+    write_small(folder)
     (folder / "networks.py").write_text("def broken():\n    raise ValueError('two\\nlines')\n")
-    text = PLAN.replace("calibration.npz", "images.npz").replace("validation.npz", "images.npz")
-    Path("plan.toml").write_text(text.replace("networks:small", "networks:broken"))
+    Path("plan.toml").write_text(SMALL.replace("networks:small", "networks:broken"))
     cell = cells_of(load_plan(Path("plan.toml")))[0]
     outcome = run_cell(cell, folder / "out", Session(), 1)
     assert outcome.status == "failed" and "two" in outcome.reason and "\n" not in outcome.reason
