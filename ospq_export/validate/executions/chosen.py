@@ -153,7 +153,8 @@ def _open(
     except InputError as error:
         if must:
             raise
-        result.skipped[name] = str(error)
+        # Reports are sent to others, whom the folder does not concern.
+        result.skipped[name] = str(error).replace(f" ({run.path})", "")
 
 
 def _check_files(run: Run, wanted: Sequence[str]) -> None:
