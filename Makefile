@@ -14,13 +14,14 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=60 -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test run-tests test-fast bench-gpu lint format clean
+.PHONY: help install demo docs test run-tests test-fast bench-gpu lint format clean
 
 help:
 	@echo "make demo       calibrate, export and validate the packaged network, on the CPU; ends with the report's path"
 	@echo "make test       lint, type check and every test"
 	@echo "make test-fast  the tests that are not marked slow"
 	@echo "make bench-gpu  the tests and benchmarks that want a GPU, in ten minutes; results in runs/bench-gpu"
+	@echo "make docs       the documents as a site in site/; every link is checked"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff lay the code out"
 	@echo "make clean      remove the virtual environment and caches"
@@ -35,6 +36,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/ospq-export demo
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
 
 # The type check keeps one core busy for a minute: it runs beside the first tests.
 test: $(STAMP)
@@ -59,4 +63,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

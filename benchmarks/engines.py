@@ -1,4 +1,4 @@
-"""What TensorRT-RTX compiles from our files, ahead of time, without a GPU; writes docs/engines.md.
+"""What TensorRT-RTX compiles from our files, ahead of time, without a GPU; writes the tables of docs/engines.md.
 
     python benchmarks/engines.py --target SM89
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from lib.networks import demo_sample, quantize, random_batch, random_images, random_network
 from lib.onnx_tools import FLOAT_TARGETS, TARGET, compiled, formats_cell, fusion_cells, reasons
-from lib.rows import DOCS, make_parser, percent, table
+from lib.rows import DOCS, TABLES_OF_NOTES, make_parser, percent, table, write_between
 from rich.console import Console
 
 from ospq_export.calibrate import calibrate
@@ -41,7 +41,8 @@ LARGE = {
 }
 SIZE = (3, 224, 224)
 _MIB = 1 << 20
-_EXPORT, _FLOATS = "## Export", "## FP8 and NVFP4"
+_PAGE, _WHY = DOCS / "engines.md", TABLES_OF_NOTES / "engines.md"
+_FLOATS = "## FP8 and NVFP4"
 _FLOAT_NETWORKS = {**LARGE, "DINOv2 ViT-S": "vit_small_patch14_dinov2"}
 # The command line itself; the process says its peak, because what wait4 says holds its parent's memory, too.
 _EXPORT_SCRIPT = """
@@ -55,6 +56,7 @@ atexit.register(note)
 from ospq_export.cli.app import main
 main()
 """
+_REASONS = ["network", "how many", "reason", "for example"]
 _HEADER = [
     "network",
     "bits",
@@ -105,8 +107,8 @@ def _row(
     return row, record, kernels
 
 
-def floats_text() -> str:
-    """What networks become in the floating-point recipes, in words and a table: the packaged ones, and others at 224 px."""
+def floats_tables() -> tuple[str, str]:
+    """What networks become in the floating-point recipes, and what runs otherwise: the packaged ones, and others at 224 px."""
     samples = {f"demo {name}": demo_sample(name) for name in ("vit", "swin")}
     for label, name in _FLOAT_NETWORKS.items():
         kwargs = {"img_size": 224, "num_classes": 10} if "dinov2" in name else {}
@@ -121,12 +123,7 @@ def floats_text() -> str:
                 )
                 Console().print(rows[-1])
     header = ["network", "recipe", "for", "products in each format", "products quantized", "fused attentions"]
-    why = (
-        table(["network", "how many", "reason", "for example"], dropped)
-        if dropped
-        else "Nothing runs otherwise.\n"
-    )
-    return f"{table(header, rows)}\n{why}"
+    return table(header, rows), table(_REASONS, dropped)
 
 
 def _compiled_float(
@@ -173,25 +170,27 @@ def export_text() -> str:
     )
 
 
+def write_floats() -> None:
+    """The section on FP8 and NVFP4."""
+    found, why = floats_tables()
+    write_between(_PAGE, "engines of floats", found)
+    before, heading, _ = _WHY.read_text().partition(_FLOATS)
+    _WHY.write_text(f"{before}{heading}\n\n{why}")
+
+
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--target", default=TARGET, help="compute capability")
-    parser.add_argument("--out", type=Path, default=DOCS / "engines.md")
-    parser.add_argument("--export-only", action="store_true", help="measure the page's last section anew")
-    parser.add_argument(
-        "--floats-only", action="store_true", help="measure the section on FP8 and NVFP4 anew"
-    )
+    parser.add_argument("--export-only", action="store_true", help="measure what an export takes anew")
+    parser.add_argument("--floats-only", action="store_true", help="measure FP8 and NVFP4 anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.floats_only:
-        before, _, after = args.out.read_text().partition(_EXPORT)
-        before = before.partition(_FLOATS)[0]
-        args.out.write_text(f"{before}{_FLOATS}\n\n{floats_text()}\n{_EXPORT}{after}")
-        return
-    if args.export_only:
-        before, heading, _ = args.out.read_text().partition(_EXPORT)
-        args.out.write_text(f"{before}{heading}\n\n{export_text()}")
+    if args.export_only or args.floats_only:
+        if args.floats_only:
+            write_floats()
+        if args.export_only:
+            write_between(_PAGE, "export", export_text())
         return
     rows, dropped, in_float = [], [], []
     jobs = [
@@ -206,23 +205,23 @@ def main() -> None:
         dropped += reasons(label, {**record.fusion.not_quantized, **record.fusion.not_fused})
         in_float += reasons(label, kernels.in_float)
         Console().print(row)
-    text = [
-        "# Engines\n",
-        f"What {record.product} {record.version} compiles from our files for {args.target}, ahead of time: no GPU ran any of it, "
-        "and no speed follows from it. FP16 around the quantized operators, batch 1, weights rounded to nearest. Written by "
-        f"`benchmarks/engines.py` on {machine_name()}.\n",
-        table(_HEADER, rows),
-        "## What runs otherwise, and why\n",
-        table(["network", "how many", "reason", "for example"], dropped) if dropped else "Nothing.\n",
+    said = (
+        f"{record.product} {record.version}, engines for {args.target}, built without a GPU on {machine_name()}: "
+        "FP16 around the quantized operators, batch 1, weights rounded to nearest."
+    )
+    write_between(_PAGE, "engines", f"{table(_HEADER, rows)}\n{said}")
+    why = [
+        "# Engines: what runs otherwise, and why\n",
+        f"Written by `benchmarks/engines.py`. {said}\n",
+        table(_REASONS, dropped),
         f"## ONNX Runtime {kernels.version}: products that stay in float\n",
-        "Read from the graph that it runs with all optimisations, on the CPU; `scales.json` of a run lists its own.\n",
-        table(["network", "how many", "reason", "for example"], in_float) if in_float else "None.\n",
+        "Read from the graph that it runs with all optimisations, on the CPU.\n",
+        table(_REASONS, in_float),
         f"{_FLOATS}\n",
-        floats_text(),
-        f"{_EXPORT}\n",
-        export_text(),
     ]
-    args.out.write_text("\n".join(text))
+    _WHY.write_text("\n".join(why))
+    write_floats()
+    write_between(_PAGE, "export", export_text())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/granularity.py demo                    # both packaged networks and their outlier-injected twins
     python benchmarks/granularity.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
         --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
-    python benchmarks/granularity.py table                   # docs/granularity.md from the rows at hand
+    python benchmarks/granularity.py table                   # its pages from the rows at hand
 
 A row per series, network, bits, method and seed in benchmarks/rows/granularity.jsonl; finished rows are not measured again, and
 interrupted calibrations resume. Several rows at a time: --processes 2; on a GPU: --device cuda. Rows of another recipe (--set)
@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lib.rows import DOCS, GRANULARITY
+from lib.rows import DOCS, GRANULARITY, TABLES_OF_NOTES, write_between
 from lib.rows import table as markdown
 from lib.top1 import Cell, arguments, measure_all, table_of
 
-DOCUMENT = DOCS / "granularity.md"
+DOCUMENT = TABLES_OF_NOTES / "granularity.md"
+SLICES = DOCS / "slices.md"
 MAIN = "main"
 PLAIN = ["equalization=none"]
 # The peers do without what is ours: no equalization, and the loss that their papers have.
@@ -48,7 +49,7 @@ METHODS: dict[str, list[str]] = {
 
 
 def document() -> str:
-    """docs/granularity.md: the table and what is to be said of it."""
+    """notes/tables/granularity.md: the table and what is to be said of it."""
     lines = [
         "# Granularity",
         "",
@@ -91,6 +92,13 @@ def document() -> str:
     return "\n".join(lines) + "\n" + GRANULARITY.notes()
 
 
+def short() -> str:
+    """The table of docs/slices.md: the packaged networks at three bits, DINOv2, and the granularities between the extremes."""
+    rows = [*GRANULARITY.rows(series=MAIN), *GRANULARITY.rows(series="steps-200", network="dinov2-vits")]
+    rows = [row for row in rows if not row["network"].endswith("-twin")]
+    return "\n".join(table_of(rows, ["layer", "atom", "block", "blocks:2", "blocks:4", "model", "auto"]))
+
+
 def choices() -> list[str]:
     """What `auto` chose, and how its trials ranked the candidates."""
     rows = [row for row in GRANULARITY.rows(series=MAIN) if row["method"] in ("auto", "auto-plain")]
@@ -125,6 +133,7 @@ def main() -> None:
         measure_all(args, METHODS, GRANULARITY, series=args.series)
     if GRANULARITY.rows(series=MAIN):
         DOCUMENT.write_text(document())
+        write_between(SLICES, "granularity", short())
 
 
 if __name__ == "__main__":

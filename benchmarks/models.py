@@ -21,7 +21,7 @@ from families import FAMILIES, Family
 from lib import onnx_tools
 from lib.networks import Quantized, quantize, random_images
 from lib.onnx_tools import FLOAT_TARGETS, TARGET
-from lib.rows import DOCS, MODELS, make_parser, origin, table
+from lib.rows import DOCS, MODELS, TABLES_OF_NOTES, make_parser, origin, table, write_between
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
@@ -35,7 +35,7 @@ from ospq_export.validate.codes.locate import Locator, Place, Reference
 from ospq_export.validate.executions.backends import open_session
 from ospq_export.validate.executions.probes import open_probed
 
-DOCUMENT = DOCS / "models.md"
+DOCUMENT, SHORT = TABLES_OF_NOTES / "models.md", DOCS / "models.md"
 BITS = {"W8A8": integers(8, 8), "W4A4": integers(4, 4)}
 IMAGES = 4
 
@@ -244,7 +244,7 @@ ONNX Runtime and built by TensorRT-RTX for {target} without a GPU: {whole} of {c
 
 
 def write_page() -> None:
-    """docs/models.md from the results at hand."""
+    """notes/tables/models.md and the table of docs/models.md, from the results at hand."""
     rows = {row["label"]: row for row in MODELS.rows()}
     results = [Result.model_validate(rows[label]) for label in FAMILIES if label in rows]
     whole = sum(not result.failure for result in results)
@@ -254,6 +254,22 @@ def write_page() -> None:
     floats = table(_FLOAT_HEADER, [_float_row(r) for r in results if r.floats])
     parts = [text, table(_HEADER, [_row(r) for r in results]), _FLOAT_INTRO.format(targets=targets), floats]
     DOCUMENT.write_text("\n".join([*parts, _dropped(results)]))
+    header = ["family", "tried", "INT8", "INT8 attention", "FP8", "FP8 attention", "NVFP4", "NVFP4 attention"]
+    write_between(SHORT, "families", table(header, [_short_row(r) for r in results]))
+
+
+def _short_row(result: Result) -> list[str]:
+    """Products and attentions that run quantized, of all; a dash where a format was not tried."""
+    fusions = [
+        result.fusion,
+        *(found.fusion if (found := result.floats.get(r)) else None for r in FLOAT_TARGETS),
+    ]
+    cells = [
+        cell.replace(" of ", "/")
+        for f in fusions
+        for cell in (("-", "-") if f is None else onnx_tools.fusion_cells(f))
+    ]
+    return [result.label, f"`{FAMILIES[result.label].name}`", *cells]
 
 
 def _float_row(result: Result) -> list[str]:

@@ -76,13 +76,13 @@ class Heads(nn.Module):
 def _torchvision_swin() -> nn.Module:
     from torchvision.models import SwinTransformer
 
-    return SwinTransformer([4, 4], 48, [2, 2], [2, 4], [4, 4], num_classes=10)
+    return SwinTransformer([4, 4], 64, [2, 2], [2, 4], [4, 4], num_classes=10)
 
 
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(64, 16, 3, 4, 96, 192, num_classes=10)
+    return VisionTransformer(64, 16, 3, 3, 96, 192, num_classes=10)
 
 
 def _transformers(kind: str, config: str, **arguments: Any) -> Callable[[], nn.Module]:
@@ -257,11 +257,12 @@ def page(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     said = (
-        f"Written by `benchmarks/networks.py` on {rows[0]['machine']}: small configurations of the libraries' own classes "
-        f"with random weights, calibrated for 20 steps on 64 images, validated on {IMAGES}. "
-        f"TensorRT-RTX builds for {TARGET}, without a GPU.\n"
+        "Networks of torchvision and transformers, and timm's without a classifier, through all three stages: small "
+        "configurations of the libraries' own classes with random weights, calibrated for 20 steps on 64 images, validated on "
+        f"{IMAGES}. TensorRT-RTX built the engines for {TARGET}, without a GPU.\n"
     )
-    return f"# Networks beyond timm's classifiers\n\n{said}\n{table(header, lines)}{NETWORKS.notes()}"
+    measured = f"Measured by `benchmarks/networks.py` on {rows[0]['machine']}.\n"
+    return f"# Other networks\n\n{said}\n{table(header, lines)}\n{measured}{NETWORKS.notes()}"
 
 
 def main() -> None:

@@ -216,28 +216,30 @@ def write_page() -> None:
             size = f"{row['bytes'] / _MIB:.1f}"
             plan = row["tensorrt"]
             if plan[0].startswith("refused"):
-                failures.append([result["network"], label, plan[0].split(" (/")[0][:240]])
+                failures.append(
+                    [result["network"], label, plan[0].split(" Please set")[0].split(" (/")[0][:240]]
+                )
                 plan = ["refused", "-"]
             lines.append([result["network"], label, size, *ratios, row["onnxruntime"], *plan])
         failures += [[result["network"], name, reason] for name, reason in result["failures"].items()]
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     header = ["network", "file", "MiB", *(f"latency, batch {b}" for b in BATCHES)]
     header += ["integer products in ORT", "Int8 products in TensorRT-RTX", "fused attentions"]
-    text = _INTRO.format(machine=machines, ort=onnxruntime.__version__, modelopt=MODELOPT, target=TARGET)
-    text += table(header, lines)
+    text = _INTRO.format(target=TARGET) + table(header, lines)
+    text += f"\nMeasured by `benchmarks/peers.py` on {machines}; onnxruntime {onnxruntime.__version__}, {MODELOPT}.\n"
     if failures:
-        text += "\n## What could not be made or built\n\n" + table(["network", "file", "reason"], failures)
+        text += "\n## What could not be built\n\n" + table(["network", "file", "reason"], failures)
     DOCUMENT.write_text(text)
 
 
-_INTRO = """# Beside the peers
+_INTRO = """# Beside other quantizers
 
-Our int8 ONNX file beside what others make of the same float network. Written by `benchmarks/peers.py`, whose docstring says
-how; machine: {machine}; onnxruntime {ort}, {modelopt}. ViT-S has random weights. Latency is ONNX Runtime's on the CPU, one
-thread, over that of FP32 (below 1 is faster); it says nothing about GPUs. The last columns are read from the plan that
-TensorRT-RTX compiles for {target} without a GPU, batch 1; products inside a fused attention count as Int8 where that kernel is.
-Rows with FP16 around are files for TensorRT; ONNX Runtime has no FP16 kernels on the CPU. A QOperator file consists of integer
-operators: there is nothing to count in it.
+This project's INT8 ONNX file beside those of ONNX Runtime's `quantize_static` and of nvidia-modelopt, made of the same float
+network. *demo-vit* is the packaged network; ViT-S has random weights.
+
+- *Latency* is that of ONNX Runtime on a CPU, one thread, over that of FP32: below 1 is faster. It says nothing about GPUs.
+- The last two columns are read from the engine that TensorRT-RTX compiles for {target}, batch 1, without a GPU.
+- Files with FP16 around are for TensorRT. A QOperator file consists of integer operators, so there is nothing to count in it.
 
 """
 

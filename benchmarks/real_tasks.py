@@ -194,7 +194,10 @@ def _figures(task: str, report: Report) -> dict[str, Any]:
 def page() -> str:
     """docs/tasks-measured.md."""
     rows = TASKS.rows()
-    parts = ["# Tasks, measured\n"]
+    parts = [
+        "# Other tasks\n\nA pretrained DINOv2 ViT-S, deployed as an embedder and under a segmentation head. *Deployed* is the "
+        "exported file in ONNX Runtime.\n"
+    ]
     told = {True: "yes", False: "no", None: "open"}
     for task, what in (("embed", "nearest neighbour"), ("dense", "pixels")):
         found = [r for r in rows if r["task"] == task]
@@ -234,7 +237,7 @@ def page() -> str:
     changed = sorted({", ".join(r.get("overrides", [])) for r in rows} - {""})
     if changed:
         parts.append(f"Recipes as packaged, but for {' or '.join(changed)}.\n")
-    parts.append(f"Written by `benchmarks/real_tasks.py` on {'; '.join(machines)}.\n{TASKS.notes()}")
+    parts.append(f"Measured by `benchmarks/real_tasks.py` on {'; '.join(machines)}.\n{TASKS.notes()}")
     return "\n".join(parts)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/reconstruction.py                        # the three slices on the CPU
     python benchmarks/reconstruction.py --device cuda --batch-size 64 --iterations 2000
     python benchmarks/reconstruction.py --formats fp8 nvfp4    # the engine in these formats against itself at W4A4
-    python benchmarks/reconstruction.py --table                # prints the tables of docs/performance.md
+    python benchmarks/reconstruction.py --table                # prints the tables of docs/speed.md
 
 Both loops run in one process on the same slice, images, ranges and settings, a few steps of one and a few steps of the other in
 turn, so that what else the machine does slows both alike. Afterwards both slices are hardened and must reach the same loss.

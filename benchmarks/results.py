@@ -5,7 +5,7 @@ The two packaged networks take no arguments. A network of your own is given as f
     python benchmarks/results.py demo                       # both packaged networks, five bit widths, 10,000 images
     python benchmarks/results.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
         --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
-    python benchmarks/results.py table                      # docs/results.md from the results at hand
+    python benchmarks/results.py table                      # its pages from the results at hand
 
 Finished rows are kept in benchmarks/rows/results.jsonl and not measured again; an interrupted calibration resumes.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from lib.classifiers import Network, add_networks, chosen_networks, correct, finished_run, observed_network
-from lib.rows import DOCS, RESULTS, make_parser, origin
+from lib.rows import DOCS, RESULTS, TABLES_OF_NOTES, make_parser, origin, write_between
 from lib.rows import table as markdown
 
 from ospq_export.calibrate import calibrate
@@ -34,9 +34,8 @@ from ospq_export.tasks.statistics import mcnemar
 from ospq_export.validate import validate
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, OPTIMIZED, UNOPTIMIZED
 
-DOCUMENT = DOCS / "results.md"
-FORMATS = DOCS / "formats.md"
-BEGIN, END = "<!-- begin: points lost, by benchmarks/results.py -->", "<!-- end -->"
+DOCUMENT, SHORT = TABLES_OF_NOTES / "results.md", DOCS / "results.md"
+PAGES_WITH_POINTS = (DOCS / "formats.md", DOCS.parent / "README.md")
 W3A3 = ["name=w3a3", "weight_bits=3", "activation_bits=3"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "w8a8": ("w8a8", []),
@@ -100,7 +99,7 @@ def measure(network: Network, bits: str, args: argparse.Namespace) -> dict[str, 
         with stage_progress() as progress:
             calibrate(network.model, network.spec, images, network.config, recipe, folder, progress=progress)
     with stage_progress() as progress:
-        run = export(folder, overwrite=True, progress=progress)
+        run = export(folder, overwrite=True, progress=progress).run
         known = _float_top1(network.name, run.manifest.files[FLOAT_TENSORS], args.limit)
         wanted = (FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED)
         backends = wanted if known is None else wanted[1:]
@@ -155,7 +154,7 @@ def _float_top1(name: str, weights: str, limit: int | None) -> float | None:
 
 
 def table() -> str:
-    """The document, from the results at hand."""
+    """notes/tables/results.md, from the results at hand."""
     rows = RESULTS.rows()
     order = list(RECIPES)
     rows.sort(key=lambda r: (r["network"], order.index(r["bits"])))
@@ -184,23 +183,45 @@ def table() -> str:
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", "", *_goals(rows), "", RESULTS.notes()])
 
 
+def accuracy(rows: list[dict[str, Any]]) -> str:
+    """A table for docs/results.md: the packaged recipes."""
+    order = list(RECIPES)
+    chosen = [r for r in rows if r["bits"] != "w3a3"]
+    chosen.sort(key=lambda r: (r["network"], order.index(r["bits"])))
+    cells = [
+        [
+            r["network"],
+            f"`{r['bits']}`",
+            f"{r['images']:,}",
+            f"{r['top1'][FLOAT]:.2f}",
+            f"{r['round_to_nearest']:.2f}" + _subset(r),
+            f"{r['top1'][OPTIMIZED]:.2f}",
+            f"{r['top1'][FLOAT] - r['top1'][OPTIMIZED]:+.2f}",
+        ]
+        for r in chosen
+    ]
+    header = ["network", "recipe", "images", "float", "rounded to nearest", "deployed", "points lost"]
+    return markdown(header, cells)
+
+
 def points_lost(rows: list[dict[str, Any]]) -> str:
-    """A table for docs/formats.md: Top-1 below float of the deployed networks, by format."""
+    """A table for docs/formats.md and the README: Top-1 below float of the deployed networks, by packaged recipe."""
     networks = sorted({r["network"] for r in rows})
     found = {(r["bits"], r["network"]): r["top1"][FLOAT] - r["top1"][OPTIMIZED] for r in rows}
     cells = [
         [f"`{bits}`", *(f"{found[bits, n]:+.2f}" if (bits, n) in found else "" for n in networks)]
         for bits in RECIPES
+        if bits != "w3a3"
     ]
-    said = "Points of Top-1 below float, deployed in ONNX Runtime ([results.md](results.md) has the rest):"
-    return f"{said}\n\n{markdown(['recipe', *networks], cells)}"
+    return markdown(["recipe", *networks], cells)
 
 
-def write_formats() -> None:
-    """Put that table where docs/formats.md has its marks."""
-    before, _, rest = FORMATS.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    FORMATS.write_text(f"{before}{BEGIN}\n{points_lost(RESULTS.rows())}{END}{after}")
+def write_pages() -> None:
+    """The long page, and the tables of the short ones."""
+    DOCUMENT.write_text(table())
+    write_between(SHORT, "accuracy", accuracy(RESULTS.rows()))
+    for page in PAGES_WITH_POINTS:
+        write_between(page, "points lost", points_lost(RESULTS.rows()))
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[str]:
@@ -285,8 +306,7 @@ def main() -> None:
                 RESULTS.put(measure(network, bits, args))
             complete(network, bits, Path(args.runs) / f"{network.name}-{bits}")
             print(json.dumps(RESULTS.find(**key))[:900])
-    DOCUMENT.write_text(table())
-    write_formats()
+    write_pages()
 
 
 if __name__ == "__main__":

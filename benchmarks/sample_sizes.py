@@ -8,9 +8,7 @@ Exact: nothing here is measured, so it does not depend on the machine.
 
 from __future__ import annotations
 
-import re
-
-from lib.rows import DOCS, make_parser
+from lib.rows import DOCS, make_parser, write_between
 
 from ospq_export.tasks.paired import below
 
@@ -61,11 +59,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     text = table()
     if parser.parse_args().write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        block = f"<!-- sizes -->\n\n{text}\n\n<!-- end -->"
-        DOCUMENT.write_text(
-            re.sub(r"<!-- sizes -->.*<!-- end -->", lambda _: block, document, flags=re.S), encoding="utf-8"
-        )
+        write_between(DOCUMENT, "sizes", text)
     print(text)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/settings.py demo                    # both packaged networks and their outlier-injected twins
     python benchmarks/settings.py own --name dinov2-vits --model vit_small_patch14_dinov2 \
         --model-kwargs 'img_size=98 num_classes=10' --checkpoint model.safetensors --calibration calib --validation val
-    python benchmarks/settings.py table                   # docs/settings.md from the rows at hand
+    python benchmarks/settings.py table                   # notes/tables/settings.md from the rows at hand
 
 Rows in benchmarks/rows/settings.jsonl, as in granularity.py. The first column is the starting point, the others change one thing:
 
@@ -20,10 +20,10 @@ Rows in benchmarks/rows/settings.jsonl, as in granularity.py. The first column i
 from __future__ import annotations
 
 import torch
-from lib.rows import DOCS, SETTINGS
+from lib.rows import SETTINGS, TABLES_OF_NOTES
 from lib.top1 import arguments, measure_all, table_of
 
-DOCUMENT = DOCS / "settings.md"
+DOCUMENT = TABLES_OF_NOTES / "settings.md"
 BASE = [
     "slicing=block",
     "equalization=shift",
@@ -51,7 +51,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def document() -> str:
-    """docs/settings.md: the table and what is to be said of it."""
+    """notes/tables/settings.md: the table and what is to be said of it."""
     lines = [
         "# Settings",
         "",

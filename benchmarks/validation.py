@@ -3,9 +3,9 @@
     ospq-export demo
     python benchmarks/validation.py --run runs/demo-vit-w8a8
 
-Writes docs/validation.md. Time: `validate` with ONNX Runtime alone against a loop that only executes the same file, over the same
-preprocessed tensors, by turns in one process. Memory: peak resident set over 10,000 and 50,000 images (the 10,000 repeated),
-decoded as they are needed; median of three fresh processes. Only ratios and differences travel to another machine.
+Writes a section of docs/speed.md. Time: `validate` with ONNX Runtime alone against a loop that only executes the same file, over
+the same preprocessed tensors, by turns in one process. Memory: peak resident set over 10,000 and 50,000 images (the 10,000
+repeated), decoded as they are needed; median of three fresh processes. Only ratios and differences travel to another machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.rows import DOCS, make_parser, said_by, table
+from lib.rows import DOCS, make_parser, said_by, table, write_between
 from rich.console import Console
 
 from ospq_export.data import Batch, ImageSet
@@ -35,7 +35,7 @@ from ospq_export.world.memory import peak_memory
 
 _MIB = 1 << 20
 _PROCESSES = 3
-_TARGET = DOCS / "validation.md"
+_TARGET = DOCS / "speed.md"
 
 
 class Preprocessed:
@@ -158,23 +158,20 @@ def main() -> None:
         folder = Path(shutil.copytree(args.run, Path(temporary) / "run"))
         memory = measure_memory(folder, (args.images, args.many), args.batch_size)
         times = measure_time(Run.open(folder), args.images, args.batch_size, args.repeats)
-    text = page(Run.open(args.run), args, times, memory)
-    _TARGET.write_text(text)
+    text = section(Run.open(args.run), args, times, memory)
+    write_between(_TARGET, "validation", text)
     Console().print(text)
 
 
-def page(run: Run, args: argparse.Namespace, times: list[list[Any]], memory: list[list[Any]]) -> str:
-    """docs/validation.md."""
+def section(run: Run, args: argparse.Namespace, times: list[list[Any]], memory: list[list[Any]]) -> str:
+    """The section of docs/speed.md."""
     header = ["", "seconds", "wall time over the bare loop", "processor time over the bare loop"]
     return (
-        f"# What validation costs\n\nWritten by `benchmarks/validation.py` on {machine_name()}: "
-        f"{run.manifest.model.name}, {run.manifest.recipe.name}, ONNX Runtime and its references, "
-        f"batches of {args.batch_size}.\n\n"
-        f"## Time\n\n{args.images:,} preprocessed images; medians of {args.repeats} turns in one process. The pages are written "
-        f"once per validation, whatever the number of images.\n\n"
+        f"{run.manifest.model.name}, `{run.manifest.recipe.name}`, ONNX Runtime and its references, batches of "
+        f"{args.batch_size}; {args.images:,} preprocessed images, medians of {args.repeats} turns in one process on "
+        f"{machine_name()}.\n\n"
         f"{table(header, times)}\n"
-        f"## Memory\n\nPeak resident set, median of {_PROCESSES} fresh processes; what has to be kept is the logits and labels "
-        f"of every image.\n\n"
+        f"Peak resident memory, median of {_PROCESSES} processes; the logits and labels of every image are kept.\n\n"
         f"{table(['images', 'peak, MiB', 'growth, MiB', 'logits and labels, MiB'], memory)}"
     )
 

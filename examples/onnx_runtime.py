@@ -39,7 +39,7 @@ def preprocess(path: str, config: dict) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the five likeliest classes."""
+    """Print the five most probable classes."""
     model, image = sys.argv[1:]
     options = onnxruntime.SessionOptions()
     # On x86 without VNNI the fast 8-bit kernels saturate; elsewhere this changes nothing.

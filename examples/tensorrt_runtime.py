@@ -1,8 +1,8 @@
 """Classify an image with an exported engine: the TensorRT (or TensorRT-RTX) runtime, CUDA buffers and a stream, numpy, Pillow.
 
-    python examples/tensorrt_runtime.py RUN/model.engine image.jpg
+    python examples/tensorrt_runtime.py RUN/model.tensorrt-rtx.sm89.engine image.jpg
 
-Needs a GPU and `pip install cuda-python`. What the engine is and how images are prepared comes from RUN/model.engine.json.
+Needs a GPU and `pip install cuda-python`. What the engine is and how images are prepared comes from the .engine.json beside it.
 """
 
 import importlib
@@ -35,8 +35,11 @@ class Engine:
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
+            # The reason is in TensorRT's log, above; what is known from here is what the engine was built for.
+            targets = ", ".join(sidecar["compute_capabilities"])
             raise SystemExit(
-                f"not an engine for this GPU: built for {', '.join(sidecar['compute_capabilities'])}"
+                f"{sidecar['product']} {trt.__version__} cannot load {path}, which {sidecar['version']} built for {targets}; "
+                "it says why above"
             )
         self.context = self.engine.create_execution_context()
         self.stream = checked(cuda.cudaStreamCreate())
@@ -63,7 +66,7 @@ class Engine:
 
 
 def main() -> None:
-    """Print the five likeliest classes."""
+    """Print the five most probable classes."""
     path, image = Path(sys.argv[1]), sys.argv[2]
     sidecar = json.loads(Path(f"{path}.json").read_text())
     images = preprocess(image, sidecar["preprocessing"])

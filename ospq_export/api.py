@@ -23,6 +23,7 @@ from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.data import ClassChoice, Classes, DataConfig, ImageSet, StreamSet, image_set, open_source
 from ospq_export.data.config import unknown_preprocessing
 from ospq_export.data.tensors import TensorSet, first_size
+from ospq_export.deploy import BUNDLE_IMAGES, bundle, report_device, serve
 from ospq_export.errors import InputError
 from ospq_export.export.jobs import Extras
 from ospq_export.models.record import ModelSpec
@@ -87,7 +88,7 @@ class Run(StoredRun):
         size_range: Sequence[Sequence[int]] | None = None,
         preprocessing: DataConfig | None = None,
         classes: Sequence[str] = (),
-        name: str | None = None,
+        name: str | ModelSpec | None = None,
         session: Session | None = None,
     ) -> Self:
         """Quantize a module and write a run directory; interrupted, the same call goes on where it was.
@@ -104,7 +105,7 @@ class Run(StoredRun):
                 of the images lies between. None: only that one.
             preprocessing: what the tensors have had, or image files are to have; kept with the run. Files need one.
             classes: names of the classes in the order of the network's outputs.
-            name: of the model, in reports; None takes its class.
+            name: of the model, in reports, or what it was made from, where `models.sources` made it; None takes its class.
             session: device, seed, progress.
 
         Raises:
@@ -116,10 +117,13 @@ class Run(StoredRun):
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), list(overrides))
         images = _images(data, preprocessing, classes)
         sample = images.sample(chosen.calibration_images, how.seed, how.workers)
+        spec = name
+        if not isinstance(spec, ModelSpec):
+            spec = ModelSpec(name=name or type(model).__name__, source="object")
         with how.bars() as progress:
             run = calibrate(
                 model,
-                ModelSpec(name=name or type(model).__name__, source="object"),
+                spec,
                 sample,
                 images.config,
                 chosen,
@@ -144,6 +148,7 @@ class Run(StoredRun):
         batch_size: int | None = None,
         extras: Extras | None = None,
         fp16: bool = False,
+        opset: int | None = None,
         overwrite: bool = False,
         session: Session | None = None,
     ) -> Self:
@@ -153,7 +158,8 @@ class Run(StoredRun):
             batch_size: a fixed one; None is dynamic.
             extras: further files.
             fp16: also the files with FP16 float parts, which engines are built from.
-            overwrite: whether files of an earlier export may be replaced.
+            opset: of ONNX's operators; None is 20, or what the formats need.
+            overwrite: whether files of an earlier export are replaced; else those that are there stay, and the rest is added.
             session: progress.
 
         Returns:
@@ -169,10 +175,11 @@ class Run(StoredRun):
                 self.path,
                 batch_size=batch_size,
                 extras=extras or Extras(fp16=fp16),
+                opset=opset,
                 overwrite=overwrite,
                 progress=progress,
             )
-        self.manifest = written.manifest
+        self.manifest = written.run.manifest
         return self
 
     def validate(
@@ -182,6 +189,7 @@ class Run(StoredRun):
         thresholds: Thresholds | None = None,
         session: Session | None = None,
         documents: bool = True,
+        pictures: bool = True,
         **settings: Any,
     ) -> Report:
         """Hold the exported network to the fake-quantized one and to the float one, image by image.
@@ -191,6 +199,7 @@ class Run(StoredRun):
             thresholds: what is allowed; None takes the defaults.
             session: device, progress, workers.
             documents: whether report.md and report.html are written beside report.json.
+            pictures: whether report.html may show images; their names stay.
             settings: of `validate.stage.validate`: backends, batch_size, limit, float_type, baseline, ...
 
         Returns:
@@ -215,8 +224,39 @@ class Run(StoredRun):
                 **settings,
             )
         if documents and world.rank == 0:
-            write_documents(self, report, images)
+            write_documents(self, report, images, pictures=pictures)
         return report
+
+    def serve(self, repository: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
+        """Write the exported network into a model repository of Triton; see `deploy.serve`."""
+        return serve(self, Path(repository), name, overwrite=overwrite)
+
+    def bundle(
+        self,
+        out: str | Path,
+        data: Data,
+        *,
+        images: int = BUNDLE_IMAGES,
+        overwrite: bool = False,
+        session: Session | None = None,
+    ) -> Path:
+        """Pack the exported network for a check on the device that will run it; see `deploy.bundle`."""
+        how = session or Session()
+        with how.bars() as progress:
+            return bundle(
+                self,
+                Path(out),
+                self._images(data),
+                count=images,
+                overwrite=overwrite,
+                device=how.device,
+                workers=how.workers,
+                progress=progress,
+            )
+
+    def report_device(self, result: str | Path, *, documents: bool = True, **settings: Any) -> Report:
+        """Judge what a bundle's script found on a device; see `deploy.report_device`."""
+        return report_device(self, Path(result), documents=documents, **settings)
 
     def _images(self, data: Data) -> ImageSet | StreamSet | TensorSet:
         """Whatever was given as validation images, with the run's preprocessing and classes."""

@@ -1,5 +1,10 @@
 """The one exception that means: the input was bad, not the program."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 
 class InputError(Exception):
     """Something the user gave cannot be used; the command line prints it as one line and exits with status 2.
@@ -23,8 +28,28 @@ def damaged(what: str, where: object) -> InputError:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of what an exception says, without error numbers; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+_PLAIN = {
+    "Value error, ": "",
+    "Input should be": "it has to be",
+    "Field required": "it is missing",
+    "Extra inputs are not permitted": "there is no such entry",
+}
+
+
+def refusal_of(found: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints, `error.errors()[0]`, in words for people."""
+    text = str(found["msg"])
+    for theirs, ours in _PLAIN.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def listed(names: list[str], limit: int = 3) -> str:

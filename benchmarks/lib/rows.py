@@ -68,6 +68,8 @@ def _commit(checkout: Path) -> str:
 
 
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
+# Long tables, with what was tried beside what is used; the documents have the short ones.
+TABLES_OF_NOTES = ROOT / "notes" / "tables"
 
 Row = dict[str, Any]
 
@@ -159,6 +161,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table, with the line break at its end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def write_between(document: Path, name: str, text: str) -> None:
+    """Put a measured table where a page that is written by hand has the marks of this name."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    assert found and ended, f"{document} has no marks of {name}"
+    document.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:

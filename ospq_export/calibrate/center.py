@@ -26,7 +26,7 @@ _ROWS = 4096
 
 
 def center_keys(
-    captured: fx.GraphModule, images: Tensor, formats: Choice, advance: Callable[[], None]
+    captured: fx.GraphModule, images: Tensor, formats: Choice, settled: Callable[[EqualizedSite], None]
 ) -> list[EqualizedSite]:
     """Take its mean off every channel of the keys, where that lowers their error; in place, the float function stays.
 
@@ -34,7 +34,7 @@ def center_keys(
         captured: from `capture`; biases change.
         images: float32 (N, C, H, W), normalised, on the network's device.
         formats: of the quantizers that will be inserted.
-        advance: called after each producer of keys.
+        settled: called after each producer of keys.
 
     Returns:
         One record per producer. Its errors are those of the quantized keys, over their variance within channels.
@@ -44,7 +44,7 @@ def center_keys(
     def settle(keys: Keys, _tap: Tap, _node: fx.Node, value: Tensor) -> None:
         rows = value.movedim(channel_axis(keys.producer), -1).flatten(0, -2)
         records.append(_center(captured, keys, rows, formats, names))
-        advance()
+        settled(records[-1])
 
     watched = {keys.producer: partial(settle, keys) for keys in find_keys(captured.graph)}
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ospq_export.calibrate import center
 from ospq_export.calibrate.candidates import Change, Channels, Region
+from ospq_export.calibrate.checkpoints import Pieces, parsed
 from ospq_export.formats.choice import Choice
 from ospq_export.graph.equalization import Site, find_sites, rescale
 from ospq_export.graph.insertion import insert_quantizers
@@ -27,6 +28,7 @@ from ospq_export.runs.manifest import EqualizedSite
 Method = Literal["center", "smooth", "shift", "repq"]
 # A change must lower the error by this share, or the site stays as it is: what the sample cannot tell is left alone.
 _MUST_GAIN = 0.02
+_NONE = "none"
 
 
 def equalize(
@@ -37,7 +39,8 @@ def equalize(
     *,
     seed: int = 0,
     values_per_tensor: int = 1 << 15,
-    advance: Callable[[], None] = lambda: None,
+    settled: Callable[[EqualizedSite], None] = lambda _record: None,
+    pieces: Pieces | None = None,
 ) -> list[EqualizedSite]:
     """Move outlier channels out of activations into weights, in place; the float function stays the same.
 
@@ -52,24 +55,29 @@ def equalize(
             "repq": RepQ-ViT's form for every LayerNorm, unsearched.
         seed: of the choice of values that ranges are searched on.
         values_per_tensor: how many values of a tensor a range is searched on.
-        advance: called after each site.
+        settled: called after each site.
+        pieces: where the sites that are settled are kept; those found there are taken over, and `settled` is not told.
+            Keys, which take seconds, are centred again.
 
     Returns:
         One record per site, in graph order.
+
+    Raises:
+        InputError: a checkpoint is damaged, or cannot be written.
     """
     device = next(captured.buffers()).device
     if method == center.CHOICE:
-        return center.center_keys(captured, images.to(device), formats, advance)
+        return center.center_keys(captured, images.to(device), formats, settled)
     sites = [s for s in find_sites(captured.graph) if method != "repq" or s.is_norm]
     network = insert_quantizers(captured, formats)
-    search = _Search(network, sites, method, values_per_tensor, seed, advance)
+    search = _Search(network, sites, method, values_per_tensor, seed, settled, pieces)
     with torch.no_grad():
         search.run(images.to(device))
     return search.records
 
 
 def count_sites(captured: fx.GraphModule, method: Method) -> int:
-    """How often `equalize` calls `advance`, at most."""
+    """How many sites `equalize` settles, at most."""
     return len((find_keys if method == center.CHOICE else find_sites)(captured.graph))
 
 
@@ -83,10 +91,11 @@ class _Search(fx.Interpreter):
         method: Method,
         wanted: int,
         seed: int,
-        advance: Callable[[], None],
+        settled: Callable[[EqualizedSite], None],
+        pieces: Pieces | None,
     ) -> None:
         super().__init__(network.module)
-        self.method, self.wanted, self.advance = method, wanted, advance
+        self.method, self.wanted, self.settled, self.pieces = method, wanted, settled, pieces
         self.generator = torch.Generator().manual_seed(seed)
         self.records: list[EqualizedSite] = []
         self.ending: defaultdict[fx.Node, list[Region]] = defaultdict(list)
@@ -102,12 +111,44 @@ class _Search(fx.Interpreter):
         for region in self.waiting.get(n, ()):
             region.values[n] = result
         for region in self.ending.get(n, ()):
-            self.records.append(self._settle(region))
+            self.records.append(self._restored(region) or self._settle(region))
             region.values.clear()
-            self.advance()
         return result
 
+    def _restored(self, region: Region) -> EqualizedSite | None:
+        """What an interrupted search found at this site, done once more; None where it did not come so far."""
+        index = len(self.records)
+        found = None if self.pieces is None else self.pieces.read(index)
+        if self.pieces is None or found is None:
+            return None
+        tensors, header = found
+        record = parsed(EqualizedSite, header.get("record", ""), self.pieces.path(index))
+        if record.choice != _NONE:
+            rescale(region.network.module, region.site, tensors["scale"], tensors["shift"])
+        # The sites that follow draw the values that they would have drawn.
+        self.generator.set_state(tensors["generator"])
+        return record
+
     def _settle(self, region: Region) -> EqualizedSite:
+        chosen, before, after = self._searched(region)
+        if chosen.name != _NONE:
+            rescale(region.network.module, region.site, chosen.scale, chosen.shift)
+        record = EqualizedSite(
+            producer=region.site.producer.meta["module_path"],
+            consumers=[c.node.meta["module_path"] for c in region.site.consumers],
+            choice=chosen.name,
+            error_before=before,
+            error_after=after,
+            largest_factor=float(chosen.scale.max()),
+        )
+        if self.pieces is not None:
+            kept = {"scale": chosen.scale, "shift": chosen.shift, "generator": self.generator.get_state()}
+            self.pieces.write(len(self.records), kept, {"record": record.model_dump_json()})
+        self.settled(record)
+        return record
+
+    def _searched(self, region: Region) -> tuple[Change, float, float]:
+        """The change to make, and the errors before and after it."""
         region.prepare(self.wanted, self.generator)
         channels = Channels.of(region)
         chosen = channels.repq() if self.method == "repq" else channels.none()
@@ -117,18 +158,9 @@ class _Search(fx.Interpreter):
             chosen, after = _best(region, chosen, after, channels.shifts())
         if self.method != "repq":
             chosen, after = _best(region, chosen, after, channels.factors(chosen.shift))
-        if self.method == "repq" or after < (1.0 - _MUST_GAIN) * before:
-            rescale(region.network.module, region.site, chosen.scale, chosen.shift)
-        else:
-            chosen, after = channels.none(), before
-        return EqualizedSite(
-            producer=region.site.producer.meta["module_path"],
-            consumers=[c.node.meta["module_path"] for c in region.site.consumers],
-            choice=chosen.name,
-            error_before=before,
-            error_after=after,
-            largest_factor=float(chosen.scale.max()),
-        )
+        if self.method != "repq" and not after < (1.0 - _MUST_GAIN) * before:
+            return channels.none(), before, before
+        return chosen, before, after
 
 
 def _best(region: Region, best: Change, error: float, candidates: list[Change]) -> tuple[Change, float]:

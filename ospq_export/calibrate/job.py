@@ -12,7 +12,17 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ospq_export.calibrate.checkpoints import Events, checkpoint, no_events, parsed, restore, save, share
+from ospq_export.calibrate.checkpoints import (
+    Events,
+    Pieces,
+    Scores,
+    checkpoint,
+    no_events,
+    parsed,
+    restore,
+    save,
+    share,
+)
 from ospq_export.calibrate.checks import check_same
 from ospq_export.calibrate.cost import check_budget, cost_of
 from ospq_export.calibrate.objectives import objectives
@@ -26,11 +36,10 @@ from ospq_export.graph.granularity import check_partition, slicing_of
 from ospq_export.graph.quantizers import QuantizedGraph, own_quantizers
 from ospq_export.graph.slicing import Slice, extract
 from ospq_export.onnx.serialize import ONNX_BYTES, files_summary
-from ospq_export.progress import stepper
+from ospq_export.progress import announce, stepper
 from ospq_export.runs.files import (
     CALIBRATION_IMAGES,
     CHECKPOINTS,
-    FLOAT_TENSORS,
     GRAPH,
     MANIFEST,
     QUANTIZED_TENSORS,
@@ -54,7 +63,7 @@ from ospq_export.world.processes import SOLO, World
 
 log = logging.getLogger(__name__)
 # What is written before anything is computed.
-_INPUTS = (GRAPH, FLOAT_TENSORS, CALIBRATION_IMAGES)
+_INPUTS = (GRAPH, CALIBRATION_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -64,19 +73,30 @@ class Options:
     Attributes:
         memory_budget: bytes of host memory for activations; None takes half of what is available.
         events: told what happens.
-        seconds_per_image: measured time of the float network; None where it was not timed.
         world: who shares the work; the first process alone writes.
     """
 
     memory_budget: int | None = None
     events: Events = no_events
-    seconds_per_image: float | None = None
     world: World = SOLO
 
 
 @dataclass
 class Job:
-    """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files."""
+    """The writing side of one calibration: the manifest as it grows, a checkpoint per slice, the final files.
+
+    Attributes:
+        out: the run directory.
+        manifest: what it says so far.
+        network: with quantizers; made anew when the constants are equalized.
+        device: where the network lies.
+        progress: where bars are shown.
+        options: how the calibration runs.
+        seconds_per_image: measured time of the float network; None where it was not timed yet.
+        records: of the slices that are learned, by their index.
+        slices: where the network is cut.
+        slice_of: the index of the slice that a quantizer lies in, by the quantizer's name.
+    """
 
     out: Path
     manifest: Manifest
@@ -84,6 +104,7 @@ class Job:
     device: torch.device
     progress: Progress | None
     options: Options
+    seconds_per_image: float | None = None
     records: dict[int, SliceRecord] = field(default_factory=dict)
     slices: list[Slice] = field(default_factory=list)
     slice_of: dict[str, int] = field(default_factory=dict)
@@ -97,6 +118,15 @@ class Job:
     def writes(self) -> bool:
         """Whether this process writes the run directory."""
         return self.options.world.rank == 0
+
+    @property
+    def world(self) -> World:
+        """Who shares the work."""
+        return self.options.world
+
+    def pieces(self, stage: str, *, shared: bool = False) -> Pieces:
+        """Checkpoints of a stage; where its pieces are shared, every process keeps its own."""
+        return Pieces(self.out, stage, self.writes or shared)
 
     def begin(self, captured: fx.GraphModule, described: dict[str, Any], images: Tensor) -> None:
         """Write what is known at the start, or check that an interrupted run is this one's.
@@ -113,13 +143,12 @@ class Job:
             remove_temporary(folder)
         found = read_manifest(self.out) if (self.out / MANIFEST).is_file() else None
         if found is not None and found.files:
-            check_same(self.out, found, self.manifest, captured)
+            check_same(self.out, found, self.manifest)
             self.manifest = found
             return
         try:
             # The manifest comes first: a folder without one is never taken for an interrupted run.
             write_manifest(self.out, self.manifest)
-            write_tensors(self.out / FLOAT_TENSORS, dict(captured.named_buffers()))
             write_json(self.out / GRAPH, described, indent=None)
             write_json(self.out / CALIBRATION_IMAGES, image_digests(images.cpu().numpy()))
             self.manifest = record_files(self.out, self.manifest, *_INPUTS)
@@ -152,6 +181,7 @@ class Job:
                 lambda steps: stepper(self.progress, "choose slicing", steps),
                 self._say,
                 TASKS[self.manifest.task],
+                Scores(self.out / CHECKPOINTS / "trials.json", self.options.events),
             )
             write_json(pilot, found.model_dump(mode="json"))
         self.options.world.wait()
@@ -162,8 +192,7 @@ class Job:
 
     def _say(self, line: str) -> None:
         log.info("%s", line)
-        if self.progress is not None:
-            self.progress.console.print(line, markup=False)
+        announce(self.progress, line)
 
     def _take(
         self, slices: list[Slice], captured: fx.GraphModule, record: SlicingRecord | None = None
@@ -203,7 +232,7 @@ class Job:
     def _store(self, images: Tensor, todo: int) -> Store:
         """Where activations go; says beforehand what the run will cost."""
         store = Store.with_default(self.options.memory_budget, self.out / CHECKPOINTS, self.device)
-        settings, seconds = self.manifest.recipe.reconstruction, self.options.seconds_per_image
+        settings, seconds = self.manifest.recipe.reconstruction, self.seconds_per_image
         cost = cost_of(self.network.module.graph, self.slices, todo, len(images), settings, seconds)
         check_budget(cost, store.budget)
         self._say(cost.summary(store.budget))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ospq_export.calibrate.checkpoints import Events, Pieces, no_events
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import integers
 from ospq_export.formats.search import compress
@@ -20,6 +22,8 @@ from ospq_export.runs.manifest import OutlierRecord
 from ospq_export.world.processes import SOLO, World
 
 log = logging.getLogger(__name__)
+# Seconds: a batch that takes less is sooner observed again than read from the disk.
+_WORTH_KEEPING = 2.0
 
 
 def observe(
@@ -31,6 +35,8 @@ def observe(
     values_per_tensor: int = 1 << 18,
     advance: Callable[[], None] = lambda: None,
     world: World = SOLO,
+    pieces: Pieces | None = None,
+    events: Events = no_events,
 ) -> None:
     """Set every activation range by minimum MSE over the images, and every weight to its nearest codes.
 
@@ -42,11 +48,15 @@ def observe(
         values_per_tensor: how many values of each tensor are kept for the search, besides the extremes.
         advance: called after each batch and after each quantizer, for a progress bar.
         world: who shares the batches; all end with the same ranges, whatever their number.
+        pieces: where each process keeps what its batches gave, if they take long; a batch that is found there is not run.
+        events: told of every batch that was run.
 
     Raises:
-        InputError: an activation is not finite on these images.
+        InputError: an activation is not finite on these images, or a checkpoint is damaged or cannot be written.
     """
-    _collect(network, images, batch_size, seed, values_per_tensor, advance, world)
+    _Collection(network, images.split(batch_size), seed, values_per_tensor, pieces, events).run(
+        world, advance
+    )
     constant = []
     for quantizer in network.activations.values():
         assert quantizer.observer is not None
@@ -73,37 +83,70 @@ def observe(
         advance()
 
 
-def _collect(
-    network: QuantizedGraph,
-    images: Tensor,
-    batch_size: int,
-    seed: int,
-    wanted: int,
-    advance: Callable[[], None],
-    world: World,
-) -> None:
-    """Run the float network; every process ends with what all of them kept, in the order of the batches."""
-    batches = images.split(batch_size)
-    device = next(network.module.buffers()).device
-    observers = [_Observer(max(1, wanted // len(batches)), seed) for _ in network.activations]
-    for quantizer, observer in zip(network.activations.values(), observers, strict=True):
-        quantizer.observer = observer
-    places = range(world.rank, len(batches), world.size)
-    network.set_mode(Mode.OBSERVE)
-    try:
-        with torch.no_grad():
-            for place in places:
-                # What is kept of a batch depends on its place alone, not on who observes it.
-                for index, observer in enumerate(observers):
-                    observer.generator.manual_seed(seed + index + 1_000_003 * place)
-                network.module(batches[place].to(device))
-                advance()
-    finally:
-        network.set_mode(Mode.FLOAT)
-    mine = {place: [o.kept[k] for o in observers] for k, place in enumerate(places)}
-    gathered = zip(*world.gather(mine, len(batches)), strict=True)
-    for observer, kept in zip(observers, gathered, strict=True):
-        observer.kept = list(kept)
+class _Collection:
+    """What the float network's activations are like, batch by batch.
+
+    Args:
+        network: its quantizers get observers.
+        batches: (N, C, H, W) each, normalised.
+        seed: of the choice of values.
+        wanted: how many values of a tensor are kept, over all batches.
+        pieces, events: as `observe` has them.
+    """
+
+    def __init__(
+        self,
+        network: QuantizedGraph,
+        batches: Sequence[Tensor],
+        seed: int,
+        wanted: int,
+        pieces: Pieces | None,
+        events: Events,
+    ) -> None:
+        self.network, self.batches, self.seed = network, batches, seed
+        self.pieces, self.events = pieces, events
+        self.device = next(network.module.buffers()).device
+        self.observers = [_Observer(max(1, wanted // len(batches)), seed) for _ in network.activations]
+
+    def run(self, world: World, advance: Callable[[], None]) -> None:
+        """Run the float network; every process ends with what all of them kept, in the order of the batches."""
+        for quantizer, observer in zip(self.network.activations.values(), self.observers, strict=True):
+            quantizer.observer = observer
+        places = range(world.rank, len(self.batches), world.size)
+        self.network.set_mode(Mode.OBSERVE)
+        try:
+            with torch.no_grad():
+                for place in places:
+                    if not self._restored(place):
+                        self._observed(place)
+                    advance()
+        finally:
+            self.network.set_mode(Mode.FLOAT)
+        mine = {place: [o.kept[k] for o in self.observers] for k, place in enumerate(places)}
+        gathered = zip(*world.gather(mine, len(self.batches)), strict=True)
+        for observer, kept in zip(self.observers, gathered, strict=True):
+            observer.kept = list(kept)
+
+    def _observed(self, place: int) -> None:
+        started = time.monotonic()
+        # What is kept of a batch depends on its place alone, not on who observes it.
+        for index, observer in enumerate(self.observers):
+            observer.generator.manual_seed(self.seed + index + 1_000_003 * place)
+        self.network.module(self.batches[place].to(self.device))
+        seconds = time.monotonic() - started
+        if self.pieces is not None and seconds >= _WORTH_KEEPING:
+            self.pieces.write(place, {str(i): o.kept[-1] for i, o in enumerate(self.observers)})
+        facts = {"batch": place, "batches": len(self.batches), "images": len(self.batches[place])}
+        self.events("observe", {**facts, "seconds": round(seconds, 3)})
+
+    def _restored(self, place: int) -> bool:
+        """Take over what an interrupted observation kept of a batch."""
+        found = None if self.pieces is None else self.pieces.read(place)
+        if found is None:
+            return False
+        for index, observer in enumerate(self.observers):
+            observer.kept.append(found[0][str(index)])
+        return True
 
 
 def observation_steps(network: QuantizedGraph, images: int, batch_size: int) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ospq_export.calibrate.checkpoints import Events, no_events
 from ospq_export.calibrate.checks import (
@@ -26,37 +25,31 @@ from ospq_export.calibrate.checks import (
     say_substituted,
 )
 from ospq_export.calibrate.cost import check_budget, cost_of
-from ospq_export.calibrate.equalize import count_sites, equalize
 from ospq_export.calibrate.job import Job, Options
-from ospq_export.calibrate.observe import observation_steps, observe, outlier_profile
+from ospq_export.calibrate.prepare import equalize_network, observe_network
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import check_overrides, insert_quantizers
-from ospq_export.graph.outputs import LOGITS, as_tuple, output_names, output_shapes, rename_outputs
-from ospq_export.graph.quantizers import QuantizedGraph
+from ospq_export.graph.outputs import LOGITS, output_names, output_shapes, rename_outputs
 from ospq_export.graph.serialize import describe
 from ospq_export.graph.sizes import sizes_between
 from ospq_export.graph.slicing import Slice
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import torch_device
 from ospq_export.models.weights import checkpoint_record
-from ospq_export.progress import stepper
 from ospq_export.recipes import Recipe
-from ospq_export.runs.manifest import CalibrationRecord, EqualizedSite, Manifest, installed_versions
+from ospq_export.runs.manifest import CalibrationRecord, Manifest, installed_versions
 from ospq_export.runs.run import Run
-from ospq_export.runs.tensors import tensor_sha256
+from ospq_export.runs.tensors import tensor_sha256, tensors_sha256
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.choice import choose_task
 from ospq_export.tasks.classify import CLASSIFY
-from ospq_export.world.processes import World, joined
+from ospq_export.world.processes import joined
 from ospq_export.world.room import check_disk
 
 log = logging.getLogger(__name__)
-_OBSERVATION_BATCH = 64
-_EQUALIZATION_IMAGES = 32
-_TIMED_IMAGES = 8
 
 
 def calibrate(
@@ -81,7 +74,8 @@ def calibrate(
 ) -> Run:
     """Quantize a float model after training and write a run directory.
 
-    Interrupted, the same call continues after the last finished slice and ends with the same bytes.
+    Interrupted, the same call continues after what was finished (a site that was equalized, a batch that was observed, a trial,
+    a slice) and ends with the same bytes.
 
     Args:
         model: in eval mode, float32; of one image tensor.
@@ -133,7 +127,6 @@ def calibrate(
             slices = slicing_of(captured.graph, recipe.slicing)
             check_cost(captured.graph, slices, len(pixels), recipe, out, target, memory_budget)
         captured.to(target)
-        equalized = _equalize(captured, pixels, recipe, seed, progress)
         network = insert_quantizers(captured, recipe.formats())
         record = CalibrationRecord(
             images=len(pixels),
@@ -149,6 +142,7 @@ def calibrate(
             float_products=float_products(captured),
             substituted=say_substituted(network.substituted),
             outputs_left_out=captured.meta["left_out"],
+            weights_sha256=tensors_sha256(dict(captured.named_buffers())),
         )
         manifest = Manifest(
             status="calibrating",
@@ -161,17 +155,14 @@ def calibrate(
             graph_fingerprint=fingerprint(captured),
             calibration=record,
             checkpoint=checkpoint_record(model),
-            equalized=equalized,
-            profile=outlier_profile(captured, pixels[:_EQUALIZATION_IMAGES]),
             versions=installed_versions(),
             files={},
         )
-        # The network shares the captured constants, but its quantizers are its own.
-        network.module.to(target)
-        seconds = _observe(network, pixels[: recipe.observation_images], seed, progress, world)
-        options = Options(memory_budget, events if world.rank == 0 else no_events, seconds, world)
+        options = Options(memory_budget, events if world.rank == 0 else no_events, world)
         job = Job(out, manifest, network, target, progress, options)
         job.begin(captured, described, pixels)
+        equalize_network(job, captured, pixels)
+        observe_network(job, pixels)
         job.slice(captured, pixels)
         job.reconstruct(pixels)
         return job.finish()
@@ -205,16 +196,6 @@ def _classes(
     }
 
 
-def _equalize(
-    captured: fx.GraphModule, images: Tensor, recipe: Recipe, seed: int, progress: Progress | None
-) -> list[EqualizedSite]:
-    if recipe.equalization == "none":
-        return []
-    advance = stepper(progress, "equalize", count_sites(captured, recipe.equalization))
-    sample = images[: min(_EQUALIZATION_IMAGES, recipe.observation_images)]
-    return equalize(captured, sample, recipe.formats(), recipe.equalization, seed=seed, advance=advance)
-
-
 def check_cost(
     graph: fx.Graph,
     slices: list[Slice],
@@ -241,18 +222,3 @@ def check_cost(
             certain=max(0, least - store.budget),
             likely=max(0, cost.activation_bytes - store.budget),
         )
-
-
-def _observe(
-    network: QuantizedGraph, images: Tensor, seed: int, progress: Progress | None, world: World
-) -> float:
-    """Observe, and time the float network on the way: seconds per image."""
-    steps = observation_steps(network, len(images), _OBSERVATION_BATCH)
-    advance = stepper(progress, "observe", steps)
-    observe(network, images, batch_size=_OBSERVATION_BATCH, seed=seed, advance=advance, world=world)
-    sample = images[:_TIMED_IMAGES].to(next(network.module.buffers()).device)
-    with torch.no_grad():
-        started = time.perf_counter()
-        # Brought back to the host, a GPU's result is complete.
-        as_tuple(network.module(sample))[0].cpu()
-        return (time.perf_counter() - started) / len(sample)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ospq_export.cli.options import console, say
+from ospq_export.cli.options import console, say, with_options
 
 if TYPE_CHECKING:
     from ospq_export.data import ClassChoice
@@ -23,6 +23,7 @@ def run_files(
     choice: ClassChoice,
     quiet: bool,
     as_json: bool = False,
+    pictures: bool = True,
     **settings: Any,
 ) -> Report:
     """Compare two files with a progress bar, print the report, and write it for people.
@@ -34,8 +35,9 @@ def run_files(
         out: folder of the report; None puts it beside the deployed file, under its name and ".report".
         given: what is said of the preprocessing.
         choice: what is said of the classes.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
+        pictures: whether the page may show images.
         settings: of `validate_files`.
 
     Raises:
@@ -53,8 +55,9 @@ def run_files(
     images = image_set(open_source(data, choice), config, choice, None, needed=False)
     with stage_progress(disable=quiet) as progress:
         report = validate_files(float_file, deployed_file, images, folder, progress=progress, **settings)
-    page = write_documents(folder, report, images)
-    print_report(report, page, as_json)
+    shown = as_options(report)
+    page = write_documents(folder, shown, images, pictures=pictures)
+    print_report(shown, page, as_json)
     return report
 
 
@@ -67,3 +70,20 @@ def print_report(report: Report, page: Path, as_json: bool) -> None:
         return
     console().print(render(report), soft_wrap=True)
     say(f"report: {page}")
+
+
+def as_options(report: Report) -> Report:
+    """The report for people on the command line: report.json names settings as Python does."""
+    verdict, named = report.verdict, with_options
+    judged = {
+        key: judgement.model_copy(
+            update={"text": named(judgement.text), "advice": named(judgement.advice)},
+        )
+        for key, judgement in (("faithful", verdict.faithful), ("accuracy", verdict.accuracy))
+    }
+    changed: dict[str, Any] = {
+        "verdict": verdict.model_copy(update={"text": [named(line) for line in verdict.text], **judged}),
+        "image_notes": {named(note): count for note, count in report.image_notes.items()},
+        "executions_skipped": {n: named(why) for n, why in report.executions_skipped.items()},
+    }
+    return report.model_copy(update=changed)

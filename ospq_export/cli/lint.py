@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from ospq_export.onnx.lint import Finding, Severity
 
 
+LintVersion = Literal["rtx", "tensorrt-8.6", "tensorrt-10.3", "tensorrt-10.13", "tensorrt-11"]
+
+
 def lint(
     files: Annotated[list[Path], typer.Argument(help="QDQ ONNX files, any number of them.")],
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="What an engine will be built for: SM89. Repeatable.")
     ] = None,
+    version: Annotated[
+        LintVersion, typer.Option("--for", help="The TensorRT that reads them; rtx is TensorRT-RTX 1.7.")
+    ] = "rtx",
     as_json: options.JsonOption = False,
 ) -> None:
     """Say what in ONNX files TensorRT refuses, reinterprets or runs in float.
@@ -32,7 +38,7 @@ def lint(
     status, results = 0, list[dict[str, Any]]()
     for file in files:
         try:
-            findings = run_lint(file, compute_capability or ())
+            findings = run_lint(file, compute_capability or (), version)
         except InputError as error:
             if len(files) == 1:
                 raise
@@ -65,6 +71,8 @@ def _print(findings: list[Finding]) -> None:
         for finding in found:
             say(f"  {finding.node}: {finding.what}")
         say(f"  fix: {fix}")
+        if found[0].source:
+            say(f"  known from: {found[0].source}")
 
 
 def doctor(as_json: options.JsonOption = False) -> None:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from ospq_export.recipes import Recipe
 
 _WIDE = 160
-DataOption = Annotated[
-    str,
-    typer.Option(
-        help="Images: a folder with one sub-folder per class; a list of path,label (.csv, .tsv, .txt); .tar or Parquet files "
-        "(one, a folder of them, a glob, shard-{000..009}.tar); .npz or .npy; hfds:NAME[:split]; a compressed tar file, a pipe, "
-        "- for standard input, or hfids:NAME[:split], which are read once."
-    ),
-]
+_DATA = (
+    "Images: a folder with one sub-folder per class; a list of path,label (.csv, .tsv, .txt); .tar or Parquet files "
+    "(one, a folder of them, a glob, shard-{000..009}.tar); .npz or .npy; hfds:NAME[:split]; a compressed tar file, a pipe, "
+    "- for standard input, or hfids:NAME[:split], which are read once."
+)
+DataOption = Annotated[str, typer.Option(help=_DATA)]
+GivenDataOption = Annotated[str | None, typer.Option(help=_DATA)]
+PackedDataOption = Annotated[str | None, typer.Option(help="With --bundle: images, as validate takes them.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, ...")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of every random choice.")]
 WorkersOption = Annotated[
@@ -41,7 +41,7 @@ ThreadsOption = Annotated[
         help="Threads that compute. Default: OMP_NUM_THREADS, else the cores that affinity and CPU quota allow."
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelArgument = Annotated[
     str,
     typer.Argument(

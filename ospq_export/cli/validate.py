@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
-from ospq_export.cli.files import print_report, run_files
-from ospq_export.cli.options import class_choice, data_settings, with_options
-from ospq_export.errors import InputError
+from ospq_export.cli.elsewhere import run_device, server_of
+from ospq_export.cli.files import as_options, print_report, run_files
+from ospq_export.cli.options import class_choice, data_settings
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 def validate(
     context: typer.Context,
-    data: options.DataOption,
     run: Annotated[Path | None, typer.Argument(help="Run directory that `calibrate` wrote.")] = None,
+    data: options.GivenDataOption = None,
     float_file: Annotated[
         Path | None,
         typer.Option("--float", help="Instead of RUN: a float ONNX file, to compare --deployed with."),
@@ -91,6 +92,16 @@ def validate(
         list[int] | None,
         typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="With --backend triton: the server, http://HOST:8000.")
+    ] = None,
+    triton_model: Annotated[
+        str | None, typer.Option(help="Its name on the server. Default: the run directory's.")
+    ] = None,
+    device_result: Annotated[
+        Path | None,
+        typer.Option(help="In place of --data: result.json, which a bundle's script wrote on a device."),
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Another run, to compare with on the same images.")
     ] = None,
@@ -100,6 +111,18 @@ def validate(
             "--fp16",
             help="Validate model_qdq_fp16.onnx too; it and engines are compared with FP16 float parts.",
         ),
+    ] = False,
+    save_outputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also FILE.json for Polygraphy: outputs of 8 images; the images in FILE.inputs.json."
+        ),
+    ] = None,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="No picture of an image in report.html; file names stay.")
+    ] = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance", help="Record date and host in the report.")
     ] = False,
     exif: options.ExifOption = False,
     class_map: options.ClassMapOption = None,
@@ -124,6 +147,15 @@ def validate(
         significance=significance,
         max_error=max_error,
     )
+    if device_result is not None:
+        others = [str(p.name) for p in context.command.params if p.name not in _OF_DEVICES]
+        _without(context, others, "it says nothing of a device's result")
+        limits = {"thresholds": thresholds, "decision_threshold": decision_threshold}
+        report = run_device(_only_run(run, {}), device_result, as_json, **limits)
+        raise typer.Exit(report.verdict.exit_status)
+    if data is None:
+        raise InputError("there are no images to validate on", where="--data", fix="give some")
+    server = server_of(url, triton_model)
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
     common: dict[str, Any] = {
@@ -133,10 +165,12 @@ def validate(
         "decision_threshold": decision_threshold,
         "floor_images": floor_images,
         "workers": workers,
+        "provenance": provenance,
+        "pictures": not no_images,
     }
     if float_file is not None or deployed_file is not None:
         files = _two_files(run, float_file, deployed_file)
-        _without(context, _OF_RUNS)
+        _without(context, _OF_RUNS, "it is for runs, not for two files")
         report = run_files(
             *files, data, out, {**stated, "exif": exif or None}, choice, quiet, as_json, task=task, **common
         )
@@ -155,21 +189,28 @@ def validate(
         latency_batches=latency_batches,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
+        save_outputs=save_outputs,
+        server=server,
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
 
 
-_OF_RUNS = ("backends", "code_images", "latency_batches", "baseline", "fp16", "device")
+_OF_DEVICES = (
+    *("run", "device_result", "decision_threshold", "quiet", "as_json", "threads", "max_drop", "confidence"),
+    *("max_top1_difference", "min_agreement", "significance", "max_error"),
+)
+_OF_RUNS = (
+    *("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs"),
+    *("url", "triton_model", "device_result"),
+)
 
 
-def _without(context: typer.Context, names: Sequence[str]) -> None:
-    """Refuse options that say nothing of files: what would be ignored is not taken."""
+def _without(context: typer.Context, names: Sequence[str], what: str) -> None:
+    """Refuse options that say nothing here: what would be ignored is not taken."""
     given = [p for p in context.command.params if p.name in names and _was_given(context, p.name)]
     if given:
-        raise InputError(
-            "it is for runs, not for two files", where=", ".join(p.opts[0] for p in given), fix="leave it out"
-        )
+        raise InputError(what, where=", ".join(p.opts[0] for p in given), fix="leave it out")
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -205,15 +246,21 @@ def _at(run: Any, size: tuple[int, ...] | None) -> Any:
 
 
 def run_validate(
-    run: Any, images: ImageSet | StreamSet, quiet: bool, as_json: bool = False, **settings: Any
+    run: Any,
+    images: ImageSet | StreamSet,
+    quiet: bool,
+    as_json: bool = False,
+    pictures: bool = True,
+    **settings: Any,
 ) -> Report:
     """Validate with a progress bar, print the report, and write it for people.
 
     Args:
         run: exported.
         images: with the run's preprocessing.
-        quiet: no progress bar.
+        quiet: no progress.
         as_json: whether the report is printed as JSON.
+        pictures: whether the page may show images.
         settings: of `validate`; None means the default.
 
     Raises:
@@ -228,19 +275,10 @@ def run_validate(
         report = validate(run, images, progress=progress, world=world, **given)
     if world.rank > 0:
         return report
-    shown = _with_options(report)
-    page = write_documents(run, shown, images)
+    shown = as_options(report)
+    page = write_documents(run, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
-
-
-def _with_options(report: Report) -> Report:
-    """The report for people on the command line: report.json names settings as Python does."""
-    changed = {
-        "image_notes": {with_options(note): count for note, count in report.image_notes.items()},
-        "executions_skipped": {n: with_options(why) for n, why in report.executions_skipped.items()},
-    }
-    return report.model_copy(update=changed)
 
 
 def _thresholds(**values: float | None) -> Thresholds:
@@ -258,6 +296,5 @@ def _thresholds(**values: float | None) -> Thresholds:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise InputError(
-            first["msg"], where=f"{option} {first['input']}", fix="choose another value"
-        ) from error
+        where = f"{option} {first['input']}"
+        raise InputError("the value is not possible", where=where, fix=refusal_of(first)) from error

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ospq_export.data.found import Found, Labels, Named, natural_places, numbered, read_labels, refuse_twice
 from ospq_export.data.sources import ArraySource, check_images
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 
 ENDINGS = (".npy", ".npz")
 _FORM = "write uint8 (N, H, W) or (N, H, W, 3)"
@@ -52,7 +52,7 @@ def open_arrays(path: Path) -> Found:
     except Exception as error:
         # A damaged archive raises whatever its damage leads to, zlib.error and NotImplementedError among them.
         raise InputError(
-            f"cannot read arrays: {error}", where=path, fix="write it with numpy, without objects"
+            f"cannot read arrays: {reason_of(error)}", where=path, fix="write it with numpy, without objects"
         ) from error
     images = arrays.get("images")
     if images is None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 
 # timm has the table of this subset's heads but no name for it.
 _UNNAMED = {10450: ("imagenet-21k-miil-w21", "imagenet21k_miil_w21_synsets.txt")}
@@ -111,7 +111,7 @@ def _from_json(text: str, path: Path) -> Pairs:
     try:
         value = json.loads(text, object_pairs_hook=pairs_of)
     except (ValueError, RecursionError) as error:
-        raise _refuse(f"is not JSON: {error}", path) from error
+        raise _refuse(f"is not JSON: {reason_of(error)}", path) from error
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return _numbered(value)
     if not isinstance(value, dict) or not value:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.sources import preprocessing_of
 
@@ -165,7 +165,7 @@ def resolve_data_config(model: nn.Module, spec: ModelSpec, overrides: Mapping[st
         )
         return DataConfig.model_validate({**resolved, "exif": exif})
     except ValidationError as error:
-        where, what = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
+        where, what = error.errors()[0]["loc"], refusal_of(error.errors()[0])
         message = ": ".join([*map(str, where[:1]), what])
     except (ValueError, TypeError, AssertionError) as error:
         message = str(error) or "a setting has an impossible value"

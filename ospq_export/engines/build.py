@@ -1,19 +1,29 @@
-"""Building an engine: parser, configuration, progress. One code path for TensorRT 10, TensorRT 11 and TensorRT-RTX.
+"""Building an engine through Polygraphy: one code path for TensorRT 8.6 to 11 and TensorRT-RTX, by what the product offers.
 
-Networks are strongly typed: the ONNX file alone says what runs in which precision. No precision flag, calibrator or implicit
-quantization is used; TensorRT 11 has none of them.
+Networks are strongly typed where the product can: the ONNX file alone says what runs in which precision. TensorRT 8.6 cannot;
+there the builder gets its flags for FP16 and INT8. No calibrator or implicit quantization is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from ospq_export.engines.products import Message, Product, known_capabilities, load, recorder
-from ospq_export.engines.profiles import set_profile
+from ospq_export.engines.products import (
+    Message,
+    Product,
+    known_capabilities,
+    load,
+    quiet_polygraphy,
+    recorder,
+)
+from ospq_export.engines.profiles import profiles
+from ospq_export.engines.targets import BUILD_THERE, in_order, target_of
 from ospq_export.errors import InputError
 from ospq_export.runs.files import replacing
 from ospq_export.world.room import check_file
@@ -61,46 +71,41 @@ class Built:
 
 
 def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = None) -> Built:
-    """Parse an ONNX file and build an engine from it, in memory.
+    """Parse an ONNX file and build an engine from it, in memory, through Polygraphy.
 
     Raises:
         InputError: the product is missing, a setting is not for it, the parser or the builder refuses: with its reason.
     """
     check_settings(settings)
     trt, log = load(settings.product), recorder(settings.product)
-    log.messages.clear()
-    builder = trt.Builder(log)
-    network = _parsed(trt, builder, log, onnx_file)
-    config = _config(trt, builder, settings)
-    set_profile(builder, network, config, settings.profile, onnx_file)
-    if progress is not None:
-        config.progress_monitor = _monitor(trt, progress)
-    cache = _timing_cache(config, settings.timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        what = f"{settings.product} refuses to build: {_reason(log.messages)}"
-        raise InputError(what, where=onnx_file, fix=_LINT)
-    if cache is not None and settings.timing_cache is not None:
-        with replacing(settings.timing_cache) as temporary:
-            temporary.write_bytes(bytes(cache.serialize()))
-    return Built(bytes(plan), list(log.messages))
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
 
-
-def _parsed(trt: Any, builder: Any, log: Any, onnx_file: Path) -> Any:
-    # The flag is gone where strong typing is all there is.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, log)
     try:
         onnx_file.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=onnx_file) from error
-    # By its path: weights beside the file are found only so.
-    if not parser.parse_from_file(str(onnx_file)):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        what = f"the ONNX parser refuses the file: {'; '.join(errors[:3]) or _reason(log.messages)}"
-        raise InputError(what, where=onnx_file, fix=_LINT)
-    return network
+    log.messages.clear()
+    with quiet_polygraphy(), ExitStack() as files:
+        # By its path: weights beside the file are found only so.
+        parse = NetworkFromOnnxPath(str(onnx_file), strongly_typed=_strongly_typed(trt))
+        parsed = _told(parse, log, "the ONNX parser refuses the file", onnx_file)
+        config = _config(trt, settings, onnx_file, parsed, progress)
+        cache = None
+        if settings.timing_cache is not None:
+            cache = str(files.enter_context(replacing(settings.timing_cache)))
+        compile_ = EngineBytesFromNetwork(parsed, config, save_timing_cache=cache)
+        plan = bytes(_told(compile_, log, f"{settings.product} refuses to build", onnx_file))
+    return Built(plan, list(log.messages))
+
+
+def _told(step: Callable[[], Any], log: Any, what: str, onnx_file: Path) -> Any:
+    """Run a step of Polygraphy; where it fails, the product's own log has the reason."""
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        return step()
+    except PolygraphyException as error:
+        raise InputError(f"{what}: {_reason(log.messages)}", where=onnx_file, fix=_LINT) from error
 
 
 def _reason(messages: list[Message]) -> str:
@@ -108,27 +113,59 @@ def _reason(messages: list[Message]) -> str:
     return "; ".join(dict.fromkeys(errors[-2:])) or "no reason was logged"
 
 
-def _config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+def _strongly_typed(trt: Any) -> bool:
+    """Whether strong typing has to be asked for: TensorRT 8.6 has none, TensorRT 11 nothing else."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def _precision_flags(trt: Any, onnx_file: Path) -> dict[str, bool]:
+    """The builder's precision flags for a product without strong typing: FP16, and INT8 where the file has quantizers."""
+    if _strongly_typed(trt) or not hasattr(trt.BuilderFlag, "INT8"):
+        return {}
+    import onnx
+
+    nodes = onnx.load(str(onnx_file), load_external_data=False).graph.node
+    return {"fp16": True, "int8": any(node.op_type == "QuantizeLinear" for node in nodes)}
+
+
+def _config(
+    trt: Any, settings: BuildSettings, onnx_file: Path, parsed: Any, progress: Progress | None
+) -> Any:
+    builder, network, _parser = parsed
+    common: dict[str, Any] = {"profiles": profiles(network, settings.profile, onnx_file)}
     if settings.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * _MIB)
-    if settings.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: settings.workspace_mib * _MIB}
+    if progress is not None and hasattr(trt, "IProgressMonitor"):
+        common["progress_monitor"] = _monitor(trt, progress)
+    if settings.product is Product.TENSORRT_RTX:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        targets = target_capabilities(settings)
+        asked = {"compute_capabilities": targets} if targets else {"use_gpu": True}
+        return CreateConfigRTX(**common, **asked)(builder, network)
+    from polygraphy.backend.trt import CreateConfig
+
     if settings.hardware_compatibility is not None:
-        config.hardware_compatibility_level = _level(trt, settings.hardware_compatibility)
-    members = target_members(settings)
-    if members:
-        config.num_compute_capabilities = len(members)
-    for index, member in enumerate(members):
-        config.set_compute_capability(member, index)
+        common["hardware_compatibility_level"] = _level(trt, settings.hardware_compatibility)
+    known = settings.timing_cache if settings.timing_cache and settings.timing_cache.is_file() else None
+    # TF32 is the product's own default for float32 products; Polygraphy would switch it off.
+    config = CreateConfig(
+        **common,
+        **_precision_flags(trt, onnx_file),
+        tf32=True,
+        load_timing_cache=None if known is None else str(known),
+        version_compatible=settings.version_compatible,
+    )(builder, network)
+    if known is not None and config.get_timing_cache() is None:
+        what = "the timing cache is of another version or GPU"
+        raise InputError(what, where=known, fix="delete it, or choose another file")
     return config
 
 
 def _member(kind: Any, name: str, option: str) -> Any:
     known = [n for n in dir(kind) if n.isupper() and n not in ("NONE", "CURRENT")]
     if name.upper() not in known:
-        raise InputError(f"{name!r} is not known here", where=option, fix=f"use one of {', '.join(known)}")
+        raise InputError(f"{name!r} is unknown", where=option, fix=f"use one of {in_order(known)}")
     return getattr(kind, name.upper())
 
 
@@ -144,7 +181,7 @@ def check_settings(settings: BuildSettings) -> None:
             cannot be written.
     """
     trt = load(settings.product)
-    target_members(settings)
+    target_capabilities(settings)
     for name, why in _NOT_IN_RTX.items() if settings.product is Product.TENSORRT_RTX else ():
         if getattr(settings, name) not in (None, False):
             raise InputError(why, where=f"`{name}`", fix="leave it out")
@@ -159,54 +196,53 @@ def check_settings(settings: BuildSettings) -> None:
 
 
 def _check_profile(profile: tuple[int, int, int]) -> None:
-    smallest, likely, largest = profile
-    if not 1 <= smallest <= likely <= largest:
+    least, opt, most = profile
+    if not 1 <= least <= opt <= most:
         raise InputError(
-            f"batches {smallest}, {likely}, {largest} do not rise",
+            f"{least},{opt},{most}: min, opt and max have to ascend from 1 on",
             where="`profile`",
-            fix="write MIN,OPT,MAX",
+            fix="write it like 1,8,32",
         )
 
 
-def target_members(settings: BuildSettings) -> list[Any]:
-    """The product's names of the targets; empty where it builds for this machine's GPU only.
+def target_capabilities(settings: BuildSettings) -> list[tuple[int, int]]:
+    """The targets as (major, minor); empty where the product builds for this machine's GPU.
 
     Raises:
         InputError: the product is missing, a target is unknown to it, or there is neither a target nor a GPU.
     """
     import torch
 
-    trt, wanted = load(settings.product), settings.compute_capabilities
-    has_targets = hasattr(trt, "ComputeCapability")
-    if wanted and not has_targets:
+    known, wanted = known_capabilities(settings.product), settings.compute_capabilities
+    if wanted and not known:
         raise InputError(
             f"{settings.product} builds for the GPU of this machine only",
             where="`compute_capability`",
             fix="leave it out, or use `engine` tensorrt-rtx",
         )
     if not wanted and not torch.cuda.is_available():
-        known = known_capabilities(settings.product)
         raise InputError(
             "there is no GPU here to build for",
             where="`compute_capability`",
-            fix=f"name the target: {', '.join(known)}" if known else "build where the GPU is",
+            fix=f"name the target: {in_order(known)}" if known else "build where the GPU is",
         )
-    if has_targets and not wanted:
-        return [trt.ComputeCapability.CURRENT]
-    return [_member(trt.ComputeCapability, name, "`compute_capability`") for name in dict.fromkeys(wanted)]
+    kind = getattr(load(settings.product), "ComputeCapability", None)
+    for name in wanted:
+        _check_built_for(settings.product, name)
+        _member(kind, name, "`compute_capability`")
+    digits = [name.upper().removeprefix("SM") for name in dict.fromkeys(wanted)]
+    return [(int(d[:-1]), int(d[-1])) for d in digits]
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
-    if path is None:
-        return None
-    try:
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=path) from error
-    if cache is None or not config.set_timing_cache(cache, False):
-        what = "the timing cache is of another version or GPU"
-        raise InputError(what, where=path, fix="delete it, or choose another file")
-    return cache
+def _check_built_for(product: Product, name: str) -> None:
+    """Refuse hardware that there is, and that the product has no code for."""
+    known = known_capabilities(product)
+    if target_of(name) is not None and name.upper() not in known:
+        raise InputError(
+            f"{product} does not build for {name.upper()}, only for {in_order(known)}",
+            where="`compute_capability`",
+            fix=BUILD_THERE,
+        )
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -218,7 +254,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             self.tasks: dict[str, Any] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps)
+            nested = parent_phase is not None
+            self.tasks[phase_name] = progress.add_task(phase_name[:28], total=num_steps, nested=nested)
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.tasks:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.engines.build import BuildSettings, build
-from ospq_export.engines.products import Product, known_capabilities, load, recorder
+from ospq_export.engines.products import Product, known_capabilities, load, load_engine, quiet_polygraphy
 from ospq_export.engines.targets import gpu_here, target_of
 from ospq_export.errors import reason_of
 
@@ -45,11 +48,33 @@ def examine() -> list[Diagnosis]:
     for provider, fix in _PROVIDERS.items():
         results.append(_tried(f"onnxruntime {provider}", partial(_onnx_runtime, provider), fix))
     for product in Product:
-        fix = f"pip install 'ospq-export[{product}]'"
-        results.append(_tried(f"{product} builds", partial(_builds, product), fix))
-        fix += ", and a GPU with its driver"
-        results.append(_tried(f"{product} runs", partial(_runs, product), fix))
+        results.extend(_asked_in_a_child(product))
     return results
+
+
+def _asked_in_a_child(product: Product) -> list[Diagnosis]:
+    """One process takes one product, and a library that does not fit may end its process."""
+    asked = [sys.executable, "-m", "ospq_export.engines.doctor", product.value]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    try:
+        return [Diagnosis.model_validate(entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        detail = f"the process that asked ended with status {done.returncode}: {last}"
+        return [Diagnosis(name=name, works=False, detail=detail, fix=fix) for name, fix in _asked_of(product)]
+
+
+def _asked_of(product: Product) -> list[tuple[str, str]]:
+    fix = f"pip install 'ospq-export[{product}]'"
+    return [(f"{product} builds", fix), (f"{product} runs", f"{fix}, and a GPU with its driver")]
+
+
+def examine_product(product: Product) -> list[Diagnosis]:
+    """Build and run with one product, in this process."""
+    attempts = (partial(_builds, product), partial(_runs, product))
+    return [
+        _tried(name, attempt, fix) for (name, fix), attempt in zip(_asked_of(product), attempts, strict=True)
+    ]
 
 
 def _processor() -> Diagnosis:
@@ -168,20 +193,18 @@ def _runs(product: Product) -> str:
     """Build for this machine's GPU, load, and compute an int8 product on it."""
     trt = load(product)
     seen = _torch_cuda()
-    import torch
+    import numpy as np
+    from polygraphy.backend.trt import TrtRunner
 
-    engine = trt.Runtime(recorder(product)).deserialize_cuda_engine(_build_tiny(product, ()))
-    if engine is None:
-        raise RuntimeError("the engine cannot be loaded")
-    context = engine.create_execution_context()
-    tensors = {"x": torch.ones(1, 16, device="cuda"), "y": torch.empty(1, 4, device="cuda")}
-    for name, tensor in tensors.items():
-        context.set_tensor_address(name, tensor.data_ptr())
-    stream = torch.cuda.current_stream()
-    if not context.execute_async_v3(stream.cuda_stream):
-        raise RuntimeError("the engine does not run")
-    stream.synchronize()
-    result = tensors["y"].flatten().tolist()
+    with quiet_polygraphy(), TrtRunner(load_engine(product, _build_tiny(product, ()))) as runner:
+        found = runner.infer({"x": np.ones((1, 16), np.float32)})
+    result = found["y"].flatten().tolist()
     if any(abs(value - 8.0) > 1e-3 for value in result):
         raise RuntimeError(f"an int8 product gave {result} where 8 is right")
     return f"{product} {trt.__version__} on {seen}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(
+        json.dumps([found.model_dump() for found in examine_product(Product(sys.argv[1]))]) + "\n"
+    )

@@ -33,19 +33,19 @@ def free_sides(model: Any) -> dict[str, Triple]:
     return {name: side for name, side in sides.items() if side[0] < side[2]}
 
 
-def set_profile(builder: Any, network: Any, config: Any, batches: Triple | None, file: Path) -> None:
-    """Give a builder's configuration the profile that a network needs; none where all is fixed.
+def profiles(network: Any, batches: Triple | None, file: Path) -> list[Any]:
+    """The optimization profiles that a network needs, for Polygraphy; none where all is fixed.
 
     Args:
-        builder: of the product.
         network: parsed from `file`; its first input is the images.
-        config: changed.
         batches: min, opt and max; None is 1.
         file: what the metadata is read from.
 
     Raises:
         InputError: the file has another batch, or does not say which sizes it takes.
     """
+    from polygraphy.backend.trt import Profile
+
     images = network.get_input(0)
     shape = tuple(images.shape)
     if shape[0] != -1 and batches is not None and set(batches) != {shape[0]}:
@@ -53,7 +53,7 @@ def set_profile(builder: Any, network: Any, config: Any, batches: Triple | None,
             f"the file has a static batch of {shape[0]}", where="`profile`", fix="export a dynamic one"
         )
     if -1 not in shape:
-        return
+        return []
     sides = list(_sides(file).values()) if -1 in shape[1:] else []
     if list(shape[1:]).count(-1) != len(sides):
         fix = "export it from a run that was calibrated with `size_range`"
@@ -62,9 +62,7 @@ def set_profile(builder: Any, network: Any, config: Any, batches: Triple | None,
     left = iter(sides)
     rows = [(batches or (1, 1, 1)) if shape[0] == -1 else (shape[0],) * 3]
     rows += [next(left) if size == -1 else (size,) * 3 for size in shape[1:]]
-    profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, *zip(*rows, strict=True))
-    config.add_optimization_profile(profile)
+    return [Profile().add(images.name, *zip(*rows, strict=True))]
 
 
 def _sides(file: Path) -> dict[str, Triple]:

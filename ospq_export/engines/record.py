@@ -1,4 +1,4 @@
-"""model.engine and its sidecar model.engine.json: what was built, from what, by what, for what, and what it compiled to."""
+"""An engine and its sidecar, FILE.engine.json: what was built, from what, by what, for what, and what it compiled to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rich.progress import Progress
 
 from ospq_export.engines.build import BuildSettings, Built, build, check_settings
 from ospq_export.engines.plan import Fusion, PlanLayer, analyse, layers_from_inspector, layers_from_log
-from ospq_export.engines.products import Product, load, recorder
+from ospq_export.engines.products import Product, load, load_engine
 from ospq_export.engines.profiles import free_sides
+from ospq_export.engines.targets import gpu_here
 from ospq_export.errors import InputError
-from ospq_export.runs.files import json_text, replacing, sha256
+from ospq_export.runs.files import engine_name, json_text, replacing, sha256, sidecar_file
 
 
 class EngineRecord(BaseModel):
@@ -23,7 +24,7 @@ class EngineRecord(BaseModel):
 
     Attributes:
         product, version: what built it.
-        compute_capabilities: what it was built for; "current" is the GPU named in `gpu`.
+        compute_capabilities: what it was built for; in older sidecars "current" is the GPU named in `gpu`.
         gpu: the builder's GPU, or None where there was none.
         input: name, dtype and shape of the images; -1 is a dynamic dimension.
         outputs: the same of what it returns.
@@ -59,6 +60,18 @@ class EngineRecord(BaseModel):
     build_seconds: float
     fusion: Fusion
     layers: list[PlanLayer]
+
+
+def built_for(settings: BuildSettings) -> tuple[str, ...]:
+    """The compute capabilities that an engine is built for: those asked for, or this machine's."""
+    return tuple(dict.fromkeys(name.upper() for name in settings.compute_capabilities)) or (
+        gpu_here() or "current",
+    )
+
+
+def name_of(settings: BuildSettings) -> str:
+    """What an engine is called in a run directory, so that those for several targets lie side by side."""
+    return engine_name(settings.product, built_for(settings), settings.hardware_compatibility)
 
 
 def check_target(out: Path, settings: BuildSettings, *, overwrite: bool) -> None:
@@ -103,7 +116,7 @@ def build_engine(
     # All three under temporary names first: a full disk leaves none of them, and what was there before stays.
     with (
         replacing(out) as plan,
-        replacing(out.with_name(f"{out.name}.json")) as sidecar,
+        replacing(sidecar_file(out)) as sidecar,
         replacing(out.with_name(f"{out.name}.log")) as log,
     ):
         plan.write_bytes(built.plan)
@@ -122,7 +135,7 @@ def _record(
     return EngineRecord(
         product=settings.product,
         version=load(settings.product).__version__,
-        compute_capabilities=settings.compute_capabilities or ("current",),
+        compute_capabilities=built_for(settings),
         gpu=gpu_name(),
         version_compatible=settings.version_compatible,
         hardware_compatibility=settings.hardware_compatibility,
@@ -155,12 +168,12 @@ def _layers(product: Product, built: Built) -> list[PlanLayer]:
     layers = layers_from_log(message.text for message in built.log)
     if layers or gpu_name() is None:
         return layers
-    trt = load(product)
-    engine = trt.Runtime(recorder(product)).deserialize_cuda_engine(built.plan)
-    if engine is None:
+    try:
+        inspector = load_engine(product, built.plan).create_engine_inspector()
+    except InputError:
         return []
-    inspector = engine.create_engine_inspector()
-    return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    json_form = load(product).LayerInformationFormat.JSON
+    return layers_from_inspector(inspector.get_engine_information(json_form))
 
 
 def gpu_name() -> str | None:

@@ -59,6 +59,11 @@ _FP8 = {**_INTEGER, "fp8": None}
 # Thor: INT8 and FP8 in https://developer.nvidia.com/docs/drive/drive-os/7.0.3/public/drive-os-tensorrt-release-notes/ (as 10.1);
 #   NVFP4 on SM110 in https://docs.nvidia.com/deeplearning/tensorrt/10.16.0/index.html; SM101 until CUDA 12.9:
 #   https://docs.nvidia.com/cuda/curanddx/release_notes.html
+# TensorRT 10.0's parser takes opset 9 to 20, 8.5's up to 17: docs/operators.md of https://github.com/onnx/onnx-tensorrt
+BUILD_THERE = (
+    "take model_qdq_fp16.onnx (`fp16`) to the device and build there with TensorRT 10 or later, "
+    "trtexec --stronglyTyped --onnx=model_qdq_fp16.onnx; TensorRT 8 reads opset 17 at most, and these files have 20"
+)
 _ALL = (
     Target("turing", "T4, GeForce RTX 20", ("SM75",), _INTEGER),
     Target("ampere", "A100 (SM80), A10 and GeForce RTX 30 (SM86)", ("SM80", "SM86"), _INTEGER),
@@ -131,6 +136,11 @@ def check_formats(target: Target, formats: Iterable[Format], *, where: str = "")
     )
 
 
+def in_order(capabilities: Iterable[str]) -> str:
+    """Compute capabilities from the oldest to the newest: "SM75, SM120"."""
+    return ", ".join(sorted(capabilities, key=lambda name: (len(name), name)))
+
+
 def _spoken(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -166,9 +176,9 @@ def capabilities_to_build(
     chosen = tuple(capability for capability in target.compute_capabilities if capability in known)
     if not chosen:
         raise InputError(
-            f"{product} builds for {', '.join(known)}, not for {target}",
+            f"{product} builds for {in_order(known)}, not for {target}",
             where=f"`target` {target.name}",
-            fix=f"use `engine` {Product.TENSORRT} where such a GPU is",
+            fix=BUILD_THERE,
         )
     return chosen
 

@@ -30,6 +30,19 @@ def float_metadata(run: Run) -> dict[str, str]:
     return {**_common_metadata(run), "weight_bits": "32", "activation_bits": "32"}
 
 
+def identity(run: Run) -> dict[str, str]:
+    """What tells a run from others, for what leaves its directory."""
+    manifest = run.manifest
+    return {
+        "run": run.path.resolve().name,
+        "model": manifest.model.name,
+        "recipe": manifest.recipe.name,
+        "formats": manifest.recipe.summary(),
+        "task": manifest.task,
+        "quantized_sha256": manifest.files[QUANTIZED_TENSORS],
+    }
+
+
 def _common_metadata(run: Run) -> dict[str, str]:
     manifest = run.manifest
     classes: Sequence[str] = sorted(manifest.class_to_idx, key=manifest.class_to_idx.__getitem__)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from ospq_export.export.jobs import Extras, Job, jobs_of
 from ospq_export.export.lower import finishers
 from ospq_export.export.lower.graph import highest_opset, lower, probe_names
 from ospq_export.export.metadata import describe_scales, float_metadata, quantized_metadata
+from ospq_export.export.opset import check_opset
+from ospq_export.export.present import check_goes_with
 from ospq_export.graph.outputs import output_names
 from ospq_export.graph.quantizers import QuantizedGraph
 from ospq_export.onnx.kernels import Kernels, integer_kernels
@@ -27,6 +31,8 @@ from ospq_export.runs.files import (
     FLOAT_TENSORS,
     HALF_ONNX,
     INT4_ONNX,
+    QUANTIZED_BRAIN_ONNX,
+    QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
     QUANTIZED_TENSORS,
     SCALES,
@@ -43,6 +49,20 @@ from ospq_export.world.processor import examine_processor
 from ospq_export.world.room import CERTAIN, check_disk, check_folder
 
 log = logging.getLogger(__name__)
+_BUILT_FROM = (QUANTIZED_HALF_ONNX, QUANTIZED_BRAIN_ONNX)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did.
+
+    Attributes:
+        run: with the new files in its manifest.
+        written: names of the new files, in the order in which they were made.
+    """
+
+    run: Run
+    written: list[str]
 
 
 def export(
@@ -51,11 +71,12 @@ def export(
     batch_size: int | None = None,
     extras: Extras | None = None,
     deploy_batch_size: int | None = 1,
+    opset: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[Path], Sequence[str]] | None = None,
-) -> Run:
-    """Write the deployable files of a calibrated run.
+) -> Exported:
+    """Write the deployable files of a calibrated run; those of an earlier export that are asked for again stay as they are.
 
     The files are written to a folder of their own inside the run directory, and take their place when all of them are complete
     and checked: an export that fails or is interrupted leaves the run as it was.
@@ -67,53 +88,70 @@ def export(
         extras: further files.
         deploy_batch_size: as `batch_size`, for model_qdq_fp16.onnx and model_fp16.onnx: engines are built for one batch unless
             asked otherwise, because a static shape is what fuses and tunes best.
-        overwrite: whether files of an earlier export may be replaced.
+        opset: of ONNX's operators, for parsers that know no later ones: 17 for TensorRT 8.6; None: 20, or what the formats need.
+        overwrite: whether files of an earlier export are replaced.
         progress: where to show a progress bar.
         finish: called with the folder of the finished files before they take their place; what it writes there, an engine, takes
-            its place with them, and the names that it returns are listed in the manifest.
+            its place with them, and the names that it returns are listed in the manifest. Files that stay lie in the run.
 
     Returns:
-        The run with the new files in its manifest.
+        The run, and what was written.
 
     Raises:
-        InputError: the run directory is damaged or has no room, a file of it exists, or the network cannot be written as ONNX.
+        InputError: the run directory is damaged or has no room, nothing is left to write, a file that is there contradicts what
+            is asked for, or the network cannot be written as ONNX.
     """
     for size in (batch_size, deploy_batch_size):
         if size is not None and size < 1:
             raise InputError(f"a batch of {size} images", where="`batch_size`", fix="give 1 or more")
     check_folder(path, "RUN")
     run = Run.open(path)
-    jobs = jobs_of(run, extras or Extras(), batch_size, deploy_batch_size)
-    files = [*(job.file for job in jobs), SCALES]
-    _check_free(run, files, overwrite=overwrite)
-    _check_room(run, jobs)
-    advance = stepper(progress, "export", len(jobs) + 1)
+    extras = extras or Extras()
+    check_opset(run, extras, opset)
+    jobs = jobs_of(run, extras, batch_size, deploy_batch_size)
+    engine = finish is not None
+    left = jobs if overwrite else _left(run, jobs, opset, stated=batch_size is not None, engine=engine)
+    scales = overwrite or SCALES not in run.manifest.files
+    _check_room(run, left)
+    advance = stepper(progress, "export", len(left) + 1)
     with staging(path) as folder:
-        files = _write(run, jobs, folder, advance)
+        files = _write(run, left, folder, advance, opset, scales=scales)
         files += [] if finish is None else finish(folder)
         files += [data for data in _data_files(files) if (folder / data).is_file()]
         run.manifest = _claim(run, files)
         take(folder, path, stale=_data_files(files))
     run.manifest = record_files(path, run.manifest, *files)
     advance()
-    return run
+    return Exported(run, files)
 
 
-def _write(run: Run, jobs: Sequence[Job], folder: Path, advance: Callable[[], None]) -> list[str]:
+def _write(
+    run: Run,
+    jobs: Sequence[Job],
+    folder: Path,
+    advance: Callable[[], None],
+    opset: int | None,
+    *,
+    scales: bool,
+) -> list[str]:
     """Names of what was written."""
-    writer, files = _Writer(run, folder), [SCALES]
-    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+    writer, files = _Writer(run, folder, opset), []
+    for job, following in zip_longest(jobs, jobs[1:]):
         files += writer.write(job, following)
         advance()
-    described = describe_scales(run.manifest, writer.network())
+    described = describe_scales(run.manifest, writer.network()) if scales else None
     # ONNX Runtime loads the weights a few times over: the networks make room first.
     del writer
     gc.collect()
-    if run.has_integers_only:
-        kernels = integer_kernels(folder / QUANTIZED_ONNX)
-        described["onnxruntime"] = kernels.model_dump(mode="json")
+    if run.has_integers_only and (scales or UINT8_ACTIVATIONS_ONNX in files):
+        made = folder / QUANTIZED_ONNX
+        kernels = integer_kernels(made if made.is_file() else run.file(QUANTIZED_ONNX))
+        if described is not None:
+            described["onnxruntime"] = kernels.model_dump(mode="json")
         _warn_of_saturation(kernels, files)
-    write_json(folder / SCALES, described)
+    if described is not None:
+        write_json(folder / SCALES, described)
+        files.append(SCALES)
     return files
 
 
@@ -129,14 +167,31 @@ def _data_files(files: Sequence[str]) -> list[str]:
     return [data_file(Path(name)).name for name in files if name.endswith(".onnx")]
 
 
-def _check_free(run: Run, files: Sequence[str], *, overwrite: bool) -> None:
-    there = [name for name in files if name in run.manifest.files]
-    if there and not overwrite:
+def _left(run: Run, jobs: Sequence[Job], opset: int | None, *, stated: bool, engine: bool) -> list[Job]:
+    """The jobs whose files are not there yet; those that are have to go with what is asked for.
+
+    Args:
+        run: of the manifest.
+        jobs: all that are asked for.
+        opset: that was asked for; None leaves files the one that they have.
+        stated: whether a batch size was asked for; if not, files keep the one that they have.
+        engine: whether an engine is built, which then is what is left to do, and needs its file to have the right batch.
+
+    Raises:
+        InputError: a file that is there contradicts its job, or nothing is left.
+    """
+    there = [job for job in jobs if job.file in run.manifest.files]
+    for job in there:
+        check_goes_with(run, job, opset, any_batch=not (stated or (engine and job.file in _BUILT_FROM)))
+    left = [job for job in jobs if job not in there]
+    if not left and not engine:
+        names = ", ".join(job.file for job in there)
         raise InputError(
-            f"{', '.join(there)} of an earlier export {'exists' if len(there) == 1 else 'exist'}",
+            f"{names} of an earlier export {'is' if len(there) == 1 else 'are'} there already",
             where=run.path,
-            fix="give `overwrite`, or copy the run directory",
+            fix="give `overwrite` to write anew, or ask for another file",
         )
+    return left
 
 
 def _check_room(run: Run, jobs: Sequence[Job]) -> None:
@@ -162,8 +217,8 @@ def _claim(run: Run, files: Sequence[str]) -> Manifest:
 class _Writer:
     """Writes files of one run: those of the float network first, whose graph then becomes the quantized network's."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: Path, opset: int | None) -> None:
+        self.run, self.folder, self.opset = run, folder, opset
         self.captured: fx.GraphModule | None = None
         self.quantized: QuantizedGraph | None = None
         self.lowered: fx.GraphModule | None = None
@@ -197,7 +252,7 @@ class _Writer:
         probes, model = list(self.probes.values()), self.translated
         if model is None:
             size, sizes = self.run.manifest.data.input_size, self.run.manifest.size_range
-            opset = highest_opset(self.network()) if job.quantized else OPSET
+            opset = self.opset or (highest_opset(self.network()) if job.quantized else OPSET)
             returned = output_names(module.graph)
             model = translate(
                 module,

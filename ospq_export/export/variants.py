@@ -38,7 +38,7 @@ def store_int4(model: Any, weights: Set[str]) -> None:
         zeros = np.zeros(zero_point.const_value.shape.numpy(), ml_dtypes.int4)
         node.replace_input_with(2, constant(model.graph, f"{zero_point.name}.int4", zeros))
     drop_unread(model.graph)
-    model.graph.opset_imports[""] = INT4_OPSET
+    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], INT4_OPSET)
 
 
 def shift_activations(model: Any) -> None:

@@ -39,7 +39,7 @@ class Fp8(Format):
     # The bits: a floating-point buffer would become another type with the rest of a module.
     storage = torch.uint8
     engine_type = "FP8"
-    opset = 20
+    opset = 19
     # It makes a MatMulIntegerToFloat of FP8 operands, which its own type inference refuses.
     onnxruntime_without = ("QDQSelectorActionTransformer",)
 

@@ -33,9 +33,8 @@ class Integer(Format):
     family = "integer"
     storage = torch.int8
     engine_type = "Int8"
-    # From 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with both a zero_point and an output_dtype, which
-    # its own type inference then refuses; at 20 the attribute does not exist. Nothing here needs 21.
-    opset = 20
+    # Scales along an axis.
+    opset = 13
 
     bits: int
     levels: Levels

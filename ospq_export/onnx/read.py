@@ -59,7 +59,7 @@ def read_model(path: Path) -> Any:
     except Exception as error:
         # protobuf, the checker and the file system each raise their own types.
         _check_external_data(path)
-        raise InputError(f"not a valid ONNX file: {reason_of(error)}", where=path, fix=_AGAIN) from error
+        raise InputError(f"not a valid ONNX file: {why_unreadable(error)}", where=path, fix=_AGAIN) from error
     check_external(model, path)
     return model
 
@@ -98,19 +98,34 @@ def check_text(model: Any, path: Path) -> None:
                 raise InputError(what, where=path, fix=_AGAIN)
 
 
-def _check_size(path: Path) -> None:
+def why_unreadable(error: Exception) -> str:
+    """What an exception of reading an ONNX file says; protobuf's own says nothing to whoever has not written a parser."""
+    return (
+        "it is damaged, or of another format" if type(error).__name__ == "DecodeError" else reason_of(error)
+    )
+
+
+def check_place(path: Path) -> None:
+    """Refuse what cannot be opened as a file.
+
+    Raises:
+        InputError: it is a directory, there is no such file, or it may not be read.
+    """
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.onnx"))
-        fix = f"give a file in it: {', '.join(inside)}" if inside else "give an ONNX file"
+        fix = f"give its {' or '.join(inside)}" if inside else "give a file, such as the model.onnx of a run"
         raise InputError("a directory, not an ONNX file", where=path, fix=fix)
     try:
-        size = path.stat().st_size
         with path.open("rb"):
             pass
     except OSError as error:
-        raise InputError(
-            f"not a valid ONNX file: {error.strerror or error}", where=path, fix="check the path"
-        ) from error
+        what = f"the ONNX file cannot be read: {reason_of(error)}"
+        raise InputError(what, where=path, fix="check the path") from error
+
+
+def _check_size(path: Path) -> None:
+    check_place(path)
+    size = path.stat().st_size
     if size > PROTOBUF_BYTES:
         raise InputError(
             f"not a valid ONNX file: it has {size / 2**30:.2f} GiB, one protobuf message holds 2",
@@ -213,7 +228,7 @@ def _place(tensor: Any, path: Path) -> tuple[str, int]:
     except (ValueError, TypeError) as error:
         # A type of no fixed size, or an offset or a length that is no number.
         raise InputError(
-            f"{tensor.name}'s external data cannot be read: {error}", where=path, fix=_AGAIN
+            f"{tensor.name}'s external data cannot be read: {reason_of(error)}", where=path, fix=_AGAIN
         ) from error
     if offset < 0 or length != size:
         raise InputError(

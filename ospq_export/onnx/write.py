@@ -27,8 +27,10 @@ from ospq_export.onnx.names import (
     name_everything,
     name_sizes,
 )
+from ospq_export.onnx.opset import EXPORTED, LOWEST, for_older_parsers, ir_version, to_lowest
 
-# The lowest that every format has; see `formats.integer` for why it is no higher.
+# Unless a format needs more or another is asked for. From 21 on, ONNX Runtime's QDQ propagation inserts QuantizeLinear nodes with
+# both a zero_point and an output_dtype, which its own type inference then refuses; at 20 the attribute does not exist.
 OPSET = 20
 INPUT = "images"
 # The zero point that carries int8 codes as uint8, and the metadata that says so.
@@ -124,13 +126,13 @@ def translate(
         batch_size: a fixed batch, or None for a dynamic one.
         dimensions: those of the images that are free besides the batch, by number, as torch.export has them.
         outputs: names of what the graph returns, probes among them.
-        opset: the highest that a format in the graph asks for.
+        opset: of ONNX's operators, `onnx.opset.LOWEST` or more; the formats in the graph need theirs.
 
     Returns:
         An `onnx_ir.Model`, whose tensors are the module's.
 
     Raises:
-        InputError: an operator has no translation.
+        InputError: an operator has no translation, or none in the opset.
     """
     example = torch.zeros(batch_size or 2, *input_size)
     free = {**({0: torch.export.Dim("batch")} if batch_size is None else {}), **dimensions}
@@ -143,7 +145,7 @@ def translate(
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=max(opset, EXPORTED),
                 dynamic_shapes=dynamic,
                 input_names=[INPUT],
                 output_names=list(outputs),
@@ -155,6 +157,12 @@ def translate(
             f"the network cannot be written as ONNX: {reason}", fix="this model is not supported"
         ) from error
     assert program is not None
+    if opset == LOWEST:
+        to_lowest(program.model)
+    if opset < OPSET:
+        for_older_parsers(program.model)
+        # Parsers that know no later operators were built for no later file either.
+        program.model.ir_version = ir_version(opset)
     if dimensions:
         name_sizes(program.model.graph)
     return program.model

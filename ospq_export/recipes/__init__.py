@@ -6,7 +6,6 @@ A recipe is found by name among the packaged ones ("w4a4") or by the path of a f
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ospq_export.errors import InputError
-from ospq_export.recipes.keys import refusal
+from ospq_export.recipes.keys import override, parse_toml, read_toml, refusal
 
 if TYPE_CHECKING:
     from ospq_export.formats.choice import Choice
 
-# Too long a number and too deep a list are no TOMLDecodeError.
-_UNREADABLE = (ValueError, RecursionError)
 _BITS = {"weights": "weight_bits", "activations": "activation_bits", "ends": "first_last_bits"}
 _GRANULARITY = r"^(auto|layer|atom|block|blocks:[1-9]\d*|stage|model)$"
 
@@ -198,8 +195,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such recipe, not TOML, an unknown key, or a value that the schema refuses.
     """
     values = _read(name_or_path)
-    for override in overrides:
-        _override(values, override)
+    for text in overrides:
+        override(values, text)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -209,40 +206,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _read(name_or_path: str) -> dict[str, Any]:
     if name_or_path in packaged_recipes():
         text = resources.files(__package__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            # Some editors put a byte order mark in front.
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the recipe cannot be read: {error}", where=name_or_path) from error
-    else:
-        known = ", ".join(packaged_recipes())
-        raise InputError(
-            f"there is no recipe {name_or_path!r}", fix=f"use one of {known}, or the path of a TOML file"
-        )
-    try:
-        return tomllib.loads(text)
-    except _UNREADABLE as error:
-        raise InputError(f"the recipe is not valid TOML: {error}", where=name_or_path) from error
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise InputError(f"override {override!r} is not of the form key=value", where="`overrides`")
-    *sections, last = key.strip().split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise InputError(f"{section!r} is not a section of a recipe", where=f"`overrides` {override}")
-    value = _literal(text.strip())
-    # A bare word in the place of a table of some kind is another kind, with its defaults.
-    target[last] = {"kind": value} if isinstance(target.get(last), dict) and isinstance(value, str) else value
-
-
-def _literal(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except _UNREADABLE:
-        return text
+        return parse_toml(text, name_or_path)
+    if Path(name_or_path).is_file():
+        return read_toml(Path(name_or_path))
+    known = ", ".join(packaged_recipes())
+    raise InputError(
+        f"there is no recipe {name_or_path!r}", fix=f"use one of {known}, or the path of a TOML file"
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,8 +14,10 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, reason_of
 
+# Too long a number and too deep a list are no TOMLDecodeError.
+_UNREADABLE = (ValueError, RecursionError)
 _UNION = (Union, UnionType)
 _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _UNKNOWN_KEY, _PATTERN = "extra_forbidden", "string_pattern_mismatch"
@@ -112,33 +116,47 @@ def as_toml(recipe: BaseModel) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
-def refusal(model: type[BaseModel], error: ValidationError, where: str) -> InputError:
-    """What is wrong with a recipe, in one line: the first thing that pydantic found.
+def refusal(
+    model: type[BaseModel],
+    error: ValidationError,
+    where: str,
+    *,
+    kind: str = "recipe",
+    listed_by: str = "recipe explain",
+) -> InputError:
+    """What is wrong with a recipe, or with another TOML file that a model describes, in one line.
 
     Args:
         model: of the recipe.
         error: what it raised.
         where: the recipe's name or file.
+        kind: what messages call it.
+        listed_by: where all keys are listed.
     """
-    first = error.errors()[0]
+    found = error.errors()
+    # A key that is misspelt explains the one that is missing.
+    first = next((e for e in found if e["type"] == _UNKNOWN_KEY), found[0])
     known = {key.name: key for key in keys_of(model)}
     name, rest = _name([str(part) for part in first["loc"]], known)
     if first["type"] == _UNKNOWN_KEY and not rest:
-        kind = str(first["loc"][-2])
-        return InputError(f"{name} is no setting of the kind {kind!r}", where=where, fix="leave it out")
+        of = str(first["loc"][-2])
+        return InputError(f"{name} is no setting of the kind {of!r}", where=where, fix="leave it out")
     if first["type"] == _UNKNOWN_KEY:
         unknown = ".".join(filter(None, (name, rest[-1])))
-        return InputError(f"unknown recipe key {unknown!r}", where=where, fix=nearest(unknown, known))
+        return InputError(
+            f"unknown {kind} key {unknown!r}", where=where, fix=nearest(unknown, known, listed_by)
+        )
     if not name:
-        return InputError(first["msg"].removeprefix("Value error, "), where=where, fix="add it to the recipe")
+        message = first["msg"].removeprefix("Value error, ")
+        return InputError(message, where=where, fix=f"add it to the {kind}")
     if name not in known:
         return InputError(
-            f"{name} is a section of a recipe", where=where, fix=f"set a key of it, as {name}.KEY"
+            f"{name} is a section of a {kind}", where=where, fix=f"set a key of it, as {name}.KEY"
         )
     # Behind a key of several types, pydantic says which one it tried.
     takes = known[name].description if rest else known[name].takes
     if first["type"] == "missing":
-        return InputError(f"the recipe lacks {name}", where=where, fix=f"give it {takes}")
+        return InputError(f"the {kind} lacks {name}", where=where, fix=f"give it {takes}")
     value = first["input"].get("kind", first["input"]) if isinstance(first["input"], dict) else first["input"]
     what = "is unknown" if first["type"] in _UNKNOWN_VALUE else "is not possible"
     return InputError(f"{name} {value!r} {what}", where=where, fix=f"it takes {takes}")
@@ -156,12 +174,65 @@ def _name(path: Sequence[str], known: dict[str, Key]) -> tuple[str, list[str]]:
     return name, rest
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The keys that may be meant: of the same last word, else those spelt alike."""
+def nearest(name: str, known: Collection[str], listed_by: str = "recipe explain") -> str:
+    """The keys that may be meant: of the same last word, else those spelt alike, else where all of them are listed."""
     last = name.rsplit(".", 1)[-1]
     found = [key for key in known if key.rsplit(".", 1)[-1] == last]
     if not found:
         by_last = {key.rsplit(".", 1)[-1]: key for key in known}
         by_last |= {key.split(".", 1)[0]: key.split(".", 1)[0] for key in known}
         found = [by_last[word] for word in difflib.get_close_matches(last, by_last, 1, 0.7)]
-    return f"write {' or '.join(found)}" if found else "recipe explain lists the keys"
+    return f"write {' or '.join(found)}" if found else f"{listed_by} lists the keys"
+
+
+def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
+    try:
+        # Some editors put a byte order mark in front.
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the {kind} cannot be read: {reason_of(error)}", where=path) from error
+    return parse_toml(text, path, kind)
+
+
+def parse_toml(text: str, where: object, kind: str = "recipe") -> dict[str, Any]:
+    """What a text of TOML says.
+
+    Raises:
+        InputError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except _UNREADABLE as error:
+        raise InputError(f"the {kind} is not valid TOML: {error}", where=where) from error
+
+
+def override(values: dict[str, Any], text: str, kind: str = "recipe") -> None:
+    """Set one value of a TOML file that was read: "key=value" or "section.key=value", a TOML literal or a bare word.
+
+    Raises:
+        InputError: it is not of that form, or leads through something that is no section.
+    """
+    key, separator, literal = text.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"override {text!r} is not of the form key=value", where="`overrides`")
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise InputError(f"{section!r} is not a section of a {kind}", where=f"`overrides` {text}")
+    value = _literal(literal.strip())
+    # A bare word in the place of a table of some kind is another kind, with its defaults.
+    target[last] = {"kind": value} if isinstance(target.get(last), dict) and isinstance(value, str) else value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except _UNREADABLE:
+        return text

@@ -26,8 +26,36 @@ QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
 QUANTIZED_BRAIN_ONNX, BRAIN_ONNX = "model_qdq_bf16.onnx", "model_bf16.onnx"
 DEBUG_ONNX, INT4_ONNX, UINT8_ONNX = "model_debug.onnx", "model_int4.onnx", "model_uint8.onnx"
 UINT8_ACTIVATIONS_ONNX = "model_uint8_activations.onnx"
-ENGINE, SIDECAR = "model.engine", "model.engine.json"
+# Engines lie side by side, one per target; runs of before they were named so have this one.
+ENGINES, UNNAMED_ENGINE = "*.engine", "model.engine"
+# An engine's name in a model repository of Triton.
+PLAN = "model.plan"
 REPORT, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
+# What each file is, in the order in which the stages write them; the documents' page on run directories is made from it.
+CONTENTS: dict[str, str] = {
+    MANIFEST: "model, preprocessing, recipe, slices with their errors, quantizers, versions, and a hash of every other file",
+    GRAPH: "the network: operators, arguments, shapes and module paths; only operators of an allow-list are called",
+    FLOAT_TENSORS: "the weights of the float network: later stages need neither the checkpoint nor a download",
+    QUANTIZED_TENSORS: "integer, FP8 or FP4 codes, scales and offsets",
+    CALIBRATION_IMAGES: "a digest of every calibration image: `validate` counts those that it meets again",
+    CHECKPOINTS: "folder: finished slices of a calibration that is not finished; an interrupted one continues from it",
+    QUANTIZED_ONNX: "the quantized network as QDQ ONNX",
+    FLOAT_ONNX: "the float network: the baseline for speed and accuracy",
+    SCALES: "per slice and quantizer: bits, grid, levels, scale, offset, axis; which products ONNX Runtime computes in integers",
+    QUANTIZED_HALF_ONNX: "with `fp16` or `engine`: FP16 around the quantized operators; engines are built from it",
+    HALF_ONNX: "with `fp16` or `engine`: the float network in FP16",
+    QUANTIZED_BRAIN_ONNX: "the same with BF16, where the calibration saw values that FP16 cannot hold",
+    BRAIN_ONNX: "the float network in BF16, beside it",
+    DEBUG_ONNX: "with `debug`: every quantizer's codes and every slice's output as further outputs",
+    INT4_ONNX: "with `int4`: 4-bit weights stored as INT4",
+    UINT8_ONNX: "with `uint8_input`: takes uint8 images (B, H, W, C) and normalises them itself",
+    UINT8_ACTIVATIONS_ONNX: "with `activation_layout` uint8: the same codes as uint8, for ONNX Runtime on x86",
+    "model.PRODUCT.smNN.engine": "with `engine`: an engine, named after what built it and for which GPUs",
+    "model.PRODUCT.smNN.engine.json": "what it was built from, by and for, and its layers; the log is beside it, as `.log`",
+    REPORT_HTML: "the last validation as one page that needs nothing else",
+    REPORT_MD: "the same as Markdown",
+    REPORT: "the same for programs",
+}
 
 
 def sha256(path: Path) -> str:
@@ -68,9 +96,32 @@ def check_file(name: str) -> str:
     return f"{name.removesuffix('.onnx')}_check.onnx"
 
 
+def checked_file(name: str) -> str:
+    """What a file is or stands in for: the inverse of `check_file`."""
+    stem = name.removesuffix("_check.onnx")
+    return name if stem == name else f"{stem}.onnx"
+
+
 def data_file(path: Path) -> Path:
     """Where the weights of an ONNX file lie that is too large to hold them; one file, which only that one uses."""
     return path.with_name(f"{path.name}.data")
+
+
+def engine_name(product: str, targets: Sequence[str], level: str | None = None) -> str:
+    """Name of an engine, such as "model.tensorrt-rtx.sm89.engine".
+
+    Args:
+        product: what builds it.
+        targets: compute capabilities that it is for, "SM89".
+        level: of hardware compatibility, where it runs on further ones.
+    """
+    parts = ["model", product, "-".join(t.lower() for t in targets), *([level] if level else [])]
+    return f"{'.'.join(parts)}.engine"
+
+
+def sidecar_file(engine: Path) -> Path:
+    """What is known of an engine: built from what, by what, for what."""
+    return engine.with_name(f"{engine.name}.json")
 
 
 def stored_bytes(path: Path) -> int:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ospq_export.data.config import ClassLevel, DataConfig
-from ospq_export.errors import InputError, damaged
+from ospq_export.errors import InputError, damaged, reason_of, refusal_of
 from ospq_export.graph.sizes import SizeRange
 from ospq_export.models.record import CheckpointRecord, ModelSpec
 from ospq_export.recipes import Recipe
-from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST, sha256, write_json
+from ospq_export.runs.files import MANIFEST, sha256, write_json
 
 if TYPE_CHECKING:
     from ospq_export.formats.base import Format
@@ -140,6 +140,7 @@ class CalibrationRecord(_Record):
         float_products: operators that multiply and add but have no quantized form.
         substituted: operators that have not the format of their role, with the reason.
         outputs_left_out: what the network returns besides its outputs, with the reason.
+        weights_sha256: of the network's constants before equalization; None in runs of before it was recorded.
     """
 
     images: int
@@ -155,14 +156,18 @@ class CalibrationRecord(_Record):
     float_products: list[str] = []
     substituted: dict[str, str] = {}
     outputs_left_out: dict[str, str] = {}
+    weights_sha256: str | None = None
 
 
 class Manifest(_Record):
     """Everything about a run that is not a tensor.
 
-    `outputs` is the number of the network's outputs; `classes_source` and `class_from` as in `data.record.ImagesRecord`.
-    Older runs have none of the three. `size_range`: heights and widths that the network takes besides `data`'s; None where
-    it takes that one only.
+    Attributes:
+        size_range: heights and widths that the network takes besides `data`'s; None where it takes that one only.
+        classes_source: where the order of the classes is from; None in older runs, like the next two.
+        class_from: how nested folders are read.
+        outputs: how many values the classifier's output has; None for other tasks.
+        files: SHA-256 of every file beside this one.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -212,12 +217,12 @@ class Manifest(_Record):
         result = {key: dumped.get(key) for key in keys}
         # Neither the threads nor a file that is no image tell one run from another.
         aside = {
-            "calibration": ("threads", "passed_over", "notes"),
+            "calibration": ("threads", "passed_over", "notes", "weights_sha256"),
             "model": ("checkpoint", "checkpoint_key"),
         }
         for key, left in aside.items():
             result[key] = {k: v for k, v in dumped[key].items() if k not in left}
-        result["weights"] = self.files.get(FLOAT_TENSORS)
+        result["weights"] = self.calibration.weights_sha256
         return result
 
 
@@ -248,7 +253,7 @@ def read_manifest(folder: Path) -> Manifest:
             fix="give a folder that `calibrate` wrote",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(f"the manifest cannot be read: {error}", path) from error
+        raise damaged(f"the manifest cannot be read: {reason_of(error)}", path) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -259,9 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise damaged(f"the manifest's {key!r} is wrong: {first['msg']}", path) from error
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise damaged(f"the manifest's {key!r} is wrong: {refusal_of(error.errors()[0])}", path) from error
 
 
 def _again(values: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ospq_export.data.config import DataConfig
-from ospq_export.errors import InputError, damaged
+from ospq_export.errors import InputError, damaged, reason_of
 from ospq_export.formats.integer import Integer
 from ospq_export.graph.insertion import insert_quantizers
 from ospq_export.graph.quantizers import Mode, QuantizedGraph
@@ -141,7 +141,7 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise damaged(f"cannot be read: {error}", path) from error
+            raise damaged(f"cannot be read: {reason_of(error)}", path) from error
 
     def slices(self) -> list[Slice]:
         """The slices that were reconstructed, in order."""

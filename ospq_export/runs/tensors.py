@@ -7,16 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ospq_export.errors import damaged
+from ospq_export.errors import damaged, reason_of
 from ospq_export.runs.files import replacing
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex digest of a tensor's bytes (row-major)."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest of tensors with their names and types, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def image_digests(images: NDArray[np.float32]) -> list[str]:
@@ -50,4 +61,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise damaged(f"cannot be read as safetensors: {error}", path) from error
+        raise damaged(f"cannot be read as safetensors: {reason_of(error)}", path) from error

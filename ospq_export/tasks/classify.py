@@ -32,6 +32,8 @@ from ospq_export.tasks.statistics import (
     wilson,
 )
 
+ECE = "expected calibration error (ECE)"
+
 
 def class_logits(output: Tensor) -> Tensor:
     """Logits whose softmax gives every class's probability: of one output x, whose probability is its sigmoid, (x, 0).
@@ -136,7 +138,7 @@ class Logits(Measure):
         return {
             TOP1: wilson(hits, len(labels)),
             "Top-5": wilson(round(top5 * len(labels) / 100), len(labels)),
-            "calibration error": expected_calibration_error(logits, labels),
+            ECE: expected_calibration_error(logits, labels),
         }
 
 

@@ -97,7 +97,8 @@ class Comparison(Record):
     """A deployed execution against a reference, on the same images; logit differences are 3.4e38 where not finite.
 
     Without labels there is no score, no test of McNemar's and no class. Agreement is of predictions, of neighbours or of pixels;
-    outputs that decide nothing have none. `outputs` is empty for classifiers, whose logits are compared as decisions.
+    outputs that decide nothing have none. The median of logit differences is that of the images' means. `outputs` is empty for
+    classifiers, whose logits are compared as decisions.
     """
 
     reference: str
@@ -111,6 +112,7 @@ class Comparison(Record):
     mcnemar: McNemar | None
     max_logit_difference: float
     mean_logit_difference: float
+    median_logit_difference: float = 0.0
     flips: list[Flip]
     margins: MarginHistogram
     classes: list[ClassChange]
@@ -239,7 +241,7 @@ def compare(
         ids: N names.
     """
     (reference_name, ours), (deployed_name, theirs) = reference, deployed
-    largest, mean = _logit_difference(ours, theirs)
+    largest, mean, median = _logit_difference(ours, theirs)
     correct = predictions(ours) == labels, predictions(theirs) == labels
     labelled = has_labels(labels)
     top1 = [100.0 * float(hits.mean()) for hits in correct]
@@ -255,17 +257,19 @@ def compare(
         mcnemar=mcnemar(*correct) if labelled else None,
         max_logit_difference=finite(largest),
         mean_logit_difference=finite(mean),
+        median_logit_difference=finite(median),
         flips=flipped(ours, theirs, labels, ids),
         margins=margin_histogram(ours, theirs),
         classes=class_changes(*correct, labels) if labelled else [],
     )
 
 
-def _logit_difference(first: FloatArray, second: FloatArray) -> tuple[float, float]:
-    """Largest and mean absolute difference; NaN where there is one."""
-    largest, total = 0.0, 0.0
+def _logit_difference(first: FloatArray, second: FloatArray) -> tuple[float, float, float]:
+    """Largest and mean absolute difference, and the median of the images' means; NaN where there is one."""
+    largest, means = 0.0, []
     for part in row_parts(len(first)):
         difference = np.abs(first[part].astype(np.float64) - second[part])
         largest = float(np.maximum(largest, difference.max()))
-        total += float(difference.sum())
-    return largest, total / first.size
+        means.append(difference.mean(axis=1))
+    every = np.concatenate(means)
+    return largest, float(every.mean()), float(np.median(every))

@@ -13,13 +13,15 @@ network against itself. The rule is ours:
 3. codes: with equal inputs, every code of the deployed file is that of the fake-quantized network, but at rounding
    edges. It does not depend on how chaotic the network is, and sees what 1 and 2 have no power to see.
 
+4. logits, where no codes can be seen, as on a server: the median image is at most twice as far off as the floor is on average.
+
 Outputs that are no logits of an image are judged in place of 1 by their errors: images are rare on which an output is further
 from the reference than twice the largest error in the floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from scipy import stats
 
@@ -32,6 +34,8 @@ from ospq_export.validate.verdict import Criterion, Outcome, Thresholds
 
 EPSILON = 1e-9
 _SHOWN_FAULTS = 3
+# Where a floor is nothing but the last digits of float32, other digits are no finding.
+_TINY_LOGIT = 1e-4
 
 
 def faithful_criteria(
@@ -41,6 +45,7 @@ def faithful_criteria(
     limits: Thresholds,
     floor: NoiseFloor | None = None,
     locations: Sequence[Location] = (),
+    closed: Collection[str] = (),
 ) -> list[Criterion]:
     """All criteria of all deployed executions.
 
@@ -51,6 +56,7 @@ def faithful_criteria(
         limits: what is allowed.
         floor: None where it was not measured: then no flip is noise.
         locations: comparisons of codes.
+        closed: executions that nobody can look into: their logits are judged, too.
     """
     criteria = [_missed(name, "finite", "gives logits that are not finite") for name in not_finite]
     criteria += [_missed(name, "compared", "was compared with nothing") for name in uncompared]
@@ -58,6 +64,8 @@ def faithful_criteria(
         criteria += [_outputs(c, o, limits) for o in c.outputs] or [_agreement(c, limits, floor)]
         if c.mcnemar is not None:
             criteria.append(_top1(c, limits))
+        if c.deployed in closed and not c.outputs:
+            criteria += _logits(c, floor)
     return [*criteria, *(_codes(location) for location in locations)]
 
 
@@ -87,6 +95,22 @@ def _mean_beyond(output: OutputChange, images: int, confidence: float) -> bool:
     quantile = float(stats.norm.ppf(confidence))
     low = output.mean_error - quantile * output.error_deviation / images**0.5
     return output.mean_noise is not None and low > output.mean_noise + EPSILON
+
+
+def _logits(c: Comparison, floor: NoiseFloor | None) -> list[Criterion]:
+    """A classifier's logits as numbers, where no codes can be compared: twice what the noise moves them is too much.
+
+    A scale that is a few percent wrong changes few predictions, and the logits of all images. A rounding edge moves those of few.
+    """
+    noise = None if floor is None else floor.difference(c.reference)
+    if noise is None:
+        return []
+    outcome: Outcome = "missed" if c.median_logit_difference > noise + _TINY_LOGIT else "met"
+    text = (
+        f"has logits {c.median_logit_difference:.3g} off {c.reference} in the median image, "
+        f"{'beyond' if outcome == 'missed' else 'within'} the noise of {noise:.3g}"
+    )
+    return [Criterion(deployed=c.deployed, name="logits", outcome=outcome, by="noise floor", text=text)]
 
 
 def _missed(deployed: str, name: str, text: str) -> Criterion:

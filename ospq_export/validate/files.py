@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from ospq_export.data import DataConfig, ImageSet, StreamSet
 from ospq_export.data.config import ASSUMED
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 from ospq_export.formats.fp8 import Fp8
 from ospq_export.runs.files import REPORT, sha256, stored_bytes, write_json
 from ospq_export.tasks.choice import choose_task
@@ -28,7 +28,7 @@ from ospq_export.validate.executions.probes import read_proto
 from ospq_export.validate.executions.table import FP32, OPTIMIZED, UNOPTIMIZED
 from ospq_export.validate.floor import Meter, in_parts
 from ospq_export.validate.report.assemble import Evidence, Subject, assemble
-from ospq_export.validate.report.model import Provenance, Report
+from ospq_export.validate.report.model import Provenance, Report, stamped
 from ospq_export.validate.shards import Samples
 from ospq_export.validate.stage import choose_images, collect
 from ospq_export.validate.verdict import Thresholds
@@ -72,7 +72,10 @@ def preprocessing_of_files(files: Sequence[Path], given: Mapping[str, Any]) -> D
         return DataConfig.model_validate({**values, **assumed, "assumed": tuple(assumed)})
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(str(first["msg"]), where="the preprocessing", fix="check the values") from error
+        what = (
+            f"the preprocessing does not fit: {': '.join([*map(str, first['loc'][:1]), refusal_of(first)])}"
+        )
+        raise InputError(what, where=files[0], fix="check the values") from error
 
 
 def _input_size(file: Path) -> tuple[int, int, int]:
@@ -97,6 +100,7 @@ def validate_files(
     decision_threshold: float | None = None,
     floor_images: int = 1000,
     workers: int = 0,
+    provenance: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Run two ONNX files in ONNX Runtime over the same tensors, and judge the deployed one.
@@ -116,6 +120,7 @@ def validate_files(
         decision_threshold: of a network with one logit.
         floor_images: images on which the noise floor is measured.
         workers: processes that decode.
+        provenance: whether date and host are recorded.
         progress: where to show a progress bar.
 
     Raises:
@@ -154,6 +159,7 @@ def validate_files(
     )
     subject = Subject(found.name, images.class_to_idx, _provenance(float_file, deployed_file, out))
     report = assemble(subject, evidence, thresholds or Thresholds())
+    report = stamped(report) if provenance else report
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT, report.model_dump(mode="json"))
     return report

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ospq_export.graph.sizes import shown
-from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX
+from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX, checked_file
+from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.table import TABLE, Runtime
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
 
@@ -35,6 +36,16 @@ def processor_findings(run: Run, names: Sequence[str]) -> list[str]:
     said = (integer_kernels(run.path / file).warning(file, processor) for file in files)
     how = f"executed with ONNX Runtime's {PRECISE_KERNELS}=1, to be deployed with it on such a processor"
     return [f"{line}; {how}" for line in said if line]
+
+
+def stand_in_findings(executions: Sequence[Backend]) -> list[str]:
+    """Files that were judged by others: their formats are none that the runtime has."""
+    files = dict.fromkeys(e.detail.get("file", "") for e in executions)
+    return [
+        f"{checked_file(name)} was judged by {name}, which has the same bytes in operators that ONNX Runtime can run"
+        for name in files
+        if checked_file(name) != name
+    ]
 
 
 def size_findings(run: Run) -> list[str]:

@@ -59,6 +59,11 @@ class NoiseFloor(Record):
         """The largest change of a margin in any variation of an execution, logits."""
         return max((v.margin_change for v in self._run(reference)), default=0.0)
 
+    def difference(self, reference: str) -> float | None:
+        """The mean difference of logits that is noise: twice that of any variation; None where none was run."""
+        run = self._run(reference)
+        return _HEADROOM * max(v.mean_logit_difference for v in run) if run else None
+
     def errors(self, reference: str) -> dict[str, Noise] | None:
         """Relative errors of each output that are noise: twice those of any variation; None where none was run.
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ospq_export.data import ClassChoice, Classes, ImageSet, StreamSet, image_set, open_source
+from ospq_export.errors import InputError
 from ospq_export.models.timm import torch_device
 from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import check_provider
 from ospq_export.validate.executions.chosen import named_executions
 from ospq_export.validate.executions.engines import check_engine
 from ospq_export.validate.executions.openvino import check_openvino
-from ospq_export.validate.executions.table import TABLE, Runtime
+from ospq_export.validate.executions.table import TABLE, TRITON, Runtime, not_here
+from ospq_export.validate.executions.triton import Server, check_server
 from ospq_export.world.room import check_folder, check_memory
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ def images_of(
     return image_set(open_source(data, choice), config, choice, manifest.outputs, known, needed=needed)
 
 
-def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: Run | None) -> None:
+def check_request(
+    run: Run, names: Sequence[str] | None, device: str, baseline: Run | None, server: Server | None = None
+) -> None:
     """Hold what is asked for to what there is.
 
     Args:
@@ -58,6 +62,7 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
         names: executions that were asked for by name; None where the machine's own are taken.
         device: torch device.
         baseline: another run, or None.
+        server: where a model is served, or None.
 
     Raises:
         InputError: an unknown or unavailable execution, none that is deployed, a device that does not work, a run that is not
@@ -68,8 +73,14 @@ def check_request(run: Run, names: Sequence[str] | None, device: str, baseline: 
     named_executions(names, "fp32")
     if baseline is not None:
         baseline.file(QUANTIZED_ONNX)
+    if server is not None and TRITON not in (names or ()):
+        raise InputError("nothing asks the server", where="`url`", fix=f"add `backends` {TRITON}")
     for execution in (TABLE[name] for name in names or ()):
-        if execution.runtime is Runtime.ENGINE:
+        if execution.runtime is Runtime.SERVER:
+            check_server(run, server)
+        elif execution.runtime is Runtime.RECORD:
+            raise not_here(execution.name)
+        elif execution.runtime is Runtime.ENGINE:
             check_engine(execution.name, run.path)
         elif execution.runtime is Runtime.OPENVINO:
             check_openvino(run, str(execution.file))

@@ -23,6 +23,7 @@ from ospq_export.validate.executions.chosen import Executions
 from ospq_export.validate.executions.probes import open_probed
 from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
 from ospq_export.validate.floor import FloorMeter, Meter, NoiseFloor
+from ospq_export.validate.saved import SavedOutputs
 from ospq_export.world.processes import World
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Samples:
         code_images: int,
         vary: Callable[[Outputs, Outputs], Variation],
         calibrated_on: frozenset[str] = frozenset(),
+        saved: SavedOutputs | None = None,
     ) -> None:
+        self.saved = saved
         self.calibrated_on, self.seen = calibrated_on, 0
         self.planned = batches = max(1, -(-count // batch_size))
         self.per_batch = -(-floor_images // batches)
@@ -81,6 +84,8 @@ class Samples:
             held = outputs[meter.reference]
             reference = {name: values[: self.per_batch] for name, values in held.items()}
             meter.add(images[: self.per_batch], reference)
+        if self.saved is not None:
+            self.saved.add(images, outputs)
         if self.calibrated_on:
             self.seen += sum(digest in self.calibrated_on for digest in image_digests(images))
         room = self.wanted - sum(map(len, self.kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +20,12 @@ from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import open_baseline, open_executions, pairs_of
 from ospq_export.validate.executions.origin import check_preprocessing
 from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
+from ospq_export.validate.executions.triton import Server
 from ospq_export.validate.latency import check_batches, measure
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
-from ospq_export.validate.report.model import Report
+from ospq_export.validate.report.model import Report, stamped
+from ospq_export.validate.saved import SavedOutputs
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
@@ -49,6 +52,9 @@ def validate(
     latency_batches: Sequence[int] = (),
     float_type: str = "fp32",
     baseline: Run | None = None,
+    save_outputs: Path | None = None,
+    server: Server | None = None,
+    provenance: bool = False,
     progress: Progress | None = None,
     world: World = SOLO,
 ) -> Report:
@@ -71,6 +77,9 @@ def validate(
         float_type: "fp16" adds model_qdq_fp16.onnx and the fake-quantized network with FP16 float parts, which it and the engines
             are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
+        save_outputs: file for every execution's outputs of the first images, as Polygraphy's `RunResults`; the images go beside.
+        server: where a model is served, for the execution "triton".
+        provenance: whether date and host are recorded.
         progress: where to show a progress bar.
         world: processes that share the images; the first one judges.
 
@@ -81,10 +90,10 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
             would be padded, or the baseline's images or classes are others.
     """
-    check_request(run, backends, device, baseline)
+    check_request(run, backends, device, baseline, server)
     check_preprocessing(run, images.config)
     check_batch_memory(_most(images, limit or batch_size), batch_size, images.config.input_size)
-    executions = open_executions(run, backends, device, float_type)
+    executions = open_executions(run, backends, device, float_type, server)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency_batches)
     references = executions.references(float_type)
@@ -94,6 +103,9 @@ def validate(
     measured = TASKS[run.manifest.task].measure(pairs, chosen.count, decision_threshold)
     here = share_of(world, count, batch_size)
     share = chosen.places[here.start : here.stop]
+    saved = None
+    if save_outputs is not None and world.rank == 0:
+        saved = SavedOutputs(save_outputs, max(e.fixed_batch or 1 for e in executions.backends))
     samples = Samples(
         executions,
         device,
@@ -103,6 +115,7 @@ def validate(
         code_images=part_of(code_images, len(share), count),
         vary=measured.vary,
         calibrated_on=run.calibration_digests(),
+        saved=saved,
     )
     everything = [*executions.backends, *others]
     collector, seconds = collect(everything, images, batch_size, share, workers, progress, samples, measured)
@@ -132,7 +145,10 @@ def validate(
         opened = [*everything, *_float_files(run, everything, device)]
         timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]
         report = report.model_copy(update={"latencies": timed})
+    report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))
+    if saved is not None:
+        saved.write()
     world.tell(report.model_dump_json())
     return report
 

@@ -18,6 +18,11 @@ Outcome = Literal["met", "missed", "open"]
 # What a verdict that holds is shown by; the other criteria can only refute.
 _FIGURES = ("agreement", "outputs", "accuracy")
 _STATUS: dict[Outcome, Literal[0, 1, 3]] = {"met": 0, "missed": 1, "open": 3}
+_NO_DEPLOYED = (
+    "no deployed execution was compared; run one that this machine has, such as onnxruntime, together with what it is "
+    "compared with"
+)
+_NO_FLOAT = "no float network was executed; add one, `backends` float or onnxruntime-fp32"
 
 
 class Thresholds(Record):
@@ -52,7 +57,7 @@ class Criterion(Record):
 
     Attributes:
         deployed: the execution, or the file whose codes were compared.
-        name: "agreement" or "outputs", "top1", "codes", "finite", "compared" or "accuracy".
+        name: "agreement" or "outputs", "top1", "codes", "logits", "finite", "compared" or "accuracy".
         outcome: `met`, `missed`, or `open`: too few images to tell.
         by: what decided.
         text: in words, with the figures.
@@ -68,11 +73,12 @@ class Criterion(Record):
 
 
 class Judgement(Record):
-    """One of the two verdicts: its outcome, the sentence that says it, and the criteria that it rests on."""
+    """One of the two verdicts: its outcome, the sentence that says it, the criteria that it rests on, and what to do next."""
 
     outcome: Outcome
     text: str
     criteria: list[Criterion]
+    advice: str = ""
 
     def __bool__(self) -> bool:
         return self.outcome == "met"
@@ -117,8 +123,8 @@ def conclude(
         accuracy: deployed against float.
         notes: what has to be known beside the verdict, a line each.
     """
-    first = _judgement(faithful, "the deployment is", "faithful")
-    second = _judgement(accuracy, "accuracy is", "kept")
+    first = _judgement(faithful, "the deployment is", "faithful", _NO_DEPLOYED)
+    second = _judgement(accuracy, "accuracy is", "kept", _NO_FLOAT)
     text, status = [first.text, second.text, *notes], _STATUS[worst_of(first, second)]
     return Verdict(text=text, exit_status=status, faithful=first, accuracy=second)
 
@@ -129,8 +135,11 @@ def worst_of(*judged: Judgement | Criterion) -> Outcome:
     return "missed" if "missed" in outcomes else "open" if "open" in outcomes else "met"
 
 
-def _judgement(criteria: Sequence[Criterion], subject: str, state: str) -> Judgement:
-    outcome = worst_of(*criteria) if criteria else "open"
+def _judgement(criteria: Sequence[Criterion], subject: str, state: str, missing: str) -> Judgement:
+    if not criteria:
+        text = f"no verdict on whether {subject} {state}: {missing}"
+        return Judgement(outcome="open", text=text, criteria=[])
+    outcome = worst_of(*criteria)
     said = {
         "met": f"{subject} {state}",
         "missed": f"{subject} not {state}",
@@ -139,7 +148,7 @@ def _judgement(criteria: Sequence[Criterion], subject: str, state: str) -> Judge
     deciding = [c for c in criteria if c.outcome == outcome]
     if outcome == "met":
         deciding = [c for c in criteria if c.name in _FIGURES] or deciding
-    text = f"{said}: {_listed(deciding) or 'nothing was compared'}"
+    text = f"{said}: {_listed(deciding)}"
     return Judgement(outcome=outcome, text=text, criteria=list(criteria))
 
 
@@ -148,4 +157,7 @@ def _listed(criteria: Sequence[Criterion]) -> str:
     names: dict[str, list[str]] = {}
     for c in criteria:
         names.setdefault(c.text, []).append(c.deployed)
-    return "; ".join(f"{' and '.join(dict.fromkeys(who))} {text}" for text, who in names.items())
+    spoken = {text: list(dict.fromkeys(who)) for text, who in names.items()}
+    return "; ".join(
+        f"{'each of ' if len(who) > 1 else ''}{' and '.join(who)} {text}" for text, who in spoken.items()
+    )

@@ -83,8 +83,7 @@ def choose_threads(
     told = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if told.isdecimal() and int(told) > 0:
         return Threads(default, "OMP_NUM_THREADS")
-    cores, quota = usable_cores(), cgroup_quota(proc)
-    allowed = cores if quota is None else min(cores, max(1, int(quota)))
+    cores, quota, allowed = usable_cores(), cgroup_quota(proc), allowed_cores(proc)
     if allowed >= default:
         return Threads(default, "the number of cores")
     if quota is not None and quota < cores:
@@ -97,6 +96,12 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def allowed_cores(proc: Path = Path("/proc")) -> int:
+    """Logical processors that affinity and the CPU quota let this process use at once."""
+    cores, quota = usable_cores(), cgroup_quota(proc)
+    return cores if quota is None else min(cores, max(1, int(quota)))
 
 
 def cgroup_quota(proc: Path = Path("/proc")) -> float | None:

@@ -10,7 +10,7 @@ from helpers import finished, tiny
 
 from ospq_export.cli import demo
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import CHECKPOINTS
+from ospq_export.runs.files import CHECKPOINTS, FLOAT_TENSORS
 from ospq_export.runs.manifest import read_manifest
 
 MODEL = ["vit_tiny_patch16_224", "--random-weights", "--model-kwargs"]
@@ -22,7 +22,7 @@ SETTINGS = [
 
 
 def slices_in(out):
-    return len(list((out / CHECKPOINTS).glob("*.safetensors")))
+    return len(list((out / CHECKPOINTS).glob("[0-9]*.safetensors")))
 
 
 @pytest.mark.slow
@@ -89,3 +89,80 @@ def test_codes_in_blocks_survive_a_kill(tmp_path):
     for late in (False, True):
         formats = {q["format"]["format"] for q in manifest["quantizers"] if (q["slice"] > 1) is late}
         assert formats == {"nvfp4", "fp8"}
+
+
+class StopError(Exception):
+    """Where a process might be killed."""
+
+
+def stopped(out, event, count, *overrides, recipe="w4a4"):
+    """A calibration that dies at the n-th event of a kind; its events."""
+    seen = []
+
+    def stop(name, _facts):
+        seen.append(name)
+        if seen.count(event) == count:
+            raise StopError
+
+    with pytest.raises(StopError):
+        tiny(out, *overrides, recipe=recipe, events=stop)
+    return seen
+
+
+def resumed(out, *overrides, recipe="w4a4"):
+    """What is left to do of it, event by event."""
+    events = []
+    tiny(out, *overrides, recipe=recipe, events=lambda event, _: events.append(event))
+    return events
+
+
+SHORT = ("reconstruction.iterations=0", "reconstruction.refinement_images=0", "slicing=model")
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory):
+    """A calibration that nothing interrupted, and its events."""
+    out = tmp_path_factory.mktemp("unhurt") / "run"
+    events = resumed(out, *SHORT)
+    return finished(out), events
+
+
+def test_an_equalization_goes_on_at_the_next_site(tmp_path, unhurt):
+    whole, events = unhurt
+    out, sites = tmp_path / "run", events.count("equalize")
+    assert sites >= 5 and len({site["choice"] for site in whole[0]["equalized"]}) > 1
+    stopped(out, "equalize", 4, *SHORT)
+    assert read_manifest(out).status == "calibrating" and not (out / FLOAT_TENSORS).exists()
+    assert resumed(out, *SHORT).count("equalize") == sites - 4
+    assert finished(out) == whole
+
+
+def test_an_observation_goes_on_at_the_next_batch(tmp_path, unhurt, monkeypatch):
+    monkeypatch.setattr("ospq_export.calibrate.observe._WORTH_KEEPING", 0.0)
+    monkeypatch.setattr("ospq_export.calibrate.prepare._OBSERVATION_BATCH", 4)
+    tiny(tmp_path / "whole", *SHORT)
+    out = tmp_path / "run"
+    stopped(out, "observe", 3, *SHORT)
+    kept = read_manifest(out)
+    assert FLOAT_TENSORS in kept.files and len(kept.equalized) == unhurt[1].count("equalize")
+    # The last batch, and what is made of all of them.
+    events = stopped(out, "cost", 1, *SHORT)
+    assert events == ["observe", "cost"]
+    assert resumed(out, *SHORT) == ["cost", "slice", "done"]
+    assert finished(out) == finished(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_trials_go_on_at_the_next_candidate(tmp_path):
+    settings = (
+        *("slicing=auto", "pilot.held_out=8", "pilot.budget=0.5", "equalization=none"),
+        *("reconstruction.iterations=400", "reconstruction.refinement_images=0"),
+    )
+    # The slices that follow are not waited for.
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    trials = stopped(whole, "cost", 1, *settings).count("trial")
+    assert trials >= 3
+    stopped(out, "trial", 2, *settings)
+    assert stopped(out, "cost", 1, *settings).count("trial") == trials - 2
+    found, expected = ((run / CHECKPOINTS / "slicing.json").read_bytes() for run in (out, whole))
+    assert found == expected

@@ -22,6 +22,7 @@ from ospq_export.graph.capture import capture
 from ospq_export.graph.granularity import block_slicing
 from ospq_export.models.timm import create_model
 from ospq_export.recipes import load_recipe
+from ospq_export.runs.manifest import EqualizedSite
 from ospq_export.world.memory import peak_memory, process_bytes
 
 CPU = torch.device("cpu")
@@ -79,6 +80,10 @@ def test_no_amounts(text):
         parse_bytes(text)
 
 
+def without(event, *keys):
+    return {key: value for key, value in event.items() if key not in keys}
+
+
 def budgeted(out, budget, events):
     torch.manual_seed(0)
     model = create_model(SPEC)
@@ -97,8 +102,18 @@ def test_the_same_bytes_from_disk_and_a_log_of_it(tmp_path):
     run = budgeted(tmp_path / "spilled", 90_000, json_lines(str(log)))
     assert finished(tmp_path / "spilled") == finished(tmp_path / "whole")
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    slices = run.manifest.slices
-    assert [e["event"] for e in events] == ["cost", *["slice"] * len(slices), "done"]
+    slices, sites = run.manifest.slices, run.manifest.equalized
+    before = [*["equalize"] * len(sites), "observe"]
+    assert [e["event"] for e in events] == [*before, "cost", *["slice"] * len(slices), "done"]
+    assert [
+        EqualizedSite.model_validate(without(e, "event", "time", "sites")) for e in events[: len(sites)]
+    ] == sites
+    assert events[0]["sites"] == len(sites) > 0
+    observed = events[len(sites)]
+    assert (observed["batch"], observed["batches"], observed["images"]) == (0, 1, 16) and observed[
+        "seconds"
+    ] > 0
+    events = events[len(before) :]
     cost, done = events[0], events[-1]
     assert cost["slices"] == len(slices) and cost["iterations"] == 6 * len(slices) and cost["seconds"] > 0
     assert cost["budget"] == 90_000 < cost["activation_bytes"]

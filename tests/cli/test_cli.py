@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 
 from ospq_export import cli
 from ospq_export.cli.app import app
+from ospq_export.cli.files import as_options
 from ospq_export.cli.options import with_options
-from ospq_export.cli.validate import _with_options
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import create_model, parse_model_kwargs
 from ospq_export.runs.files import FLOAT_TENSORS, MANIFEST
 from ospq_export.runs.manifest import read_manifest, record_files
 from ospq_export.runs.tensors import read_tensors
 from ospq_export.validate import Report
+from ospq_export.validate.verdict import conclude
 
 KWARGS = "img_size=32 depth=1 num_classes=4 embed_dim=48 num_heads=3 in_chans=1"
 MODEL = "vit_tiny_patch16_224"
@@ -246,10 +247,8 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert status == 0 and stdout.startswith("the deployment is faithful: ") and "fake_quant" in stdout
     assert stdout.splitlines()[1].startswith("accuracy is kept: ")
     assert "".join(stdout.split()).endswith(f"report:{copy / 'report.html'}")
-    assert (
-        ">the deployment is faithful<" in (copy / "report.html").read_text()
-        and (copy / "report.md").is_file()
-    )
+    page = (copy / "report.html").read_text()
+    assert "Ready to deploy" in page and "The deployed file gives" in page and (copy / "report.md").is_file()
     report = json.loads((copy / "report.json").read_text())
     assert report["verdict"]["exit_status"] == 0 and report["images"] == 24
     assert report["calibration_images_seen"] == 8 and "8 of the 24 images are calibration images" in stdout
@@ -270,7 +269,7 @@ def test_whole_chain_and_a_planted_fault(capsys, images, copy):
     assert_refused(run(capsys, *options, "--baseline", images), "not a run directory")
     assert_refused(run(capsys, *options, "--significance", 1), "--significance 1")
     status, stdout, _ = run(capsys, *options)
-    assert status == 1 and stdout.startswith("the deployment is not faithful: onnxruntime")
+    assert status == 1 and stdout.startswith("the deployment is not faithful: each of onnxruntime")
     assert json.loads((copy / "report.json").read_text())["comparisons"][0]["flips"]
 
 
@@ -296,7 +295,10 @@ def test_backends_by_name(capsys, images, copy):
         assert [(c["reference"], c["deployed"]) for c in report["comparisons"]] == [(reference, name)]
         assert [(a["reference"], a["deployed"]) for a in report["accuracy"]] == [("float", name)]
     assert_refused(run(capsys, *options, "--backend", "abacus"), "no execution 'abacus'")
-    assert_refused(run(capsys, *options, "--backend", "fake_quant"), "nothing deployed is among fake_quant")
+    assert_refused(
+        run(capsys, *options, "--backend", "fake_quant"),
+        "no verdict without a deployed execution: fake_quant is none",
+    )
     assert_refused(run(capsys, *options, "--latency-batch", 6), "a batch of 6 would be padded")
     assert_refused(run(capsys, *options, "--decision-threshold", 1), "the largest one decides")
 
@@ -387,8 +389,12 @@ def test_settings_are_called_as_their_options():
     text = "a `batch_size` of 0, `overrides` x=1, `backends`, and what `calibrate` wrote"
     assert with_options(text) == "a --batch-size of 0, --set x=1, --backend, and what `calibrate` wrote"
     report = Report.model_construct(
-        image_notes={"are turned; `exif` applies it": 3}, executions_skipped={"x": "export it with `fp16`"}
+        verdict=conclude([], []),
+        image_notes={"are turned; `exif` applies it": 3},
+        executions_skipped={"x": "export it with `fp16`"},
     )
-    shown = _with_options(report)
+    shown = as_options(report)
+    assert "add one, --backend float" in shown.verdict.text[1]
+    assert shown.verdict.accuracy.text == shown.verdict.text[1]
     assert shown.image_notes == {"are turned; --exif applies it": 3}
     assert shown.executions_skipped == {"x": "export it with --fp16"}

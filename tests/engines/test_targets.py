@@ -44,7 +44,8 @@ def test_capabilities_are_spelled_as_the_product_spells_them():
 
 
 def test_documents_name_all_targets():
-    assert f"`--target {'|'.join(TARGETS)}`" in (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "formats.md").read_text()
+    assert [name for name in TARGETS if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_the_target_says_what_is_built(rtx):
     assert built("blackwell") == ("SM120", "SM121")
     assert built("ampere", ["sm86"]) == ("sm86",)
     assert capabilities_to_build(rtx, [INT8]) == ()
-    with pytest.raises(InputError, match=r"builds for SM120.*, not for Hopper \(SM90\).*`target` hopper"):
+    with pytest.raises(InputError, match=r"builds for SM.*, not for Hopper \(SM90\).*`target` hopper"):
         built("hopper")
     with pytest.raises(InputError, match=r"SM89 is not Ampere \(SM80, SM86\), the target"):
         built("ampere", ["SM80", "SM89"])

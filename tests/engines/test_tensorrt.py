@@ -9,13 +9,14 @@ import onnx
 import pytest
 import torch
 from helpers import RTX, SETTINGS
+from helpers import tiny as tiny_calibration
 from typer.testing import CliRunner
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.cli.app import app
 from ospq_export.demo import demo_spec
 from ospq_export.engines import products
-from ospq_export.engines.build import BuildSettings, build, target_members
+from ospq_export.engines.build import BuildSettings, build, target_capabilities
 from ospq_export.engines.doctor import examine, tiny_model
 from ospq_export.engines.plan import layers_from_inspector, layers_from_log
 from ospq_export.engines.products import Product
@@ -32,8 +33,10 @@ from ospq_export.models.timm import create_model
 from ospq_export.onnx.half import to_half
 from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe
-from ospq_export.runs.files import sha256
+from ospq_export.runs.files import sha256, sidecar_file
 from ospq_export.runs.manifest import read_manifest
+from ospq_export.runs.run import Run
+from ospq_export.validate.executions.engines import engine_file
 
 NETWORKS = {
     "vit": ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
@@ -197,19 +200,45 @@ def test_command_on_the_demo(finished_runs, tmp_path, recipe):
         [*options, "--overwrite", "--profile", "1,2,4", "--workspace", "256"],
     )
     assert result.exit_code == 0, result.output
-    record = EngineRecord.model_validate_json((run / "model.engine.json").read_text())
-    assert record.engine_sha256 == sha256(run / "model.engine")
+    engine = run / "model.tensorrt-rtx.sm86.engine"
+    sidecar = sidecar_file(engine)
+    record = EngineRecord.model_validate_json(sidecar.read_text())
+    assert record.engine_sha256 == sha256(engine)
     assert record.onnx_sha256 == sha256(run / "model_qdq_fp16.onnx")
     assert record.profile == (1, 2, 4) and record.input["shape"] == [-1, 1, 28, 28]
     assert record.compute_capabilities == ("SM86",) and record.preprocessing["mean"] == [0.286]
     assert record.fusion.gemms == record.fusion.quantized_gemms == 28 and record.layers
     assert len(record.classes) == 10
-    assert "Layers:" in (run / "model.engine.log").read_text()
-    assert {"model.engine", "model.engine.json"} <= read_manifest(run).files.keys()
-    before = (run / "model.engine").read_bytes()
+    assert "Layers:" in (run / f"{engine.name}.log").read_text()
+    assert {engine.name, sidecar.name} <= read_manifest(run).files.keys()
+
+
+@RTX
+def test_engines_of_several_targets_lie_side_by_side(tmp_path):
+    run = tmp_path / "run"
+    short = ("reconstruction.iterations=0", "reconstruction.refinement_images=0", "slicing=model")
+    tiny_calibration(run, *short, recipe="w8a8")
+    options = ["export", str(run), "--engine", "tensorrt-rtx", "--quiet", "--compute-capability"]
+    first = CliRunner().invoke(app, [*options, "SM89"], catch_exceptions=False)
+    names = ["model_fp32.onnx", "model_fp16.onnx", "model_qdq_fp16.onnx", "model.onnx", "scales.json"]
+    assert (
+        f"exported {', '.join(names)} to" in first.output.replace("\n", " ")
+        and "unchanged" not in first.output
+    )
+    before = {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir() if p.name != "manifest.json"
+    }
+    second = CliRunner().invoke(app, [*options, "SM86"], catch_exceptions=False)
+    assert "exported" not in second.output and "model.tensorrt-rtx.sm89.engine" in second.output
+    assert f"built {run / 'model.tensorrt-rtx.sm86.engine'} with" in second.output.replace("\n", " ")
+    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()}
+    assert {name: after[name] for name in before} == before
+    engines = [f"model.tensorrt-rtx.{target}.engine" for target in ("sm86", "sm89")]
+    assert {*engines, *(f"{name}.json" for name in engines)} <= Run.open(run).manifest.files.keys()
+    assert [engine_file(run, Product.TENSORRT_RTX, gpu).name for gpu in ("SM86", "SM89")] == engines
     with pytest.raises(InputError, match=r"the engine exists.*`overwrite`"):
-        CliRunner().invoke(app, options, catch_exceptions=False)
-    assert (run / "model.engine").read_bytes() == before
+        CliRunner().invoke(app, [*options, "SM86"], catch_exceptions=False)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()} == after
 
 
 @RTX
@@ -280,15 +309,16 @@ def test_a_refused_build_shows_the_builders_reason(tmp_path):
 
 @RTX
 def test_settings_that_do_not_fit(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"SM90.*SM89"):
-        target_members(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM90",)))
+    there = r"tensorrt-rtx does not build for SM87, only for SM75,.* take model_qdq_fp16\.onnx .* TensorRT 10"
+    with pytest.raises(InputError, match=there):
+        target_capabilities(BuildSettings(Product.TENSORRT_RTX, compute_capabilities=("SM87",)))
     with pytest.raises(InputError, match="static batch of 1"):
         build(tiny, BuildSettings(Product.TENSORRT_RTX, (1, 2, 4), ("SM89",)))
     with pytest.raises(InputError, match="measures nothing"):
         build(tiny, BuildSettings(Product.TENSORRT_RTX, None, ("SM89",), timing_cache=tmp_path / "timings"))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no GPU here"):
-            target_members(BuildSettings(Product.TENSORRT_RTX))
+            target_capabilities(BuildSettings(Product.TENSORRT_RTX))
 
 
 def test_a_missing_product(tmp_path, monkeypatch):

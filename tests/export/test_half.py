@@ -42,7 +42,7 @@ def wide(calibrated, tmp_path_factory):
     said, handler, logger = [], logging.Handler(), logging.getLogger("ospq_export")
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
-    run = export(folder, extras=Extras(fp16=True))
+    run = export(folder, extras=Extras(fp16=True)).run
     logger.removeHandler(handler)
     return run, " ".join(said)
 
@@ -57,7 +57,7 @@ def test_the_largest_values_are_recorded(calibrated):
 
 def test_values_that_fp16_holds_stay_fp16(calibrated, tmp_path):
     folder = shutil.copytree(calibrated, tmp_path / "run")
-    written = export(folder, extras=Extras(fp16=True)).manifest.files
+    written = export(folder, extras=Extras(fp16=True)).run.manifest.files
     assert {HALF_ONNX, QUANTIZED_HALF_ONNX} <= written.keys() and BRAIN_ONNX not in written
     assert TensorProto.FLOAT16 in kinds(folder / HALF_ONNX)
 

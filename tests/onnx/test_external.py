@@ -128,7 +128,7 @@ def test_lint_validation_and_probes_read_them(pair: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 def test_an_export_that_needs_them_no_more_removes_them(copy: Path) -> None:
     beside = logits(copy / "model.onnx", IMAGES.numpy())
-    done = export(copy, overwrite=True)
+    done = export(copy, overwrite=True).run
     np.testing.assert_array_equal(logits(copy / "model.onnx", IMAGES.numpy()), beside)
     for name in ("model.onnx", "model_fp32.onnx"):
         assert not (copy / f"{name}.data").exists() and f"{name}.data" not in done.manifest.files

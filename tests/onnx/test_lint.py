@@ -247,7 +247,7 @@ def test_command(tmp_path):
     (tmp_path / "c.onnx").write_bytes(b"not a model")
     with pytest.raises(InputError, match="not a valid ONNX file"):
         lint(tmp_path / "c.onnx")
-    with pytest.raises(InputError, match="not a valid ONNX file"):
+    with pytest.raises(InputError, match="the ONNX file cannot be read: No such file"):
         lint(tmp_path / "missing.onnx")
 
 

@@ -86,6 +86,7 @@ def test_more_images_than_are_looked_at_at_once():
     found = compare(("a", ours), ("b", theirs), labels, [str(i) for i in range(count)])
     assert found.max_logit_difference == 6.0
     assert found.mean_logit_difference == pytest.approx(np.abs(ours - theirs).mean())
+    assert found.median_logit_difference == pytest.approx(np.median(np.abs(ours - theirs).mean(1)))
 
 
 @pytest.mark.parametrize("capacity", [1, 6, 9])

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from ospq_export.demo import demo_images
+from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.export import export
 from ospq_export.export.jobs import Extras
@@ -21,6 +22,7 @@ from ospq_export.tasks.classify import Logits
 from ospq_export.validate import latency, validate, write_documents
 from ospq_export.validate.executions.backends import OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.chosen import Executions, open_executions
+from ospq_export.validate.executions.engines import engine_file
 from ospq_export.validate.executions.half import HalfNetwork
 from ospq_export.validate.executions.table import (
     ALL_BACKENDS,
@@ -153,7 +155,7 @@ def test_all_that_is_here(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     found = open_executions(run, None, "cpu", "fp32")
     assert {FLOAT, FAKE_QUANT, UNOPTIMIZED, OPTIMIZED} <= set(found.names)
-    assert "no model.engine" in found.skipped["tensorrt"]
+    assert "the run has no engine of tensorrt" in found.skipped["tensorrt"]
     assert set(found.names) | set(found.skipped) <= set(ALL_BACKENDS)
     assert found.references("fp32") == dict.fromkeys([UNOPTIMIZED, OPTIMIZED], FAKE_QUANT)
     assert FAKE_QUANT_FP16 not in found.names
@@ -207,12 +209,12 @@ def test_an_fp16_file_against_fp16_float_parts(run_copy):
     assert found["model_qdq_fp16.onnx"].max_excess > found["model.onnx"].max_excess
     assert [x.faults for x in found.values()] == [[], []]
     page = write_documents(run, report, images).read_text()
-    assert "model_qdq_fp16.onnx: signal-to-quantization-noise" in page
+    assert "model_qdq_fp16.onnx: No slice diverges" in page
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", FP16])
 def test_asked_for_by_name_and_not_there(finished_runs, name):
-    with pytest.raises(InputError, match=r"model\.engine|model_fp16\.onnx"):
+    with pytest.raises(InputError, match=r"no engine of tensorrt|model_fp16\.onnx"):
         open_executions(Run.open(finished_runs["w8a8"]), [name], "cpu", "fp32")
 
 
@@ -250,6 +252,51 @@ def test_an_engine_without_its_sidecar(run_copy):
     (run_copy / "model.engine.json").unlink()
     with pytest.raises(InputError, match="sidecar cannot be read"):
         open_executions(Run.open(run_copy), None, "cpu", "fp32")
+
+
+RTX_SM89, RTX_BOTH = "model.tensorrt-rtx.sm89.engine", "model.tensorrt-rtx.sm86-sm89.engine"
+PLANTED = {
+    "model.engine": {"product": "tensorrt-rtx", "compute_capabilities": ["SM89"]},
+    RTX_SM89: {"product": "tensorrt-rtx", "compute_capabilities": ["SM89"]},
+    RTX_BOTH: {"product": "tensorrt-rtx", "compute_capabilities": ["SM86", "SM89"]},
+    "model.tensorrt.sm80.ampere_plus.engine": {
+        "product": "tensorrt",
+        "compute_capabilities": ["SM80"],
+        "hardware_compatibility": "ampere_plus",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("product", "gpu", "chosen"),
+    [
+        (Product.TENSORRT_RTX, "SM89", RTX_SM89),
+        (Product.TENSORRT_RTX, "SM86", RTX_BOTH),
+        (Product.TENSORRT_RTX, "SM120", None),
+        (Product.TENSORRT, "SM90", "model.tensorrt.sm80.ampere_plus.engine"),
+        (Product.TENSORRT, "SM75", None),
+    ],
+)
+def test_the_engine_for_the_gpu_at_hand(tmp_path, product, gpu, chosen):
+    for name, facts in PLANTED.items():
+        (tmp_path / name).write_bytes(name.encode())
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+    if chosen is None:
+        with pytest.raises(
+            InputError, match=rf"no engine of the run is for this GPU, {gpu}: it has .* for SM8"
+        ):
+            engine_file(tmp_path, product, gpu)
+    else:
+        assert engine_file(tmp_path, product, gpu).name == chosen
+
+
+def test_an_engine_of_before_targets_were_in_names_is_tried(tmp_path):
+    (tmp_path / "model.engine").write_bytes(b"an engine")
+    facts = {"product": "tensorrt", "compute_capabilities": ["current"], "gpu": "NVIDIA L4"}
+    (tmp_path / "model.engine.json").write_text(json.dumps(facts))
+    assert engine_file(tmp_path, Product.TENSORRT, "SM89").name == "model.engine"
+    with pytest.raises(InputError, match="no engine of tensorrt-rtx"):
+        engine_file(tmp_path, Product.TENSORRT_RTX, "SM89")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -156,7 +156,10 @@ def test_what_is_missing_is_one_line(run, tmp_path, data, finished_runs):
     for arguments, said in (
         (["--float", file, "--data", data], "--deployed"),
         (["--float", file, "--deployed", file, "--data", data], "--mean and --std"),
-        (["--float", tmp_path / "none.onnx", "--deployed", file, "--data", data], "not readable ONNX"),
+        (
+            ["--float", tmp_path / "none.onnx", "--deployed", file, "--data", data],
+            "the ONNX file cannot be read: No such file",
+        ),
         (["--data", data], "nothing is given to validate"),
         ([finished_runs["w8a8"], "--data", data, "--mean", "0.5"], "the run says it itself"),
         ([finished_runs["w8a8"], "--float", file, "--deployed", file, "--data", data], "RUN alone"),

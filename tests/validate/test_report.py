@@ -1,8 +1,12 @@
 """report.json, report.md and report.html of a real validation; a baseline; a copied run directory without anything else."""
 
 import base64
+import datetime
+import html
 import io
+import itertools
 import json
+import platform
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image
+from pydantic import ValidationError
 
 import report_schema
 from ospq_export.data import ImageSet
@@ -20,11 +25,16 @@ from ospq_export.errors import InputError
 from ospq_export.runs.manifest import OutlierRecord, read_manifest, write_manifest
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import read_tensors
+from ospq_export.tasks.classify import ECE
 from ospq_export.tasks.comparison import Flip, margin_histogram
 from ospq_export.validate import Report, render, validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, FLOAT, FP32, OPTIMIZED, UNOPTIMIZED
+from ospq_export.validate.findings import stand_in_findings
 from ospq_export.validate.report import plots
-from ospq_export.validate.report.documents import data_url
+from ospq_export.validate.report.details import flips_of
+from ospq_export.validate.report.model import stamped
+from ospq_export.validate.report.pictures import data_url, thumbnails
+from ospq_export.validate.report.summary import summarize
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 40
@@ -48,25 +58,51 @@ def validated(finished_runs, tmp_path_factory):
     report = validate(run, images, backends=chosen, baseline=other, **options)
     # A flip shows what flips look like, whatever this machine's rounding gives.
     flip = Flip(id="test/00007", label=1, reference=1, deployed=6, reference_margin=0.25, deployed_margin=0.5)
-    comparison = report.comparisons[0].model_copy(update={"flips": [flip]})
+    margins = report.comparisons[0].margins
+    margins = margins.model_copy(update={"flips": [1, *[0] * (len(margins.images) - 1)]})
+    comparison = report.comparisons[0].model_copy(update={"flips": [flip], "margins": margins})
     shown = report.model_copy(update={"comparisons": [comparison]})
     write_documents(run, shown, images)
     return run, report, shown
 
 
 class Page(HTMLParser):
-    """Collects the tags, the attributes that load something, and the text."""
+    """Collects tags with their attributes, what would be loaded, the text, and the cells of every table."""
 
     def __init__(self):
         super().__init__()
-        self.tags, self.loads, self.text, self.open = [], [], "", []
+        self.found, self.loads, self.text, self.tables = [], [], "", []
+        self.cell = None
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
+        self.found.append((tag, dict(attributes)))
         self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.cell = len(self.tables[-1][-1])
+            self.tables[-1][-1].append("")
+        elif tag == "small" and self.cell is not None:
+            self.tables[-1][-1][self.cell] += "|"
+
+    def handle_endtag(self, tag):
+        if tag in ("th", "td"):
+            self.cell = None
 
     def handle_data(self, data):
         self.text += data
+        if self.cell is not None:
+            self.tables[-1][-1][self.cell] += data
+
+    @property
+    def tags(self):
+        return [tag for tag, _ in self.found]
+
+    def table(self, first):
+        """Rows of the table whose first header is this."""
+        return next(rows for rows in self.tables if rows[0][0] == first)
 
 
 def page_of(run):
@@ -85,7 +121,7 @@ def test_report_json_is_the_report(validated):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(text, parse_constant=refuse)["schema_version"] == 6
+    assert json.loads(text, parse_constant=refuse)["schema_version"] == 7
     assert Report.model_validate_json(text) == report
 
 
@@ -111,23 +147,197 @@ def test_the_page_is_complete_and_self_contained(validated):
     page = page_of(run)
     assert [v for v in page.loads if not v.startswith(("data:", "#"))] == [], "nothing is fetched"
     assert "script" not in page.tags and "link" not in page.tags
-    # Slices, margins, classes, outliers, errors, losses, activation codes, weight codes.
-    assert page.tags.count("svg") == 8 and page.tags.count("img") == 1
-    headings = [
-        "Executions",
+    assert "default-src 'none'" in (run.path / "report.html").read_text(), "nor could it be"
+    assert page.tags.count("img") == 1
+    parts = [
+        "Is the deployment faithful?",
+        "Is accuracy kept?",
+        "Size of the file",
+        "Latency (batch 2)",
+        "Keep in mind",
+    ]
+    sections = [
+        "What the verdicts rest on",
+        "Every execution",
+        "Against the float network",
         "Noise floor",
         "Latency",
-        "Where they part",
-        "Flipped by",
+    ]
+    sections += [
+        "Against w8a8",
+        "Slice by slice",
+        "Flipped images",
         "Classes",
+        "Appendix",
+        "Quantization",
         "Provenance",
     ]
-    judged = [line.partition(": ")[0] for line in shown.verdict.text[:2]]
-    places = [page.text.index(h) for h in [*judged, *headings]]
-    assert places == sorted(places)
+    titles = headings(run)
+    assert all(part in page.text for part in parts) and all(
+        part in titles for part in sections if part != "Against w8a8"
+    )
+    places = [page.text.rindex(part) for part in (*parts, "What the verdicts rest on")]
+    assert places == sorted(places), "the answers come before the evidence"
+    order = [next(i for i, t in enumerate(titles) if t.startswith(part)) for part in (*sections, "Glossary")]
+    assert order == sorted(order)
     for piece in (*run.manifest.files.values(), *(c.text for c in shown.verdict.criteria), "test/00007"):
         assert piece in page.text
     assert "Trouser" in page.text and run.manifest.graph_fingerprint in page.text
+    drawn = [a["aria-label"] for tag, a in page.found if tag == "svg"]
+    assert len(drawn) == len(set(drawn)) == 8, (
+        "slices, margins, classes, outliers, errors, losses, two of codes; none twice"
+    )
+
+
+def headings(run):
+    return [html.unescape(re.sub(r"<[^>]+>", "", found[1])).strip() for found in levels(run)]
+
+
+def levels(run):
+    """(level, content) of every heading of the page."""
+    return re.findall(r"<h([1-6])[^>]*>(.*?)</h\1>", (run.path / "report.html").read_text(), re.DOTALL)
+
+
+def test_the_first_screen_answers(validated):
+    run, report, _ = validated
+    first = (run.path / "report.html").read_text().split("<nav")[0]
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", first)).split())
+    worst = max(report.accuracy, key=lambda a: a.drop)
+    sizes = [(run.path / name).stat().st_size / 1e6 for name in ("model_fp32.onnx", "model.onnx")]
+    assert "{:.2f} MB → {:.2f} MB".format(*sizes) in text
+    assert f"{worst.reference_score:.2f} % → {worst.deployed_score:.2f} %" in text
+    timed = {x.name: x.median_ms for x in report.latencies}
+    assert f"{timed['onnxruntime-fp32']:.3g} ms → {timed[OPTIMIZED]:.3g} ms" in text
+    assert "w4a4: W4A4" in text and "NVIDIA GPUs from Turing on" in text
+    for judged in (report.verdict.faithful, report.verdict.accuracy):
+        assert judged.advice and judged.advice.replace("`", "") in text
+    decision = {0: "Ready to deploy", 1: "Do not deploy it as it is", 3: "Not decided yet"}
+    assert decision[report.verdict.exit_status] in text
+
+
+def test_a_file_that_stands_in_is_not_the_deployed_one(validated):
+    """ONNX Runtime runs an NVFP4 network as a larger file of float operators: neither its size nor its speed is shown."""
+    run, report, _ = validated
+
+    def standing(b):
+        inside = {**b.detail, "file": "model_check.onnx", "bytes": "99000000"}
+        return b.model_copy(update={"detail": inside}) if b.name == OPTIMIZED else b
+
+    changed = report.model_copy(update={"backends": [standing(b) for b in report.backends]})
+    tiles = {tile.title: tile for tile in summarize(changed, run.manifest).tiles}
+    size = (run.path / "model.onnx").stat().st_size / 1e6
+    assert tiles["Size of the file"].after == f"{size:.2f} MB" and not any("Latency" in t for t in tiles)
+    findings = stand_in_findings(changed.backends)
+    assert [line.split(",")[0] for line in findings] == ["model.onnx was judged by model_check.onnx"]
+    assert stand_in_findings(report.backends) == []
+
+
+def test_charts_are_drawn_once(validated):
+    """Executions that flip the same images share a chart, a heading and a list."""
+    _, _, shown = validated
+    (one,) = shown.comparisons
+    margins = one.margins.model_copy(update={"flips": [1, *[0] * (len(one.margins.images) - 1)]})
+    both = [
+        one.model_copy(update={"deployed": name, "margins": margins}) for name in (OPTIMIZED, UNOPTIMIZED)
+    ]
+    assert len(plots.margin_plots(both)) == 1 and plots.margin_plots(shown.comparisons[:0]) == []
+    (group,) = flips_of(shown.model_copy(update={"comparisons": both}))
+    assert group.deployed == [OPTIMIZED, UNOPTIMIZED] and len(group.table(1).rows) == 1
+
+
+def test_every_cell_stands_under_its_header(validated):
+    """Also where two columns are called alike, as for two batch sizes."""
+    run, report, shown = validated
+    timed = [
+        x.model_copy(update={"batch_size": size, "median_ms": x.median_ms * size})
+        for x in report.latencies
+        for size in (1, 2)
+    ]
+    copy = Run(Path(shutil.copytree(run.path, run.path.parent / "latencies")), run.manifest)
+    write_documents(
+        copy, shown.model_copy(update={"latencies": timed}), demo_images("test", run.manifest.data)
+    )
+    rows = page_of(copy).table("execution")
+    headers, *found = next(t for t in page_of(copy).tables if any("batch 1" in cell for cell in t[0]))
+    assert headers == [
+        "execution",
+        *(f"batch {n}, ms|90th percentile" if i == 0 else "images/s" for n in (1, 2) for i in (0, 1)),
+    ]
+    expected = {(x.name, x.batch_size): x for x in timed}
+    for name, *cells in found:
+        wanted = []
+        for size in (1, 2):
+            x = expected[name, size]
+            wanted += [f"{x.median_ms:.2f}|{x.p90_ms:.2f}", f"{x.images_per_second:.0f}"]
+        assert cells == wanted
+    assert len(rows) > 1 and len(found) == len({x.name for x in timed})
+
+
+def test_the_page_can_be_read_by_everyone(validated):
+    run = validated[0]
+    page = page_of(run)
+    assert all(a.get("scope") for tag, a in page.found if tag == "th")
+    assert all(a.get("alt") for tag, a in page.found if tag == "img")
+    steps = [int(level) for level, _ in levels(run)]
+    assert steps[0] == 1 and steps.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(steps)), "no level is skipped"
+    css = (run.path / "report.html").read_text().split("<style>")[1].split("</style>")[0]
+    for theme in css.split("prefers-color-scheme: dark")[:2]:
+        colours = dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]+);", theme))
+        for ink in ("ink", "dim", "link", "good", "bad", "open"):
+            for ground in ("page", "panel"):
+                assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+
+
+def contrast(first, second):
+    """WCAG 2.2's ratio of two colours."""
+
+    def luminance(colour):
+        digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_no_picture_where_images_must_not_leave(validated):
+    run, _, shown = validated
+    copy = Run(Path(shutil.copytree(run.path, run.path.parent / "blind")), run.manifest)
+    write_documents(copy, shown, demo_images("test", run.manifest.data), pictures=False)
+    page = page_of(copy)
+    assert "img" not in page.tags and not [v for v in page.loads if v.startswith("data:")]
+    assert "test/00007" in page.text and "Pictures were left out on request" in page.text
+
+
+def test_date_and_host_on_request_only(validated):
+    run, report, shown = validated
+    for name in ("report.json", "report.md", "report.html"):
+        text = (run.path / name).read_text()
+        assert str(run.path.parent) not in text, "nor the folder"
+        assert not re.search(r"\d{4}-\d\d-\d\d", text), "no date"
+    assert report.provenance.host is None and "not recorded" in (run.path / "report.html").read_text()
+    asked = stamped(shown)
+    assert report.provenance.date is None and asked.provenance.host == platform.node()
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(asked.provenance.date)
+    assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=1)
+    copy = Run(Path(shutil.copytree(run.path, run.path.parent / "stamped")), run.manifest)
+    write_documents(copy, asked, demo_images("test", run.manifest.data))
+    for name in ("report.md", "report.html"):
+        assert f"{asked.provenance.date}, on {platform.node()}" in re.sub(
+            r"<[^>]+>", "", (copy.path / name).read_text()
+        )
+
+
+def test_a_report_of_the_version_before_is_read(validated):
+    values = validated[1].model_dump(mode="json")
+    values["schema_version"] = 6
+    for b in values["backends"]:
+        b["scores"]["calibration error"] = b["scores"].pop(ECE)
+    assert Report.model_validate(values) == validated[1]
+    with pytest.raises(ValidationError):
+        Report.model_validate({**values, "schema_version": 5})
 
 
 def test_ids_are_unique_and_colours_are_the_pages(validated):
@@ -135,7 +345,9 @@ def test_ids_are_unique_and_colours_are_the_pages(validated):
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     references = re.findall(r'(?:xlink:href|href)="#([^"]+)"|url\(#([^)]+)\)', text)
-    assert references and {a or b for a, b in references} <= set(ids)
+    assert references and {a or b for a, b in references} <= set(ids), (
+        "the contents and the glossary lead somewhere"
+    )
     variables = set(re.findall(r"var\(--([a-z0-9]+)\)", text))
     light, dark = (text.split("prefers-color-scheme: dark")[i].split("}")[0] for i in (0, 1))
     assert variables >= {"ink", "s1", "s2"}
@@ -183,10 +395,10 @@ def test_markdown_says_the_same(validated):
     assert lines[:2] == [f"- **{line}**" for line in shown.verdict.text[:2]]
     assert lines[2] == f"- {shown.verdict.text[2]}"
     for b in shown.backends:
-        assert (
-            f"| {b.name} | {b.top1:.2f} | {b.intervals['Top-1'].low:.2f} to {b.intervals['Top-1'].high:.2f} |"
-            in text
-        )
+        rate = b.intervals["Top-1"]
+        (row,) = re.findall(rf"^\| {b.name} \| [^|]+in [^|]+\| (.*)$", text, re.MULTILINE)
+        assert row.startswith(f"{b.top1:.2f} | {rate.low:.2f} to {rate.high:.2f} |")
+    assert "| Δ Top-1 |" in text and "expected calibration error (ECE)" in text
     for s in shown.locations[0].slices:
         assert f"| {s.name} | {s.quantization:.1f} |" in text
     assert "| test/00007 | Trouser | Trouser | 0.2500 | Shirt | 0.5000 | lost |" in text
@@ -381,7 +593,6 @@ def test_outlier_plot_marks_the_slices_that_were_chosen(validated):
 def test_a_folder_of_files(tmp_path):
     """Ids are found again in a folder, where some files cannot be read."""
     from ospq_export.data import DataConfig
-    from ospq_export.validate.report.documents import thumbnails
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

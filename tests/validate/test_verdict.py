@@ -123,6 +123,23 @@ def test_every_reference_has_its_own_floor():
     )
 
 
+def test_logits_count_where_nobody_can_look_inside():
+    """Twice the floor's 0.1 is noise; what moves a few images only is a rounding edge."""
+
+    def judged(shift, images, closed=("onnxruntime",)):
+        reference = np.zeros((IMAGES, 3), np.float32)
+        reference[:, 0] = 9
+        deployed = reference.copy()
+        deployed[:images] += shift
+        ids = [str(i) for i in range(IMAGES)]
+        c = compare(("fake_quant", reference), ("onnxruntime", deployed), np.zeros(IMAGES, np.int64), ids)
+        return outcomes(faithful_criteria([c], [], [], Thresholds(), floor(0), (), closed)).get("logits")
+
+    assert judged(0.19, IMAGES) == "met" and judged(0.21, IMAGES) == "missed"
+    assert judged(50, IMAGES // 3) == "met"
+    assert judged(50, IMAGES, closed=()) is None
+
+
 def test_significance_moves_the_line():
     # Fisher's exact test of 34 against 20 of 1,000: p is about 0.03.
     case = comparison(34, harmful=17), floor(20, reach=2.0)
@@ -192,7 +209,11 @@ def test_what_was_not_finite_or_not_compared_refutes():
 
 def test_no_evidence_shows_nothing():
     verdict = conclude([], [])
-    assert verdict.exit_status == 3 and not verdict and "nothing was compared" in verdict.text[0]
+    assert (
+        verdict.exit_status == 3
+        and not verdict
+        and "no deployed execution was compared; run one" in verdict.text[0]
+    )
 
 
 def test_the_words_of_the_verdict():

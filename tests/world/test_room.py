@@ -259,8 +259,8 @@ def test_engine_options_without_an_engine(tmp_path: Path, option: tuple[str, ...
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"profile": (4, 2, 8)}, "do not rise"),
-        ({"profile": (0, 1, 1)}, "do not rise"),
+        ({"profile": (4, 2, 8)}, "min, opt and max have to ascend"),
+        ({"profile": (0, 1, 1)}, "min, opt and max have to ascend"),
         ({"compute_capabilities": ("SM999",)}, "SM89"),
         ({"compute_capabilities": ("NONE",)}, "use one of SM"),
         ({"version_compatible": True}, "`version_compatible`"),

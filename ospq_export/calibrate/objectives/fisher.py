@@ -59,7 +59,7 @@ def fisher_weights(
     BRECQ (Li et al. 2021, eq. 10) weighs each image's error by its own squared gradient; ours is the mean over the calibration
     images, so that one pass over the network serves all slices and no gradient is stored per image. Held above a twentieth of
     its mean. Of a network that is sure of most images, the few others make up nearly all of that mean, which then is chance;
-    softened logits let more images speak (ours; docs/settings.md has the figures). The labels of a network with one output are
+    softened logits let more images speak (ours; notes/results.md has the figures). The labels of a network with one output are
     Bernoulli, of its sigmoid.
 
     Args:

@@ -118,8 +118,12 @@ class Store:
         self.peak[tier] = max(self.peak[tier], self.used[tier])
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, where: str = "`memory_budget`") -> int:
     """Bytes of "8GB", "512 MB", "1.5e9".
+
+    Args:
+        text: the amount.
+        where: the setting to blame.
 
     Raises:
         InputError: it is no positive amount.
@@ -135,6 +139,6 @@ def parse_bytes(text: str) -> int:
             raise ValueError
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"{text!r} is no amount of memory", where="`memory_budget`", fix="write it like 8GB or 512MB"
+            f"{text!r} is no amount of memory", where=where, fix="write it like 8GB or 512MB"
         ) from error
     return int(amount)

@@ -6,17 +6,20 @@ activation scales are refined once, block by block; from there each candidate is
 images and judged on the rest by the total variation between the softened class probabilities of the float and of the quantized
 network. The best is taken. The run then starts from the searched ranges, as if nothing had been tried: started from the scales
 that a trial learned, it ended lower. Trials are long before they are many: in short ones fine slices are ahead of those that
-would overtake them later (docs/granularity.md has the measurements).
+would overtake them later (notes/granularity.md has the measurements).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from ospq_export.calibrate.checkpoints import Scores
 from ospq_export.calibrate.cost import step_bytes
 from ospq_export.calibrate.objectives import objective_class, objectives
 from ospq_export.calibrate.objectives.base import Context
@@ -147,6 +150,7 @@ def choose_slicing(
     advance_of: Callable[[int], Callable[[], None]] = lambda _steps: lambda: None,
     say: Callable[[str], None] = log.info,
     task: Task = CLASSIFY,
+    scores: Scores | None = None,
 ) -> tuple[list[Slice], SlicingRecord]:
     """Choose the reconstruction granularity by trial; deterministic for a seed.
 
@@ -164,6 +168,7 @@ def choose_slicing(
         advance_of: given the number of steps, returns what advances a progress bar by one.
         say: told beforehand, in a line, what will be tried and what it costs, or why nothing is.
         task: what the network's output is.
+        scores: of trials that an interrupted run has made; those are not made again.
     """
     every, batch_size = candidates_of(graph, dominances), recipe.reconstruction.batch_size
     # A slice is learned in half of the device's memory; of what is free now no result may depend.
@@ -172,17 +177,31 @@ def choose_slicing(
     chosen = plan(recipe, len(images), fitting or every[:1])
     say(chosen.summary(recipe, len(images)))
     winner, held = chosen.candidates[0], 0
-    scores: list[list[float]] = [[]]
+    found: list[list[float]] = [[]]
     if len(chosen.candidates) > 1:
-        advance, block, observed = advance_of(chosen.steps), slicing_of(graph, "block"), network.state()
-        trials = Trials(network, block, chosen.candidates, recipe, images, device, seed, advance, task)
-        scores = [[trials.run(c, chosen.iterations, chosen.batch_size)] for c in chosen.candidates]
-        winner = chosen.candidates[scores.index(min(scores))]
+        known, observed = scores or Scores(), network.state()
+        names = {
+            c.name: f"{c.name}, {chosen.iterations} steps of {chosen.batch_size}" for c in chosen.candidates
+        }
+        left = [c for c in chosen.candidates if names[c.name] not in known.known]
+        advance = advance_of(chosen.iterations * sum(len(c.slices) for c in left))
+
+        @functools.cache
+        def trials() -> Trials:
+            block = slicing_of(graph, "block")
+            return Trials(network, block, chosen.candidates, recipe, images, device, seed, advance, task)
+
+        for candidate in left:
+            started = time.monotonic()
+            score = trials().run(candidate, chosen.iterations, chosen.batch_size)
+            known.keep(names[candidate.name], score, time.monotonic() - started)
+        found = [[known.known[names[c.name]]] for c in chosen.candidates]
+        winner = chosen.candidates[found.index(min(found))]
         network.load_state(observed)
-        held = len(trials.judge)
+        held = division(recipe, len(images))[1]
     records = [
-        CandidateRecord(name=c.name, ends=[s.end for s in c.slices], divergence=found)
-        for c, found in zip(chosen.candidates, scores, strict=True)
+        CandidateRecord(name=c.name, ends=[s.end for s in c.slices], divergence=divergence)
+        for c, divergence in zip(chosen.candidates, found, strict=True)
     ]
     record = SlicingRecord(
         choice=winner.name, share=chosen.share, held_out=held, candidates=records, dominance=dict(dominances)

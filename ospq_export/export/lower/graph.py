@@ -16,6 +16,7 @@ from ospq_export.graph.outputs import output_names, output_nodes, return_outputs
 from ospq_export.graph.quantizers import ActivationQuantizer, CorrectedBias, QuantizedGraph, WeightQuantizer
 from ospq_export.graph.sizes import follows
 from ospq_export.graph.slicing import Slice
+from ospq_export.onnx.write import OPSET
 
 aten = torch.ops.aten
 
@@ -54,9 +55,9 @@ def probe_names(network: QuantizedGraph, slices: Sequence[Slice]) -> dict[str, s
 
 
 def highest_opset(network: QuantizedGraph) -> int:
-    """The ONNX opset that the formats of a network need."""
+    """The ONNX opset in which a network is written unless another is asked for: what its formats need, if that is more."""
     activations = [a.format.opset for a in network.activations.values()]
-    return max([*activations, *(w.format.opset for w in network.weights.values())])
+    return max([OPSET, *activations, *(w.format.opset for w in network.weights.values())])
 
 
 class _Lowering:

@@ -31,18 +31,18 @@ def attention(network: Network) -> Iterator[Finding]:
         for reader in _after(graph, node.output[0]):
             if reader.op_type in ("Clip", "Sub") and _feeds_quantizer(graph, reader):
                 yield from _breaker(node, reader, "between attention and the quantizer behind it")
-        first = _logits_product(graph, graph.logits(node))
+        first = logits_product(graph, graph.logits(node))
         if first is not None:
             yield from _not_one(network, kinds[first.output[0]], kinds[node.output[0]])
 
 
-def _logits_product(graph: OnnxGraph, logits: str) -> Any:
+def logits_product(graph: OnnxGraph, logits: str) -> Any:
     """The product that logits come from; None where there is none."""
     node = graph.producer.get(logits)
     if node is None or node.op_type == "MatMul":
         return node
     inputs = node.input if node.op_type in _ON_LOGITS else ()
-    found = (_logits_product(graph, name) for name in inputs)
+    found = (logits_product(graph, name) for name in inputs)
     return next((product for product in found if product is not None), None)
 
 

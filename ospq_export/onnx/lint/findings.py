@@ -24,6 +24,7 @@ class Finding(BaseModel):
         node: the node's name, or its output's where it has none.
         what: what is wrong there.
         fix: what to do about it.
+        source: where it is known from; empty for TensorRT-RTX, whose rules were all seen.
         refused: whether TensorRT's parser or builder refuses the file; an error that is not refused is computed differently.
     """
 
@@ -35,6 +36,7 @@ class Finding(BaseModel):
     what: str
     fix: str
     refused: bool = False
+    source: str = ""
 
 
 def name_of(node: Any) -> str:

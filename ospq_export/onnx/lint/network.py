@@ -10,6 +10,7 @@ from typing import Any
 from onnx import TensorProto
 
 from ospq_export.onnx import own
+from ospq_export.onnx.lint.known import RTX, Version, find_version
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
 
@@ -60,6 +61,7 @@ class Network:
         model: an `onnx.ModelProto`.
         where: the file that it was read from.
         targets: what engines are built for, such as "SM89"; none: GPUs that have the file's formats.
+        version: the TensorRT that reads it; None: TensorRT-RTX.
 
     Raises:
         InputError: the file's shapes or types contradict each other.
@@ -71,7 +73,14 @@ class Network:
         ir_version: of the file.
     """
 
-    def __init__(self, model: Any, where: Path | None = None, targets: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        where: Path | None = None,
+        targets: Sequence[str] = (),
+        version: Version | None = None,
+    ) -> None:
+        self.version = version or find_version(RTX)
         self.graph = OnnxGraph(model, where)
         self.ir_version, self.targets = int(model.ir_version), targets
         self.pairs: dict[str, Pair] = {}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any
 
 from onnx import TensorProto
@@ -35,29 +32,22 @@ _SHUFFLES = {
 _PARAMETER_INPUTS = {"Clip": (1, 2), "Pad": (2,), QUANTIZE: (2,), DEQUANTIZE: (2,)}
 
 
-@functools.cache
-def _table() -> dict[str, list[str]]:
-    """What the parser takes, by name: operators, whatever their domain, and element types of constants."""
-    return dict(json.loads(resources.files("ospq_export.onnx.lint").joinpath("operators.json").read_text()))
-
-
 def operators(network: Network) -> Iterator[Finding]:
     """The parser has an importer for the operator."""
-    known = _table()["operators"]
     for node in network.graph.nodes:
-        if node.op_type not in known:
+        if node.op_type not in network.version.operators:
             domain = f"{node.domain}::" if node.domain else ""
             yield refusal(
                 "operator-unknown",
                 node,
-                f"TensorRT has no importer for {domain}{node.op_type}",
+                f"{network.version.name} has no importer for {domain}{node.op_type}",
                 "export it in operators that TensorRT knows; quantize as QuantizeLinear and DequantizeLinear",
             )
 
 
 def constants(network: Network) -> Iterator[Finding]:
     """Constants have a type that the parser takes."""
-    taken = _table()["constants"]
+    taken = network.version.constants
     for name, tensor in network.graph.constants.items():
         kind = TensorProto.DataType.Name(tensor.data_type)
         if kind not in taken:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from ospq_export.errors import InputError
 from ospq_export.runs.files import (
-    ENGINE,
     QUANTIZED_BRAIN_ONNX,
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
+    checked_file,
 )
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.engines import engine_file
+from ospq_export.validate.executions.engines import check_engines
 from ospq_export.validate.executions.origin import changed_preprocessing, check_origin
 from ospq_export.validate.executions.table import (
     DEFAULT_BACKENDS,
@@ -33,6 +33,7 @@ from ospq_export.validate.executions.table import (
     Runtime,
     with_role,
 )
+from ospq_export.validate.executions.triton import Server
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -90,7 +91,9 @@ class Executions:
         return [n for n in self.names if TABLE[n].role is Role.DEPLOYED and n not in used]
 
 
-def open_executions(run: Run, names: Sequence[str] | None, device: str, float_type: str) -> Executions:
+def open_executions(
+    run: Run, names: Sequence[str] | None, device: str, float_type: str, server: Server | None = None
+) -> Executions:
     """Open the named executions with the references that they are judged by, or every default one that is available.
 
     Args:
@@ -98,6 +101,7 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
         names: out of `ALL_BACKENDS`, a deployed one among them; None takes the defaults.
         device: torch device; on a CUDA device the plain ONNX Runtime executions use its CUDA provider.
         float_type: "fp32", or "fp16" to add the fake-quantized network with FP16 float parts and the file that is deployed so.
+        server: where a model is served, for the execution that asks it.
 
     Raises:
         InputError: an unknown name, none that is deployed, a named execution that is not available, or a file of another run.
@@ -108,7 +112,8 @@ def open_executions(run: Run, names: Sequence[str] | None, device: str, float_ty
     _check_files(run, wanted)
     result = Executions(asked=named)
     for name in wanted:
-        _open(result, run, name, device, must=name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ()))
+        must = name in (UNOPTIMIZED, OPTIMIZED) or name in (names or ())
+        _open(result, run, name, device, server, must=must)
     # Where torch's side is not to be had, ONNX Runtime stands in for it.
     judged = [name for name in result.names if TABLE[name].role is Role.DEPLOYED]
     if judged and FAKE_QUANT not in result.names and UNOPTIMIZED not in judged:
@@ -132,21 +137,24 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
         named += [name for name in (FAKE_QUANT_FP16, QDQ_FP16) if name not in named]
     if not set(named) & set(with_role(Role.DEPLOYED, Role.FLOAT_FILE)):
         raise InputError(
-            f"nothing deployed is among {', '.join(named)}: there is nothing to judge",
+            f"no verdict without a deployed execution: {', '.join(named)} {'is' if len(named) == 1 else 'are'} none",
             where="`backends`",
             fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
         )
     return named
 
 
-def _open(result: Executions, run: Run, name: str, device: str, *, must: bool) -> None:
+def _open(
+    result: Executions, run: Run, name: str, device: str, server: Server | None = None, *, must: bool
+) -> None:
     try:
-        result.backends.append(TABLE[name].open(run, device))
+        result.backends.append(TABLE[name].open(run, device, server))
         result.skipped.pop(name, None)
     except InputError as error:
         if must:
             raise
-        result.skipped[name] = str(error)
+        # Reports are sent to others, whom the folder does not concern.
+        result.skipped[name] = str(error).replace(f" ({run.path})", "")
 
 
 def _check_files(run: Run, wanted: Sequence[str]) -> None:
@@ -163,9 +171,9 @@ def _check_files(run: Run, wanted: Sequence[str]) -> None:
         if file == QUANTIZED_HALF_ONNX and file not in run.manifest.files:
             raise InputError(f"the run has no {file}", where=run.path, fix="export it with `fp16`")
         check_origin(run, file)
-    if (run.path / ENGINE).is_file() and any(execution.runtime is Runtime.ENGINE for execution in judged):
+    if any(execution.runtime is Runtime.ENGINE for execution in judged):
         # Not being able to run an engine here is one thing; a damaged one must not pass for that.
-        engine_file(run.path)
+        check_engines(run.path)
 
 
 def pairs_of(
@@ -189,8 +197,9 @@ def pairs_of(
 
 
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
-    """Networks and engines in the run directory that none of the executions ran, by file name."""
-    ran = {e.detail.get("file") for e in executions}
+    """Networks and engines in the run directory that none of the executions ran, nor a file that stands in for them."""
+    files = [e.detail["file"] for e in executions if "file" in e.detail]
+    ran = {*files, *map(checked_file, files)}
     return sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS and p.name not in ran)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ospq_export.errors import InputError
-from ospq_export.onnx.read import check_text
+from ospq_export.onnx.read import check_place, check_text, why_unreadable
 from ospq_export.onnx.shapes import hollow, infer_shapes
 from ospq_export.tasks.statistics import FloatArray
 
@@ -46,16 +46,16 @@ def read_proto(path: Path) -> Any:
     """
     import onnx
 
+    check_place(path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         # protobuf's errors have no public common base.
-        raise InputError(
-            f"the file is not readable ONNX: {type(error).__name__}", where=path, fix="export the run again"
-        ) from error
+        what = f"not a valid ONNX file: {why_unreadable(error)}"
+        raise InputError(what, where=path, fix="export it again") from error
     check_text(proto, path)
     if not proto.graph.node:
-        raise InputError("the file holds no network", where=path, fix="export the run again")
+        raise InputError("the file holds no network", where=path, fix="export it again")
     return proto
 
 

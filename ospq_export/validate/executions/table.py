@@ -8,12 +8,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ospq_export.engines.products import Product
+from ospq_export.errors import InputError
 from ospq_export.graph.outputs import output_names
 from ospq_export.runs.files import FLOAT_ONNX, HALF_ONNX, QUANTIZED_HALF_ONNX, QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import Backend, OnnxRuntimeBackend, TorchBackend
 from ospq_export.validate.executions.engines import EngineBackend, engine_file
 from ospq_export.validate.executions.half import HalfNetwork
 from ospq_export.validate.executions.openvino import OpenVinoBackend, check_openvino
+from ospq_export.validate.executions.triton import ServedBackend, Server, given
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -22,6 +24,7 @@ FLOAT, FAKE_QUANT, FAKE_QUANT_FP16 = "float", "fake_quant", "fake_quant-fp16"
 OPTIMIZED, UNOPTIMIZED = "onnxruntime", "onnxruntime-unoptimised"
 QDQ_FP16, FP32, FP16 = "onnxruntime-qdq-fp16", "onnxruntime-fp32", "onnxruntime-fp16"
 OPENVINO, OPENVINO_INTEGER, OPENVINO_FP32 = "openvino", "openvino-integer", "openvino-fp32"
+TRITON, DEVICE = "triton", "device"
 
 
 class Role(StrEnum):
@@ -40,6 +43,8 @@ class Runtime(StrEnum):
     ONNX_RUNTIME = "onnxruntime"
     OPENVINO = "openvino"
     ENGINE = "engine"
+    SERVER = "a server"
+    RECORD = "a file of what a device returned"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Execution:
         name: how the report calls it.
         role: what it is to the verdicts.
         runtime: what executes it.
-        file: in the run directory; None for torch's and for engines.
+        file: in the run directory; None for torch's, for engines, and for what runs elsewhere.
         float_type: of what is not quantized, "fp32" or "fp16"; None where the file says.
         provider: ONNX Runtime's; None takes the one that goes with the torch device.
         optimize: whether ONNX Runtime may change the graph.
@@ -89,14 +94,18 @@ class Execution:
         """ONNX Runtime's provider where the torch executions run on `device`."""
         return self.provider or provider_of(device)
 
-    def open(self, run: Run, device: str) -> Backend:
+    def open(self, run: Run, device: str, server: Server | None = None) -> Backend:
         """Make it ready to run.
 
         Raises:
             InputError: it is not available.
         """
+        if self.runtime is Runtime.SERVER:
+            return ServedBackend(self.name, run, given(server))
+        if self.runtime is Runtime.RECORD:
+            raise not_here(self.name)
         if self.runtime is Runtime.ENGINE:
-            return EngineBackend(self.name, engine_file(run.path))
+            return EngineBackend(self.name, engine_file(run.path, Product(self.name)))
         if self.runtime is Runtime.OPENVINO:
             check_openvino(run, str(self.file))
             return OpenVinoBackend(self.name, run.runnable(str(self.file)), exact=self.exact)
@@ -108,6 +117,12 @@ class Execution:
         graph = run.captured() if self.role is Role.FLOAT else run.quantized_graph().module
         module = HalfNetwork(graph) if self.role is not Role.FLOAT and self.float_type == "fp16" else graph
         return TorchBackend(self.name, module, device, output_names(graph.graph))
+
+
+def not_here(name: str) -> InputError:
+    """The error of an execution that runs on another machine."""
+    fix = "run the bundle's script there, and give what it writes as `device_result`"
+    return InputError("it does not run here", where=f"execution {name!r}", fix=fix)
 
 
 def _table() -> Iterator[Execution]:
@@ -124,6 +139,8 @@ def _table() -> Iterator[Execution]:
     yield Execution(OPENVINO, Role.DEPLOYED, compiled, QUANTIZED_ONNX)
     for product in Product:
         yield Execution(product.value, Role.DEPLOYED, engine, float_type=None, default=True)
+    yield Execution(TRITON, Role.DEPLOYED, Runtime.SERVER, float_type=None)
+    yield Execution(DEVICE, Role.DEPLOYED, Runtime.RECORD, float_type=None)
     yield Execution(FAKE_QUANT_FP16, Role.SIMULATED, torch, float_type="fp16")
     yield Execution(QDQ_FP16, Role.DEPLOYED, ort, QUANTIZED_HALF_ONNX, "fp16")
     yield Execution(OPENVINO_INTEGER, Role.DEPLOYED, compiled, QUANTIZED_ONNX, exact=False)
@@ -134,6 +151,8 @@ def _table() -> Iterator[Execution]:
 
 TABLE: dict[str, Execution] = {execution.name: execution for execution in _table()}
 ALL_BACKENDS = tuple(TABLE)
+# Nobody can look into what runs on another machine.
+CLOSED = tuple(name for name, e in TABLE.items() if e.runtime in (Runtime.SERVER, Runtime.RECORD))
 DEFAULT_BACKENDS = tuple(name for name, e in TABLE.items() if e.default)
 
 

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ospq_export.data import ImagesRecord
+from ospq_export.runs.files import stored_bytes
 from ospq_export.tasks.accuracy import AccuracyChange
 from ospq_export.tasks.comparison import Comparison, has_labels
 from ospq_export.tasks.measure import Collector, Measure
 from ospq_export.tasks.statistics import Rate
+from ospq_export.validate.advice import advised
 from ospq_export.validate.codes.records import Location, WeightComparison, weight_comparisons
 from ospq_export.validate.criteria import faithful_criteria
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.openvino import openvino_findings
-from ospq_export.validate.executions.table import FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
-from ospq_export.validate.findings import processor_findings, size_findings
+from ospq_export.validate.executions.table import CLOSED, FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
+from ospq_export.validate.findings import processor_findings, size_findings, stand_in_findings
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.kept import accuracy_criteria
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
@@ -106,7 +108,11 @@ def subject_of(run: Run, evidence: Evidence) -> Subject:
         class_to_idx=run.manifest.class_to_idx,
         provenance=_provenance(run),
         left=not_executed(run, evidence.backends),
-        findings=[*size_findings(run), *processor_findings(run, evidence.names(baseline=False))],
+        findings=[
+            *stand_in_findings(evidence.backends),
+            *size_findings(run),
+            *processor_findings(run, evidence.names(baseline=False)),
+        ],
         weights=weight_comparisons(run),
     )
 
@@ -132,11 +138,21 @@ def assemble(
     findings = [*subject.findings, *openvino_findings(evidence.backends)]
     not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
-        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations
+        comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations, CLOSED
     )
     notes = [*_notes(evidence, subject.left), *findings]
+    quantization = evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None
+    verdict = conclude(faithful, accuracy_criteria(changes, thresholds), notes)
+    verdict = advised(
+        verdict,
+        thresholds,
+        labelled=has_labels(labels),
+        uses_labels=evidence.measure.uses_labels,
+        seen=evidence.seen,
+        quantization=quantization,
+    )
     return Report(
-        verdict=conclude(faithful, accuracy_criteria(changes, thresholds), notes),
+        verdict=verdict,
         task=subject.task,
         thresholds=thresholds,
         images=len(labels),
@@ -156,7 +172,7 @@ def assemble(
         floor=floor,
         locations=evidence.locations,
         comparisons=comparisons,
-        quantization=evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None,
+        quantization=quantization,
         baseline=None if other is None else _baseline(other, evidence),
         weights=subject.weights,
         provenance=subject.provenance,
@@ -260,7 +276,7 @@ def _provenance(run: Run) -> Provenance:
     names = ("ospq-export", "torch", "timm", "onnx", "numpy")
     return Provenance(
         **_identity(run),
-        file_bytes={name: (run.path / name).stat().st_size for name in run.manifest.files},
+        file_bytes={name: stored_bytes(run.path / name) for name in run.manifest.files},
         versions={name: metadata.version(name) for name in names},
         machine=machine_name(),
         processor=examine_processor(),

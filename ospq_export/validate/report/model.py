@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import datetime
+import platform
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from ospq_export.tasks.accuracy import TOP1, AccuracyChange
+from ospq_export.tasks.classify import ECE
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.tasks.statistics import Rate, Record
 from ospq_export.validate.codes.records import Location, WeightComparison
@@ -16,12 +19,15 @@ from ospq_export.validate.verdict import Outcome, Thresholds, Verdict
 from ospq_export.world.processor import Processor
 from ospq_export.world.processor import machine_name as machine_name
 
+_FORMER, _RENAMED = 6, {"calibration error": ECE}
+
 
 class BackendResult(Record):
     """One execution over all images.
 
     Attributes:
-        scores: in percent, by name: "Top-1", "Top-5", "calibration error", "k-NN Top-1", "mIoU"; none without labels.
+        scores: in percent, by name: "Top-1", "Top-5", "expected calibration error (ECE)", "k-NN Top-1", "mIoU"; none
+            without labels.
         intervals: of those that are shares of the images.
     """
 
@@ -47,13 +53,22 @@ class _RunIdentity(Record):
 
 
 class Provenance(_RunIdentity):
-    """What was compared, and where."""
+    """What was compared, and where.
+
+    Attributes:
+        file_bytes: sizes of the files, with the weights that lie beside an ONNX file.
+        machine: the processor's name and its cores.
+        date: when, ISO 8601 in UTC; only where it was asked for, like the next one.
+        host: the machine's name in its network.
+    """
 
     file_bytes: dict[str, int]
     versions: dict[str, str]
     machine: str
     processor: Processor | None = None
     threads: int | None = None
+    date: str | None = None
+    host: str | None = None
 
 
 class BaselineResult(_RunIdentity):
@@ -77,7 +92,7 @@ class Report(BaseModel):
     model_config = Record.model_config
 
     verdict: Verdict
-    schema_version: Literal[6] = 6
+    schema_version: Literal[7] = 7
     task: str = "classify"
     thresholds: Thresholds
     images: int
@@ -103,6 +118,18 @@ class Report(BaseModel):
     baseline: BaselineResult | None = None
     provenance: Provenance
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, values: Any) -> Any:
+        """A report of version 6, which called a score otherwise."""
+        if not isinstance(values, dict) or values.get("schema_version") != _FORMER:
+            return values
+        renamed = [
+            {**b, "scores": {_RENAMED.get(name, name): x for name, x in b.get("scores", {}).items()}}
+            for b in values.get("backends", [])
+        ]
+        return {**values, "schema_version": _FORMER + 1, "backends": renamed}
+
     @property
     def faithful(self) -> bool | None:
         """Whether the deployed network is the fake-quantized one; None where the images are too few to tell."""
@@ -126,19 +153,44 @@ def number(value: float | None, form: str = "%.2f") -> str:
     return "" if value is None else form % value
 
 
+def points(count: float) -> str:
+    """Percentage points in words."""
+    return f"{count:g} point{'' if count == 1 else 's'}"
+
+
 def score_names(report: Report) -> list[str]:
     """Names of all scores, in the order of the first execution's."""
     return list(dict.fromkeys(name for b in report.backends for name in b.scores))
 
 
-def parity_cells(c: Comparison | None) -> dict[str, str]:
-    """What a comparison says in a row of a table, by column: how outputs agree, and how far they are apart."""
+def parity_cells(c: Comparison | None, score: str = TOP1) -> dict[str, str]:
+    """What a comparison says in a row of a table, by column: how outputs agree, and how far they are apart.
+
+    Args:
+        c: None for an execution that was compared with nothing.
+        score: what the task's first score is called.
+    """
     if c is None:
         return {}
-    cells = {"Δ score": number(c.score_difference, "%+.2f"), "agree": number(c.agreement)}
+    cells = {} if c.score_difference is None else {f"Δ {score}": number(c.score_difference, "%+.2f")}
+    if c.agreement is not None:
+        cells["agree"] = number(c.agreement)
     if c.outputs:
         return {**cells, "error %": "%.3g" % (100 * max(o.mean_error for o in c.outputs))}
     return {**cells, "flips": str(len(c.flips))}
+
+
+def parity_of(report: Report) -> dict[str, dict[str, str]]:
+    """Those cells of every deployed execution."""
+    score = next(iter(score_names(report)), TOP1)
+    return {c.deployed: parity_cells(c, score) for c in report.comparisons}
+
+
+def stamped(report: Report) -> Report:
+    """The report with date and host, which are left out where nobody asks: two validations of one run then give one report."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    update = {"date": now, "host": platform.node()}
+    return report.model_copy(update={"provenance": report.provenance.model_copy(update=update)})
 
 
 def image_lines(report: Report) -> list[str]:

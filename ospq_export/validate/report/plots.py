@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -48,15 +49,16 @@ _STYLE: Any = {
     "lines.markersize": 3.5,
 }
 _styled = mpl.rc_context(_STYLE)
-_NARROW, _HEIGHT, _PER_SLICE = 4.6, 2.7, 0.27
+_NARROW, _HEIGHT = 4.6, 2.7
 _MOST_TICKS, _LONGEST_NAME = 40, 26
-_FEW_DECADES, _EVERY_LEVEL = 100, 17
+_FEW_DECADES, _EVERY_LEVEL, _SHORT_LABEL = 100, 17, 20
 
 
 def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
     """The figure as an <svg> element without a background; `name` makes its ids differ from other plots' on the page."""
     if legend:
-        figure.legend(loc="outside upper left", ncols=2)
+        longest = max(len(text) for axes in figure.axes for text in axes.get_legend_handles_labels()[1])
+        figure.legend(loc="outside upper left", ncols=1 if longest > _SHORT_LABEL else 2)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -87,63 +89,76 @@ def _plain_log(axis: Axis) -> None:
     axis.set_minor_formatter(FuncFormatter(between))
 
 
-def _wide(count: int) -> float:
-    return max(_NARROW * 2, 1.5 + _PER_SLICE * min(count, _MOST_TICKS * 2))
+def _tall(count: int, rows: float = 0.17) -> float:
+    """Height of a plot with a row for each of `count` names."""
+    return 1.1 + rows * min(max(count, 4), _MOST_TICKS)
 
 
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names from top to bottom, as a network is read; some of them where there are many."""
     step = -(-len(names) // _MOST_TICKS)
     at = range(0, len(names), step)
     shown = [n if len(n) <= _LONGEST_NAME else f"...{n[3 - _LONGEST_NAME :]}" for n in names]
-    axes.set_xticks(list(at), [shown[i] for i in at], rotation=55, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_yticks(list(at), [shown[i] for i in at], fontsize=7.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 @_styled
-def margin_plot(comparison: Comparison) -> str | None:
-    """Images and flipped images by the reference's margin; None where no margin is finite."""
-    found = comparison.margins
-    if not found.images:
-        return None
+def margin_plots(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """(reference, plot) of images and flipped images by the reference's margin, of every reference with a flip."""
+    groups: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        if any(c.margins.flips):
+            groups.setdefault(c.reference, []).append(c)
+    return [(reference, _margin_plot(same)) for reference, same in groups.items()]
+
+
+def _margin_plot(comparisons: Sequence[Comparison]) -> str:
+    """One reference's margins, and which of them each execution flips; executions with the same flips share a line."""
     figure, axes = _axes()
+    found, reference = comparisons[0].margins, comparisons[0].reference
     edges = np.asarray(found.edges)
     axes.stairs(found.images, edges, fill=True, color=_FILL, label="all images")
-    if any(found.flips):
-        axes.stairs(found.flips, edges, fill=True, color=_SERIES[1], label="flipped")
+    lines: dict[tuple[int, ...], list[str]] = {}
+    for c in comparisons:
+        lines.setdefault(tuple(c.margins.flips), []).append(c.deployed)
+    for (flips, names), colour in zip(lines.items(), cycle(_SERIES)):
+        flipped = f"flipped by {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        axes.stairs(flips, edges, color=colour, lw=1.6, fill=len(lines) == 1, label=flipped)
     axes.set(xscale="log", yscale="log", ylabel="images")
-    axes.set_xlabel(f"margin of {comparison.reference} (first minus second logit)")
+    axes.set_xlabel(f"margin of {reference} (first minus second logit)")
     axes.set_ylim(0.6, max(found.images) * 2)
-    axes.legend(loc="upper left")
     _plain_log(axes.xaxis)
     _plain_log(axes.yaxis)
-    return _svg(figure, f"margins of {comparison.deployed}")
+    return _svg(figure, f"images and flipped images by the margin of {reference}", legend=True)
 
 
 @_styled
 def sqnr_plot(location: Location) -> str:
-    """Signal-to-quantization-noise ratio at the end of every slice, dB."""
+    """Signal-to-quantization-noise ratio at the end of every slice, dB; slices from top to bottom."""
     series = (
-        ("float / fake-quant (the price of quantization)", "quantization", "o-", _SERIES[0]),
-        ("fake-quant / deployed, free-running", "deployed", "s-", _SERIES[1]),
-        ("fake-quant in float32 / in float64 (noise floor)", "floor", "x--", _SERIES[2]),
-        ("fake-quant / deployed, equal inputs", "equal_input", "^-", _SERIES[3]),
+        ("price of quantization (float / fake-quant)", "quantization", "o-", _SERIES[0]),
+        ("deployed, running freely", "deployed", "s-", _SERIES[1]),
+        ("noise floor (float32 / float64)", "floor", "x--", _SERIES[2]),
+        ("deployed, given equal inputs", "equal_input", "^-", _SERIES[3]),
     )
-    figure, axes = _axes(_wide(len(location.slices)), 3.6)
+    figure, axes = _axes(height=_tall(len(location.slices)) + 0.5)
+    rows = range(len(location.slices))
     for label, key, marker, colour in series:
         values = [getattr(s, key) for s in location.slices]
-        axes.plot([np.nan if v is None else v for v in values], marker, color=colour, label=label)
-    axes.axhline(location.min_sqnr, color=_INK, lw=0.8, ls=":")
-    axes.annotate("limit, equal inputs", (1, location.min_sqnr), (0, 2), textcoords="offset points",
-                  xycoords=("axes fraction", "data"), ha="right", fontsize=7.5)  # fmt: skip
-    _name_ticks(axes, [s.name for s in location.slices])
-    axes.set(ylabel="dB")
-    return _svg(figure, f"slices of {location.deployed}", legend=True)
+        axes.plot([np.nan if v is None else v for v in values], rows, marker, color=colour, label=label)
+    axes.axvline(location.min_sqnr, color=_INK, lw=0.8, ls=":", label="limit, given equal inputs")
+    _name_rows(axes, [s.name for s in location.slices])
+    axes.set(xlabel="dB")
+    return _svg(
+        figure, f"signal-to-noise ratio at the end of every slice of {location.deployed}", legend=True
+    )
 
 
 @_styled
 def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]) -> str:
     """The float network's outliers across depth; vertical lines where the chosen slices end."""
-    figure = Figure(figsize=(_wide(0), 3.8), layout="constrained")
+    figure = Figure(figsize=(_NARROW, 3.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for kind, marker, colour, label in (
         ("cut", "o", _SERIES[0], "cut point"),
@@ -163,7 +178,7 @@ def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]
     lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
     for axes in (upper, lower):
         axes.grid(visible=False, axis="x")
-    return _svg(figure, "outliers", legend=True)
+    return _svg(figure, "outliers of the float network by depth", legend=True)
 
 
 @_styled
@@ -189,7 +204,7 @@ def histogram_plot(
         _plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
     grid[-1, 0].set(xlabel="level")
-    return _svg(figure, name)
+    return _svg(figure, f"histograms of {name}")
 
 
 def _level(levels: Sequence[float], place: float, _: object) -> str:
@@ -219,18 +234,18 @@ def scale_plot(weights: Sequence[WeightComparison]) -> str | None:
 @_styled
 def error_plot(slices: Sequence[SliceRecord]) -> str:
     """Error of every slice before and after its reconstruction."""
-    figure, axes = _axes(_wide(len(slices)), 3.2)
+    figure, axes = _axes(height=_tall(len(slices)))
     at = np.arange(len(slices))
     before = np.maximum([s.error_before for s in slices], 1e-12)
     after = np.maximum([s.error_after for s in slices], 1e-12)
-    axes.vlines(at, after, before, color=_FAINT, lw=2)
-    axes.semilogy(at, before, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
-    axes.semilogy(at, after, "o", color=_SERIES[0], label="reconstructed", markersize=5)
-    _name_ticks(axes, [s.name for s in slices])
-    axes.set(ylabel="squared error / variance")
-    _plain_log(axes.yaxis)
-    axes.grid(visible=False, axis="x")
-    return _svg(figure, "reconstruction errors", legend=True)
+    axes.hlines(at, after, before, color=_FAINT, lw=2)
+    axes.semilogx(before, at, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
+    axes.semilogx(after, at, "o", color=_SERIES[0], label="reconstructed", markersize=4)
+    _name_rows(axes, [s.name for s in slices])
+    axes.set(xlabel="squared error / variance")
+    _plain_log(axes.xaxis)
+    axes.grid(visible=False, axis="y")
+    return _svg(figure, "error of every slice before and after reconstruction", legend=True)
 
 
 @_styled
@@ -250,7 +265,7 @@ def loss_plot(slices: Sequence[SliceRecord]) -> str | None:
         axes.set(yscale="log")
         _plain_log(axes.yaxis)
     axes.set(xlabel="iteration", ylabel="loss")
-    return _svg(figure, "reconstruction curves")
+    return _svg(figure, "reconstruction loss over the iterations")
 
 
 @_styled
@@ -270,4 +285,4 @@ def class_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="change of Top-1, points")
-    return _svg(figure, "classes", legend=True)
+    return _svg(figure, "change of Top-1 by class", legend=True)

@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ospq_export.validate.report.model import Report, image_lines, number, parity_cells, score_names
+from ospq_export.validate.report.model import Report, image_lines, number, parity_of, score_names
+from ospq_export.validate.report.summary import summarize
 from ospq_export.validate.verdict import Outcome
 
 _SHOWN_FLIPS, _SHOWN_SCORES = 5, 2
@@ -16,10 +17,17 @@ _STYLES: dict[Outcome, str] = {"met": "bold green", "missed": "bold red", "open"
 
 
 def render(report: Report) -> Group:
-    """The verdicts and notes, the table of executions, flipped images, criteria."""
+    """The verdicts with what to do next, accuracy and size, the table of executions, flipped images, criteria."""
     said = [f"  {c.outcome}: {c.name} of {c.deployed}, by {c.by}: {c.text}" for c in report.verdict.criteria]
-    parity = map(Text, [*_baseline_lines(report), *_flip_lines(report)])
-    return Group(*verdict_lines(report), _table(report), *parity, *_left_out_lines(report), *map(Text, said))
+    parity = map(Text, [*_engine_lines(report), *_baseline_lines(report), *_flip_lines(report)])
+    return Group(
+        *verdict_lines(report),
+        *_summary_lines(report),
+        _table(report),
+        *parity,
+        *_left_out_lines(report),
+        *map(Text, said),
+    )
 
 
 def verdict_lines(report: Report) -> list[Text]:
@@ -29,9 +37,19 @@ def verdict_lines(report: Report) -> list[Text]:
     return [Text(line, style=style) for line, style in zip_longest(verdict.text, styles, fillvalue="yellow")]
 
 
+def _summary_lines(report: Report) -> list[Text]:
+    """What to do next where something is left to do, and the figures of the first screen."""
+    summary = summarize(report, None)
+    lines = [Text(f"  next: {card.advice}") for card in summary.cards if card.outcome != "met"]
+    for tile in summary.tiles:
+        before = f"{tile.before} float, " if tile.before else ""
+        lines.append(Text(f"  {tile.title.lower()}: {before}{tile.after} deployed; {tile.note}"))
+    return lines
+
+
 def _table(report: Report) -> Table:
     references = " and ".join(dict.fromkeys(c.reference for c in report.comparisons))
-    compared = {c.deployed: parity_cells(c) for c in report.comparisons}
+    compared = parity_of(report)
     scores = score_names(report)[:_SHOWN_SCORES]
     cells = list(dict.fromkeys(column for found in compared.values() for column in found))
     table = Table(
@@ -45,6 +63,12 @@ def _table(report: Report) -> Table:
         row = [number(b.scores.get(name)) for name in scores] + [parity.get(name, "") for name in cells]
         table.add_row(b.name, *row, f"{b.images_per_second:.0f}")
     return table
+
+
+def _engine_lines(report: Report) -> list[str]:
+    """Which of a run's engines ran: there may be one per target."""
+    ran = ((b.name, b.detail.get("file", "")) for b in report.backends)
+    return [f"  {name} ran {file}" for name, file in ran if file.endswith(".engine")]
 
 
 def _baseline_lines(report: Report) -> list[str]:
