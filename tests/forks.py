@@ -1,7 +1,8 @@
 """Calls in processes of their own, forked from one that has imported the package: each costs no start-up."""
 
 import contextlib
-import multiprocessing
+import functools
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -10,12 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "timm", "ospq_export.calibrate", "ospq_export.demo", "ospq_export.validate"]
-)
+_CONTEXT.set_forkserver_preload(["forked_from"])
+
+
+@functools.cache
+def _ensure_server() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+        multiprocessing.forkserver.ensure_running()
 
 
 class Forked:
@@ -36,6 +43,7 @@ class Forked:
         self.printed = [folder / f"{number}.stdout", folder / f"{number}.stderr"]
         for path in self.printed:
             path.touch()
+        _ensure_server()
         self.process = _CONTEXT.Process(
             target=_call, args=(self.printed, environment, function, arguments), daemon=True
         )

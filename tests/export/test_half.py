@@ -31,15 +31,20 @@ def calibrated(tmp_path_factory):
     return q.tiny(tmp_path_factory.mktemp("half") / "run", recipe="w8a8").path
 
 
-@pytest.fixture
-def wide(calibrated, tmp_path):
-    """The run as if a tensor had reached a value that leaves FP16 no headroom."""
-    folder = shutil.copytree(calibrated, tmp_path / "run")
+@pytest.fixture(scope="module")
+def wide(calibrated, tmp_path_factory):
+    """The run as if a tensor had reached a value that leaves FP16 no headroom, exported, and what was said of it."""
+    folder = shutil.copytree(calibrated, tmp_path_factory.mktemp("wide") / "run")
     manifest = read_manifest(folder)
     first, *rest = manifest.profile
     profile = [first.model_copy(update={"largest": WIDE}), *rest]
     write_manifest(folder, manifest.model_copy(update={"profile": profile}))
-    return folder
+    said, handler, logger = [], logging.Handler(), logging.getLogger("ospq_export")
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    run = export(folder, extras=Extras(fp16=True)).run
+    logger.removeHandler(handler)
+    return run, " ".join(said)
 
 
 def kinds(path):
@@ -57,16 +62,17 @@ def test_values_that_fp16_holds_stay_fp16(calibrated, tmp_path):
     assert TensorProto.FLOAT16 in kinds(folder / HALF_ONNX)
 
 
-def test_values_that_fp16_lacks_get_bf16(wide, caplog):
-    with caplog.at_level(logging.WARNING):
-        run = export(wide, extras=Extras(fp16=True)).run
+def test_values_that_fp16_lacks_get_bf16(wide):
+    run, said = wide
     assert {BRAIN_ONNX, QUANTIZED_BRAIN_ONNX} <= run.manifest.files.keys()
     assert not {HALF_ONNX, QUANTIZED_HALF_ONNX} & run.manifest.files.keys()
-    assert "values reach 5e+04" in caplog.text and "FP16 ends at 65504" in caplog.text
+    assert "values reach 5e+04" in said and "FP16 ends at 65504" in said
     for name in (BRAIN_ONNX, QUANTIZED_BRAIN_ONNX):
-        assert TensorProto.BFLOAT16 in kinds(wide / name) and TensorProto.FLOAT16 not in kinds(wide / name)
-        assert {p.key: p.value for p in onnx.load(wide / name).metadata_props}["precision"] == "bfloat16"
-    single, brain = onnx.load(wide / "model.onnx"), onnx.load(wide / QUANTIZED_BRAIN_ONNX)
+        assert TensorProto.BFLOAT16 in kinds(run.path / name) and TensorProto.FLOAT16 not in kinds(
+            run.path / name
+        )
+        assert {p.key: p.value for p in onnx.load(run.path / name).metadata_props}["precision"] == "bfloat16"
+    single, brain = onnx.load(run.path / "model.onnx"), onnx.load(run.path / QUANTIZED_BRAIN_ONNX)
     held = {t.name: onnx.numpy_helper.to_array(t) for t in brain.graph.initializer}
     codes = [t for t in single.graph.initializer if t.name.endswith(".codes")]
     assert codes
@@ -79,8 +85,7 @@ def test_values_that_fp16_lacks_get_bf16(wide, caplog):
 @RTX
 @pytest.mark.slow
 def test_an_engine_of_bf16(wide, tmp_path):
-    export(wide, extras=Extras(fp16=True))
-    fusion = build_engine(wide / QUANTIZED_BRAIN_ONNX, tmp_path / "m.engine", SETTINGS).fusion
+    fusion = build_engine(wide[0].path / QUANTIZED_BRAIN_ONNX, tmp_path / "m.engine", SETTINGS).fusion
     assert fusion.gemms == fusion.quantized_gemms and fusion.fused_attentions == fusion.attentions > 0
 
 
