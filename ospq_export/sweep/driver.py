@@ -16,7 +16,7 @@ from ospq_export.calibrate.checks import LOCK, differences
 from ospq_export.calibrate.reconstruct.store import parse_bytes
 from ospq_export.data import folder_of
 from ospq_export.errors import InputError
-from ospq_export.progress import stage_progress, stepper
+from ospq_export.progress import announce, stage_progress, stepper
 from ospq_export.runs.files import is_temporary, write_json
 from ospq_export.sweep.cells import Cell, cells_of
 from ospq_export.sweep.cluster import Cluster, cluster, load_ray
@@ -144,15 +144,13 @@ class _Shown:
         """Tell of a run that ended."""
         self._ended += 1
         self._advance()
-        if self.progress.disable:
-            return
         left = self.todo - self._ended
         remaining = left * (time.monotonic() - self._started) / self._ended
         told = f"failed: {outcome.reason}" if outcome.status == "failed" else _told(outcome)
         count = self.total - left
         estimate = f", about {_duration(remaining)} left" if left else ""
         line = f"[{count}/{self.total}] {outcome.name}: {told}{estimate}"
-        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        announce(self.progress, line)
 
 
 def _told(outcome: Outcome) -> str:
