@@ -16,7 +16,7 @@ from ospq_export.runs.run import Run
 from ospq_export.validate import validate, write_documents
 from ospq_export.validate.executions.table import FAKE_QUANT, OPTIMIZED, UNOPTIMIZED
 
-SLICE = "layers.1.blocks.0"
+SLICE = "layers.0.blocks.1"
 
 
 def report_of(folder):
