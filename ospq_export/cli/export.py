@@ -129,8 +129,8 @@ def export(
         overwrite=overwrite,
         quiet=quiet,
     )
-    files = fp16 or debug or int4 or uint8_input or activation_layout != "int8" or batch_size is not None
-    if packed and packed.exported and not files and engine is None:
+    files = fp16 or debug or int4 or uint8_input or activation_layout != "int8" or engine is not None
+    if packed and packed.exported and not files and batch_size is None and opset is None:
         packed.write()
         return
     uint8 = activation_layout == "uint8"
