@@ -198,13 +198,19 @@ def levels(run):
     return re.findall(r"<h([1-6])[^>]*>(.*?)</h\1>", (run.path / "report.html").read_text(), re.DOTALL)
 
 
+def in_bytes(text):
+    value, unit = text.split()
+    return float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
 def test_the_first_screen_answers(validated):
     run, report, _ = validated
     first = (run.path / "report.html").read_text().split("<nav")[0]
     text = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", first)).split())
     worst = max(report.accuracy, key=lambda a: a.drop)
-    sizes = [(run.path / name).stat().st_size / 1e6 for name in ("model_fp32.onnx", "model.onnx")]
-    assert "{:.2f} MB → {:.2f} MB".format(*sizes) in text
+    sizes = [(run.path / name).stat().st_size for name in ("model_fp32.onnx", "model.onnx")]
+    shown = re.search(r"([\d.]+ [kMG]B) → ([\d.]+ [kMG]B)", text).groups()
+    assert [in_bytes(size) for size in shown] == pytest.approx(sizes, rel=0.01)
     assert f"{worst.reference_score:.2f} % → {worst.deployed_score:.2f} %" in text
     timed = {x.name: x.median_ms for x in report.latencies}
     assert f"{timed['onnxruntime-fp32']:.3g} ms → {timed[OPTIMIZED]:.3g} ms" in text
@@ -225,8 +231,9 @@ def test_a_file_that_stands_in_is_not_the_deployed_one(validated):
 
     changed = report.model_copy(update={"backends": [standing(b) for b in report.backends]})
     tiles = {tile.title: tile for tile in summarize(changed, run.manifest).tiles}
-    size = (run.path / "model.onnx").stat().st_size / 1e6
-    assert tiles["Size of the file"].after == f"{size:.2f} MB" and not any("Latency" in t for t in tiles)
+    size = (run.path / "model.onnx").stat().st_size
+    assert in_bytes(tiles["Size of the file"].after) == pytest.approx(size, rel=0.01)
+    assert not any("Latency" in t for t in tiles)
     findings = stand_in_findings(changed.backends)
     assert [line.split(",")[0] for line in findings] == ["model.onnx was judged by model_check.onnx"]
     assert stand_in_findings(report.backends) == []
