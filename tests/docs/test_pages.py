@@ -99,10 +99,9 @@ def test_commands_of_the_pages_exist():
 
 def test_pages_name_recipe_keys_that_exist():
     known = {key.name for key in keys_of(Recipe)} | {key.name.rsplit(".", 1)[0] for key in keys_of(Recipe)}
-    for page in PAGES:
-        # A sweep's plan has keys of its own, which `load_plan` holds to.
-        of_recipes = re.sub(r"ospq-export sweep .*", "", page.read_text())
-        for name in re.findall(r"--set ([a-z_.]+)=", of_recipes):
+    # A sweep's plan has keys of its own, which `load_plan` holds to.
+    for page in (page for page in PAGES if not page.name.startswith("sweep")):
+        for name in re.findall(r"--set ([a-z_.]+)=", page.read_text()):
             assert name in known, f"{page.name}: {name}"
 
 
