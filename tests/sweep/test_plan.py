@@ -125,7 +125,7 @@ BAD = [
     (PLAN, "target=turing", None),
     ("target='turing'" + PLAN, "recipes=['fp8']", "TURING"),
     (PLAN, "validation.backends=['onnxrt']", "there is no execution 'onnxrt'"),
-    (PLAN, "validation.backends=['float']", "nothing deployed is among"),
+    (PLAN, "validation.backends=['float']", "no verdict without a deployed execution: float is none"),
     (PLAN, "data.calibration=nowhere", "no such file or folder (nowhere)"),
     (PLAN, "data.calibration=-", "a pipe is read once"),
     (
