@@ -152,6 +152,14 @@ class OnnxGraph:
             name = self.producer[name].input[0]
         return name
 
+    def ahead(self, name: str, operators: Collection[str]) -> Iterator[Any]:
+        """The nodes that read a tensor, past operators of these types."""
+        for reader in self.readers[name]:
+            if reader.op_type in operators:
+                yield from self.ahead(reader.output[0], operators)
+            else:
+                yield reader
+
     def attribute(self, node: Any, name: str, default: Any = None) -> Any:
         """An attribute's value."""
         from onnx import helper

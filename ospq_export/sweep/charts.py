@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ospq_export.sweep.front import front_of
 from ospq_export.sweep.outcome import Outcome
+from ospq_export.validate.report.drawing import INK, SERIES, STYLE, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ospq_export.sweep.table import Row
-
-# Each stands for a variable of the page, so that one drawing serves light and dark.
-_INK, _FAINT = "#000001", "#000002"
-_SERIES = tuple(f"#0000{n}" for n in range(11, 17))
-_VARIABLES = {_INK: "ink", _FAINT: "line", **{colour: f"s{i}" for i, colour in enumerate(_SERIES, 1)}}
-_STYLE: Any = {
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sweep",
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.5,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)
@@ -111,23 +88,23 @@ def _drawn(chart: _Chart, rows: Sequence[Row]) -> str:
     by_model: dict[str, list[Row]] = {}
     for row in rows:
         by_model.setdefault(row.cell.model, []).append(row)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context({**STYLE, "font.size": 9}):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
         for place, (model, mine) in enumerate(by_model.items()):
-            colour = _SERIES[place % len(_SERIES)]
+            colour = SERIES[place % len(SERIES)]
             axes.plot(*chart.places([row.outcome for row in mine]), "o", color=colour, label=model, ms=5)
             near = [row.nearest for row in mine if row.nearest and row.nearest.lost is not None]
             axes.plot(*chart.places(near), "x", color=colour, ms=5, alpha=0.6)
             if chart.by_model:
                 axes.plot(*chart.places([row.outcome for row in chart.front(mine)]), "-", color=colour, lw=1)
         if not chart.by_model:
-            axes.plot(*chart.places([row.outcome for row in chart.front(rows)]), "-", color=_INK, lw=1)
+            axes.plot(*chart.places([row.outcome for row in chart.front(rows)]), "-", color=INK, lw=1)
         _name(axes, chart, rows if chart.by_model else chart.front(rows))
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         figure.legend(loc="outside upper left", ncols=4)
-        return _svg(figure, f"{chart.y_label} against {chart.x_label}")
+        return drawing(figure, f"{chart.y_label} against {chart.x_label}")
 
 
 def _name(axes: Axes, chart: _Chart, rows: Sequence[Row]) -> None:
@@ -135,17 +112,3 @@ def _name(axes: Axes, chart: _Chart, rows: Sequence[Row]) -> None:
     for row in {row.column: row for row in reversed(rows)}.values():
         place = (chart.x(row.outcome), chart.y(row.outcome))
         axes.annotate(row.column, place, (4, 4), textcoords="offset points", fontsize=7)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element without a background."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    # Ids repeat from drawing to drawing.
-    prefix = re.sub(r"\W+", "-", name)
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)

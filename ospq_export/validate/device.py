@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ospq_export.data import ImagesRecord
-from ospq_export.errors import InputError, reason_of
+from ospq_export.errors import InputError, reason_of, refusal_of
 from ospq_export.runs.files import QUANTIZED_TENSORS, REPORT, write_json
 from ospq_export.tasks.choice import TASKS
 from ospq_export.tasks.measure import Collector, Measure, Outputs
@@ -113,7 +113,9 @@ def read_result(run: Run, path: Path) -> DeviceResult:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "JSON"
-        raise InputError(f"no result of a device: {place}: {first['msg']}", where=path, fix=fix) from error
+        raise InputError(
+            f"no result of a device: {place}: {refusal_of(first)}", where=path, fix=fix
+        ) from error
     bundle, files = result.bundle, run.manifest.files
     if bundle.quantized_sha256 != files[QUANTIZED_TENSORS] or bundle.task != run.manifest.task:
         raise InputError(f"the result is of another run ({bundle.run})", where=path, fix="give that run")

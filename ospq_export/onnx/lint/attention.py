@@ -16,6 +16,8 @@ from ospq_export.onnx.view import DEQUANTIZE, MOVES, QUANTIZE, OnnxGraph
 FP8_KEYS, FP8_HEAD_SIZE = 32, 256
 # What is computed on logits before the softmax.
 _ON_LOGITS = (*MOVES, "Add", "Sub", "Mul", "Div", "Where")
+# What lies between an attention and the quantizer behind it, and only moves values.
+_MOVED = ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze")
 
 
 def attention(network: Network) -> Iterator[Finding]:
@@ -28,7 +30,7 @@ def attention(network: Network) -> Iterator[Finding]:
         if graph.source(node.input[0]).op_type == DEQUANTIZE:
             before = graph.source(node.input[0], 3)
             yield from _breaker(node, before, "between the softmax and its quantizer")
-        for reader in _after(graph, node.output[0]):
+        for reader in graph.ahead(node.output[0], _MOVED):
             if reader.op_type in ("Clip", "Sub") and _feeds_quantizer(graph, reader):
                 yield from _breaker(node, reader, "between attention and the quantizer behind it")
         first = logits_product(graph, graph.logits(node))
@@ -68,7 +70,7 @@ def _fp8_limit(network: Network, node: Any) -> tuple[str, str]:
     if size > FP8_HEAD_SIZE:
         return f"head size {size}: the FP8 kernel takes up to {FP8_HEAD_SIZE}", "use more heads"
     wide = network.types.get(node.output[0]) == TensorProto.FLOAT
-    readers = list(_after(network.graph, node.output[0]))
+    readers = list(network.graph.ahead(node.output[0], _MOVED))
     if wide and not any(reader.output[0] in network.pairs for reader in readers):
         return "a float32 output that is not quantized to FP8", "compute attention in float16"
     return "", ""
@@ -84,14 +86,5 @@ def _breaker(node: Any, between: Any, where: str) -> Iterator[Finding]:
         )
 
 
-def _after(graph: OnnxGraph, tensor: str) -> Iterator[Any]:
-    """The nodes that read a tensor, past what only moves it."""
-    for reader in graph.readers[tensor]:
-        if reader.op_type in ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze"):
-            yield from _after(graph, reader.output[0])
-        else:
-            yield reader
-
-
 def _feeds_quantizer(graph: OnnxGraph, node: Any) -> bool:
-    return any(reader.op_type == QUANTIZE for reader in _after(graph, node.output[0]))
+    return any(reader.op_type == QUANTIZE for reader in graph.ahead(node.output[0], _MOVED))

@@ -14,6 +14,7 @@ from ospq_export.onnx.lint.known import RTX, Version, find_version
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE, OnnxGraph
 
+HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 CODES: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.INT4: "int4",

@@ -10,13 +10,12 @@ from onnx import TensorProto
 
 from ospq_export.onnx.lint.attention import logits_product
 from ospq_export.onnx.lint.findings import Finding, warning
-from ospq_export.onnx.lint.network import Network, Pair
+from ospq_export.onnx.lint.network import HALVES, Network, Pair
 from ospq_export.onnx.view import DEQUANTIZE, QUANTIZE
 
 # Limits of the fused kernels, from the documentation of TensorRT 10 as NVIDIA/TensorRT#4167 quotes it.
 INT8_HEADS, INT8_SEQUENCE = (16, 32, 64), 512
 HALF_HEADS, HALF_STEP = (16, 256), 8
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _LAYOUT = ("Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Flatten", "Transpose")
 _BETWEEN = ("Mul", "Div", "Transpose")
 
@@ -85,18 +84,10 @@ def _in_part(network: Network, attention: _Attention) -> Iterator[Finding]:
             "the softmax's output is not quantized: the two products run apart, or in 16 bits",
             "put Q and DQ behind the softmax",
         )
-    readers = list(_readers(network, attention.second.output[0]))
+    readers = network.graph.ahead(attention.second.output[0], (*_LAYOUT, "Clip", "Sub"))
     if attention.kind == TensorProto.INT8 and not any(reader.op_type == QUANTIZE for reader in readers):
         what = "the output is not quantized, which the fused INT8 kernel needs"
         yield warning("attention-output-bare", attention.second, what, "put Q and DQ behind the product")
-
-
-def _readers(network: Network, name: str) -> Iterator[Any]:
-    for reader in network.graph.readers[name]:
-        if reader.op_type in (*_LAYOUT, "Clip", "Sub"):
-            yield from _readers(network, reader.output[0])
-        else:
-            yield reader
 
 
 def _int8(attention: _Attention) -> Iterator[Finding]:
@@ -136,7 +127,7 @@ def _plain(network: Network, attention: _Attention) -> Iterator[Finding]:
         yield warning(
             "attention-float32", attention.second, what, "write float16 around it, as the FP16 files have"
         )
-    if kind not in _HALVES:
+    if kind not in HALVES:
         return
     low, high = HALF_HEADS
     if attention.size and (not low <= attention.size <= high or attention.size % HALF_STEP):

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from onnx import TensorProto
 
 from ospq_export.onnx.lint.findings import Finding, different, name_of, refusal, warning
-from ospq_export.onnx.lint.network import CODES, Network, shown
+from ospq_export.onnx.lint.network import CODES, HALVES, Network, shown
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, QUANTIZE
 
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 # ReduceSum has had its axes as an input since opset 13, which the importers know.
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Elu", "HardSwish", "PRelu")
@@ -70,7 +69,7 @@ def half_quantizers(network: Network) -> Iterator[Finding]:
     if network.graph.opset >= _HALF_QUANTIZERS:
         return
     for pair in network.pairs.values():
-        kinds = {network.types.get(name, 0) for name in (pair.scale, pair.data)} & set(_HALVES)
+        kinds = {network.types.get(name, 0) for name in (pair.scale, pair.data)} & set(HALVES)
         if kinds and pair.node.op_type in (QUANTIZE, DEQUANTIZE):
             what = f"{shown(min(kinds))} in opset {network.graph.opset}: ONNX has it in Q and DQ from 19 on"
             yield warning("quantizer-half", pair.node, what, "write opset 19, or float32 around Q and DQ")

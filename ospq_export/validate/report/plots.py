@@ -1,10 +1,8 @@
-"""Plots of the report as inline SVG: colours are CSS variables of the page, so one drawing serves light and dark."""
+"""Plots of the report as inline SVG."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from ospq_export.tasks.comparison import Comparison
 from ospq_export.validate.codes.records import Location, QuantizerComparison, WeightComparison
+from ospq_export.validate.report.drawing import FAINT, FILL, INK, SERIES, STYLE, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,50 +25,21 @@ if TYPE_CHECKING:
     from ospq_export.formats.base import Format
     from ospq_export.runs.manifest import OutlierRecord, SliceRecord
 
-# Colours that no drawing would use by itself: each stands for a variable of the page until the SVG is written.
-_INK, _FAINT, _FILL = "#000001", "#000002", "#000003"
-_SERIES = ("#000011", "#000012", "#000013", "#000014")
-_VARIABLES = {_INK: "ink", _FAINT: "line", _FILL: "fill", **{c: f"s{i}" for i, c in enumerate(_SERIES, 1)}}
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.5,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-}
-_styled = mpl.rc_context(_STYLE)
+_SERIES = SERIES[:4]
+_styled = mpl.rc_context(
+    {**STYLE, "font.family": "sans-serif", "font.size": 8.5, "lines.linewidth": 1.3, "lines.markersize": 3.5}
+)
 _NARROW, _HEIGHT = 4.6, 2.7
 _MOST_TICKS, _LONGEST_NAME = 40, 26
 _FEW_DECADES, _EVERY_LEVEL, _SHORT_LABEL = 100, 17, 20
 
 
 def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
-    """The figure as an <svg> element without a background; `name` makes its ids differ from other plots' on the page."""
+    """The figure for the page, with a legend above it where that is asked for."""
     if legend:
         longest = max(len(text) for axes in figure.axes for text in axes.get_legend_handles_labels()[1])
         figure.legend(loc="outside upper left", ncols=1 if longest > _SHORT_LABEL else 2)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Ids of groups ("axes_1") repeat from plot to plot; nothing refers to them.
-    text = re.sub(r'<g id="[^"]*_\d+">', "<g>", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    return drawing(figure, name)
 
 
 def _axes(width: float = _NARROW, height: float = _HEIGHT) -> tuple[Figure, Axes]:
@@ -118,7 +88,7 @@ def _margin_plot(comparisons: Sequence[Comparison]) -> str:
     figure, axes = _axes()
     found, reference = comparisons[0].margins, comparisons[0].reference
     edges = np.asarray(found.edges)
-    axes.stairs(found.images, edges, fill=True, color=_FILL, label="all images")
+    axes.stairs(found.images, edges, fill=True, color=FILL, label="all images")
     lines: dict[tuple[int, ...], list[str]] = {}
     for c in comparisons:
         lines.setdefault(tuple(c.margins.flips), []).append(c.deployed)
@@ -147,7 +117,7 @@ def sqnr_plot(location: Location) -> str:
     for label, key, marker, colour in series:
         values = [getattr(s, key) for s in location.slices]
         axes.plot([np.nan if v is None else v for v in values], rows, marker, color=colour, label=label)
-    axes.axvline(location.min_sqnr, color=_INK, lw=0.8, ls=":", label="limit, given equal inputs")
+    axes.axvline(location.min_sqnr, color=INK, lw=0.8, ls=":", label="limit, given equal inputs")
     _name_rows(axes, [s.name for s in location.slices])
     axes.set(xlabel="dB")
     return _svg(
@@ -171,8 +141,8 @@ def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]
     ends = {s.end for s in slices}
     for i, record in enumerate(profile):
         if record.kind == "cut" and record.name in ends:
-            upper.axvline(i, color=_INK, lw=0.6, ls=":")
-            lower.axvline(i, color=_INK, lw=0.6, ls=":")
+            upper.axvline(i, color=INK, lw=0.6, ls=":")
+            lower.axvline(i, color=INK, lw=0.6, ls=":")
     upper.set(ylabel="max / std")
     _plain_log(upper.yaxis)
     lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
@@ -238,7 +208,7 @@ def error_plot(slices: Sequence[SliceRecord]) -> str:
     at = np.arange(len(slices))
     before = np.maximum([s.error_before for s in slices], 1e-12)
     after = np.maximum([s.error_after for s in slices], 1e-12)
-    axes.hlines(at, after, before, color=_FAINT, lw=2)
+    axes.hlines(at, after, before, color=FAINT, lw=2)
     axes.semilogx(before, at, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
     axes.semilogx(after, at, "o", color=_SERIES[0], label="reconstructed", markersize=4)
     _name_rows(axes, [s.name for s in slices])
@@ -280,7 +250,7 @@ def class_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
         values: list[Any] = [row[column] for row in rows]
         if any(v is not None for v in values):
             axes.barh(at + offset, [v or 0 for v in values], 0.34, color=colour, label=label)
-    axes.axvline(0, color=_INK, lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(at, [row[0][:_LONGEST_NAME] for row in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
