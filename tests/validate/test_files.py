@@ -87,7 +87,7 @@ def test_a_file_and_its_like(run, tmp_path, data):
         for name in ("batch split", "thread count")
     }
     page = (tmp_path / "b.report" / "report.html").read_text()
-    assert "accuracy is kept" in page and "b.onnx" in page
+    assert "Ready to deploy" in page and "b.onnx against a.onnx" in page
 
 
 def test_a_file_that_lost_accuracy(run, tmp_path, data):

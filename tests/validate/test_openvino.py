@@ -332,7 +332,7 @@ def located(folder):
 def test_its_codes_are_those_of_the_network_at_four_bits(finished_runs, tmp_path):
     """Whatever it fuses or scales anew: with equal inputs, codes differ at rounding edges only."""
     found = located(Path(shutil.copytree(finished_runs["w4a4"], tmp_path / "run")))
-    assert found.faults == [] and len(found.quantizers) > 40
+    assert found.faults == [] and len(found.quantizers) > 30
     assert max(q.excess for q in found.quantizers) < 1e-3
 
 

@@ -223,7 +223,8 @@ def _latency(report: Report, best: BackendResult | None) -> Tile | None:
     if after is None or checked_file(ran) != ran:
         # The speed of a file that stands in for another says nothing.
         return None
-    before = _float_latency(found, TABLE[after.name].runtime)
+    # A device times the float file itself.
+    before = found.get(f"{after.name}, float") or _float_latency(found, TABLE[after.name].runtime)
     title = f"Latency (batch {after.batch_size})"
     if before is None:
         return Tile(title, "", f"{after.median_ms:.3g} ms", after.name)
