@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ospq_export.engines.targets import TARGETS, check_formats, find_target
-from ospq_export.errors import InputError
+from ospq_export.errors import InputError, refusal_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ospq_export.data import ClassChoice
     from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
+    from ospq_export.validate.verdict import Thresholds
 
 _WIDE = 160
 _DATA = (
@@ -233,6 +234,37 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
 
 
 @functools.cache
+def batch_sizes(text: str | None) -> list[int]:
+    """Batch sizes such as "1,8,32"; none where nothing is given.
+
+    Raises:
+        InputError: one is no whole number above 0.
+    """
+    sizes = _numbers(text, "--latency", int) or ()
+    if any(size < 1 for size in sizes):
+        raise InputError(f"a batch of {min(sizes)}", where=f"--latency {text}", fix="give sizes above 0")
+    return list(dict.fromkeys(sizes))
+
+
+def limits_of(**values: float | None) -> Thresholds:
+    """What is allowed; options that were not given keep their defaults.
+
+    Raises:
+        InputError: a value is impossible.
+    """
+    from pydantic import ValidationError
+
+    from ospq_export.validate.verdict import Thresholds
+
+    try:
+        return Thresholds.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        where = f"{option} {first['input']}"
+        raise InputError("the value is not possible", where=where, fix=refusal_of(first)) from error
+
+
 def _options() -> dict[str, str]:
     """What each setting is called on the command line, by its name in Python."""
     from ospq_export.cli.app import app

@@ -12,14 +12,13 @@ import typer
 from ospq_export.cli import options
 from ospq_export.cli.elsewhere import run_device, server_of
 from ospq_export.cli.files import as_options, print_report, run_files
-from ospq_export.cli.options import class_choice, data_settings
-from ospq_export.errors import InputError, refusal_of
+from ospq_export.cli.options import batch_sizes, class_choice, data_settings, limits_of
+from ospq_export.errors import InputError
 from ospq_export.world.threads import use_threads
 
 if TYPE_CHECKING:
     from ospq_export.data import ImageSet, StreamSet
     from ospq_export.validate.report.model import Report
-    from ospq_export.validate.verdict import Thresholds
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +87,8 @@ def validate(
     code_images: Annotated[
         int, typer.Option(min=0, help="Images the codes are compared on; 0 leaves it out.")
     ] = 32,
-    latency_batches: Annotated[
-        list[int] | None,
-        typer.Option("--latency-batch", min=1, help="Batch size to time; repeat for several. Default: none."),
+    latency: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Batch sizes to time, like 1,8,32. Default: none.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="With --backend triton: the server, http://HOST:8000.")
@@ -118,6 +116,10 @@ def validate(
             help="Also FILE.json for Polygraphy: outputs of 8 images; the images in FILE.inputs.json."
         ),
     ] = None,
+    engine_debug: Annotated[
+        bool,
+        typer.Option("--engine-debug", help="Build each engine again, open: where does it differ inside?"),
+    ] = False,
     no_images: Annotated[
         bool, typer.Option("--no-images", help="No picture of an image in report.html; file names stay.")
     ] = False,
@@ -139,7 +141,7 @@ def validate(
     from ospq_export.runs.run import Run
     from ospq_export.validate.preflight import images_of
 
-    thresholds = _thresholds(
+    thresholds = limits_of(
         max_drop=max_drop,
         confidence=confidence,
         min_agreement=min_agreement,
@@ -186,10 +188,11 @@ def validate(
         **common,
         backends=backends or None,
         code_images=code_images,
-        latency_batches=latency_batches,
+        latency=batch_sizes(latency),
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
         save_outputs=save_outputs,
+        engine_debug=engine_debug,
         server=server,
         device=device,
     )
@@ -201,7 +204,8 @@ _OF_DEVICES = (
     *("max_top1_difference", "min_agreement", "significance", "max_error"),
 )
 _OF_RUNS = (
-    *("backends", "code_images", "latency_batches", "baseline", "fp16", "device", "save_outputs"),
+    *("backends", "code_images", "latency", "baseline", "fp16", "device", "save_outputs"),
+    *("engine_debug",),
     *("url", "triton_model", "device_result"),
 )
 
@@ -279,22 +283,3 @@ def run_validate(
     page = write_documents(run, shown, images, pictures=pictures)
     print_report(shown, page, as_json)
     return report
-
-
-def _thresholds(**values: float | None) -> Thresholds:
-    """What is allowed; options that were not given keep their defaults.
-
-    Raises:
-        InputError: a value is impossible.
-    """
-    from pydantic import ValidationError
-
-    from ospq_export.validate.verdict import Thresholds
-
-    try:
-        return Thresholds.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        where = f"{option} {first['input']}"
-        raise InputError("the value is not possible", where=where, fix=refusal_of(first)) from error

@@ -6,7 +6,7 @@ there the builder gets its flags for FP16 and INT8. No calibrator or implicit qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ class BuildSettings:
         hardware_compatibility: "ampere_plus" or "same_compute_capability" (TensorRT), or None.
         workspace_mib: the most scratch memory a layer may use, in MiB; None leaves the product's default.
         timing_cache: file that measurements are read from and added to (TensorRT).
+        tf32: whether float32 products may be computed in TF32, as both products do by default.
     """
 
     product: Product
@@ -60,6 +61,7 @@ class BuildSettings:
     hardware_compatibility: str | None = None
     workspace_mib: int | None = None
     timing_cache: Path | None = None
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,26 @@ class Built:
     log: list[Message]
 
 
-def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = None) -> Built:
+def build(
+    onnx_file: Path,
+    settings: BuildSettings,
+    progress: Progress | None = None,
+    outputs: Sequence[str] = (),
+) -> Built:
     """Parse an ONNX file and build an engine from it, in memory, through Polygraphy.
+
+    Args:
+        onnx_file: what the engine computes.
+        settings: how it is built.
+        progress: where to show the builder's phases.
+        outputs: names of tensors that the engine returns in place of the file's own outputs; none keeps those.
 
     Raises:
         InputError: the product is missing, a setting is not for it, the parser or the builder refuses: with its reason.
     """
     check_settings(settings)
     trt, log = load(settings.product), recorder(settings.product)
-    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.backend.trt import EngineBytesFromNetwork, ModifyNetworkOutputs, NetworkFromOnnxPath
 
     try:
         onnx_file.open("rb").close()
@@ -89,7 +102,11 @@ def build(onnx_file: Path, settings: BuildSettings, progress: Progress | None = 
         # By its path: weights beside the file are found only so.
         parse = NetworkFromOnnxPath(str(onnx_file), strongly_typed=_strongly_typed(trt))
         parsed = _told(parse, log, "the ONNX parser refuses the file", onnx_file)
+        if outputs:
+            parsed = ModifyNetworkOutputs(parsed, list(outputs))()
         config = _config(trt, settings, onnx_file, parsed, progress)
+        if not settings.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
         cache = None
         if settings.timing_cache is not None:
             cache = str(files.enter_context(replacing(settings.timing_cache)))

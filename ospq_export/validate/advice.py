@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ospq_export.tasks.comparison import Comparison
+from ospq_export.validate.executions.probes import OPENED
 from ospq_export.validate.executions.table import UNOPTIMIZED
 from ospq_export.validate.verdict import Criterion, Judgement, Thresholds, Verdict
 
@@ -54,7 +55,8 @@ def _on_faithful(judged: Judgement) -> str:
     if judged.outcome == "open":
         return _on_open(judged, "`min_agreement`")
     missed = {c.name for c in judged.criteria if c.outcome == "missed"}
-    codes = {c.name: c.outcome for c in judged.criteria}.get("codes")
+    found = {c.outcome for c in judged.criteria if c.name == "codes"}
+    codes = "missed" if "missed" in found else next(iter(found), None)
     if "compared" in missed:
         return (
             "Give it something to be compared with: validate where torch can rebuild the network, or add "
@@ -64,6 +66,17 @@ def _on_faithful(judged: Judgement) -> str:
         return (
             "Do not deploy it. If its float parts are FP16, deploy the file with FP32 parts; if not, the evidence says in which "
             "slice it begins."
+        )
+    if missed & {"rows", "repeats"}:
+        return (
+            "Do not deploy it in this runtime: one image has several results there. Build or run it with batch 1, or in another "
+            "version of the runtime."
+        )
+    wrong = [c.deployed for c in judged.criteria if c.name == "codes" and c.outcome == "missed"]
+    if wrong and all(name.endswith(OPENED) for name in wrong):
+        return (
+            "Do not deploy this engine. The file is right; the engine computes something else, from the slice named here on: "
+            "build it with another version of the product."
         )
     if codes == "missed":
         return (

@@ -31,6 +31,7 @@ from ospq_export.validate.report.assemble import Evidence, Subject, assemble
 from ospq_export.validate.report.model import Provenance, Report, stamped
 from ospq_export.validate.shards import Samples
 from ospq_export.validate.stage import choose_images, collect
+from ospq_export.validate.steadiness import steady_of
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO
 from ospq_export.world.processor import examine_processor, machine_name
@@ -156,6 +157,7 @@ def validate_files(
         locations=[],
         seen=0,
         measure=measured,
+        steadiness=steady_of(backends, references, samples.first, measured.vary),
     )
     subject = Subject(found.name, images.class_to_idx, _provenance(float_file, deployed_file, out))
     report = assemble(subject, evidence, thresholds or Thresholds())

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ospq_export.graph.sizes import shown
 from ospq_export.runs.files import UINT8_ACTIVATIONS_ONNX, checked_file
+from ospq_export.tasks.distances import distances
+from ospq_export.tasks.statistics import FloatArray
+from ospq_export.validate.codes.records import Location
 from ospq_export.validate.executions.backends import Backend
-from ospq_export.validate.executions.table import TABLE, Runtime
+from ospq_export.validate.executions.probes import OPENED
+from ospq_export.validate.executions.table import FLOAT, TABLE, Role, Runtime
+from ospq_export.validate.verdict import Criterion
 from ospq_export.world.processor import PRECISE_KERNELS, examine_processor
+
+# A float network in FP16 or TF32 is a thousandth off; one that is so far off is broken (ours).
+_BROKEN = 0.05
 
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
@@ -56,3 +66,38 @@ def size_findings(run: Run) -> list[str]:
     own = run.data.input_size[1:]
     others = " and ".join(shown(end) for end in sizes.ends if end != own)
     return [f"judged at {shown(own)} alone, and the run takes {sizes}: validate it at {others} too"]
+
+
+def baseline_findings(executions: Sequence[Backend], images: FloatArray | None) -> list[str]:
+    """Float files that are broken: what is lost against them, or gained in speed, says nothing of quantization.
+
+    Args:
+        executions: the float network in torch among them, or nothing is judged.
+        images: float32 (N, C, H, W), a few.
+    """
+    known = {e.name: e for e in executions}
+    if images is None or FLOAT not in known:
+        return []
+    expected = known[FLOAT](images)
+    found = []
+    for e in (e for e in executions if e.name in TABLE and TABLE[e.name].role is Role.FLOAT_FILE):
+        given = e(images)
+        off = max(float(distances(expected[n], given[n])[:, 0].mean()) for n in expected)
+        if not off <= _BROKEN:
+            how = f"{100 * off:.3g} % off the float network" if np.isfinite(off) else "not finite"
+            found.append(f"{e.name} is no baseline: {e.detail['file']} gives outputs that are {how}")
+    return found
+
+
+def engine_findings(criteria: Sequence[Criterion], locations: Sequence[Location]) -> list[str]:
+    """Engines that differ while their opened copies do not: the tensors that are returned undo the fusion that is at fault."""
+    missed = {c.deployed for c in criteria if c.outcome == "missed"}
+    opened = [
+        x.deployed.removesuffix(OPENED) for x in locations if x.deployed.endswith(OPENED) and not x.faults
+    ]
+    return [
+        f"{name} differs from its reference and {name}{OPENED} does not: the fault lies in what the engine fuses, "
+        "which returning inner tensors undoes"
+        for name in opened
+        if name in missed
+    ]

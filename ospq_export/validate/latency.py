@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from ospq_export.tasks.statistics import FloatArray, Record
 from ospq_export.validate.executions.backends import Backend
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 2, 3, 50, 1.0
+# Less of a gain is within what medians of one machine move by (ours).
+_FASTER = 0.95
+_SHOWN = 3
 
 
 class Latency(Record):
@@ -21,6 +24,8 @@ class Latency(Record):
         pieces: in how many pieces the execution takes the batch, where its file has a fixed batch size.
         median_ms: of the whole batch, host to host, milliseconds.
         p90_ms: 90th percentile.
+        p99_ms: 99th percentile; None where a device did not tell.
+        graph_ms: median of the batch on the GPU alone, replayed as a CUDA graph; None where that is not to be had.
         images_per_second: batch size over the median.
         calls: how many were timed, after the warm-up.
     """
@@ -30,8 +35,50 @@ class Latency(Record):
     pieces: int = 1
     median_ms: float
     p90_ms: float
+    p99_ms: float | None = None
+    graph_ms: float | None = None
     images_per_second: float
     calls: int
+
+
+def _timed(call: Callable[[], object]) -> list[float]:
+    """Seconds of each call, after a warm-up."""
+    for _ in range(_WARM_UP):
+        call()
+    seconds: list[float] = []
+    while len(seconds) < _FEWEST or (len(seconds) < _MOST and sum(seconds) < _SECONDS):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def not_faster(
+    latencies: Sequence[Latency], baselines: Mapping[str, str], costs: Callable[[str], str]
+) -> list[str]:
+    """Deployed executions that are not faster than the float network, with what costs the time.
+
+    Args:
+        latencies: of all executions.
+        baselines: deployed execution -> the float one that it has to beat.
+        costs: of a deployed execution: what in it costs time, in words.
+    """
+    found, lines = {(x.name, x.batch_size): x for x in latencies}, []
+    for x in latencies:
+        other = found.get((baselines.get(x.name, ""), x.batch_size))
+        if other is not None and x.median_ms > _FASTER * other.median_ms:
+            why = f": {said}" if (said := costs(x.name)) else ""
+            lines.append(
+                f"{x.name} is not faster than {other.name} at batch {x.batch_size} "
+                f"({x.median_ms:.3g} ms against {other.median_ms:.3g} ms){why}"
+            )
+    return lines
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Operators with their reasons; of many the first few."""
+    said = ", ".join(f"{name} ({why})" for name, why in list(reasons.items())[:_SHOWN])
+    return f"{said} and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else said
 
 
 def check_batches(executions: Sequence[Backend], sizes: Sequence[int]) -> None:
@@ -46,7 +93,7 @@ def check_batches(executions: Sequence[Backend], sizes: Sequence[int]) -> None:
         if padded:
             raise InputError(
                 f"{execution.name} takes batches of {fixed} only: a batch of {padded[0]} would be padded, its time wrong",
-                where=f"`latency_batches` {padded[0]}",
+                where=f"`latency` {padded[0]}",
                 fix=f"time a multiple of {fixed}, or export with another `batch_size`",
             )
 
@@ -60,13 +107,9 @@ def measure(execution: Backend, images: FloatArray, batch_size: int) -> Latency:
         batch_size: 1 or more.
     """
     batch = np.ascontiguousarray(images[np.arange(batch_size) % len(images)])
-    for _ in range(_WARM_UP):
-        execution(batch)
-    seconds: list[float] = []
-    while len(seconds) < _FEWEST or (len(seconds) < _MOST and sum(seconds) < _SECONDS):
-        started = time.perf_counter()
-        execution(batch)
-        seconds.append(time.perf_counter() - started)
+    seconds = _timed(lambda: execution(batch))
+    graphed = getattr(execution, "graphed", None)
+    replay = None if graphed is None else graphed(batch)
     median = float(np.median(seconds))
     return Latency(
         name=execution.name,
@@ -74,6 +117,8 @@ def measure(execution: Backend, images: FloatArray, batch_size: int) -> Latency:
         pieces=batch_size // (execution.fixed_batch or batch_size),
         median_ms=median * 1e3,
         p90_ms=float(np.percentile(seconds, 90)) * 1e3,
+        p99_ms=float(np.percentile(seconds, 99)) * 1e3,
+        graph_ms=None if replay is None else float(np.median(_timed(replay))) * 1e3,
         images_per_second=batch_size / median,
         calls=len(seconds),
     )

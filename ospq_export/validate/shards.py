@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +14,11 @@ from ospq_export.errors import InputError
 from ospq_export.runs.tensors import image_digests
 from ospq_export.tasks.measure import Collector, Outputs, Variation
 from ospq_export.tasks.statistics import FloatArray
-from ospq_export.validate.codes.locate import Locator, Reference, places_of
+from ospq_export.validate.codes.locate import Locator, Reference
 from ospq_export.validate.codes.records import Location
 from ospq_export.validate.executions.backends import TorchBackend
 from ospq_export.validate.executions.chosen import Executions
-from ospq_export.validate.executions.probes import open_probed
+from ospq_export.validate.executions.probes import Probed, open_probed
 from ospq_export.validate.executions.table import FAKE_QUANT, TABLE, Role, provider_of
 from ospq_export.validate.floor import FloorMeter, Meter, NoiseFloor
 from ospq_export.validate.saved import SavedOutputs
@@ -29,7 +27,7 @@ from ospq_export.world.processes import World
 if TYPE_CHECKING:
     from ospq_export.runs.run import Run
 
-_LOCATION_BATCH, _LATENCY_IMAGES = 8, 8
+_LATENCY_IMAGES = 8
 
 
 class Samples:
@@ -95,7 +93,11 @@ class Samples:
 
 
 def locate(
-    run: Run, references: Mapping[str, str], kept: Sequence[FloatArray], device: str
+    run: Run,
+    references: Mapping[str, str],
+    kept: Sequence[FloatArray],
+    device: str,
+    inside: Mapping[str, Probed] | None = None,
 ) -> list[Location]:
     """Codes of every quantized file on the kept images; once, because graph optimisations do not change what a file says.
 
@@ -104,32 +106,20 @@ def locate(
         references: deployed execution -> what it is compared with.
         kept: images, (n, C, H, W) each; none leaves the comparison out.
         device: torch device.
+        inside: engines that return their inner tensors, by name.
     """
     shown = [TABLE[name] for name in references if TABLE[name].shows_codes]
     held = [e for e in shown if TABLE[references[e.name]].role is Role.SIMULATED]
     files = dict.fromkeys(str(execution.file) for execution in held)
-    if not files or not kept:
+    if not (files or inside) or not kept:
         return []
-    network, slices, sample = run.quantized_graph().module, run.manifest.slices, np.concatenate(kept)
-    reference = Reference(
-        network=network,
-        exact=copy.deepcopy(network).double(),
-        original=run.captured(),
-        places=places_of(network, run.slices()),
-        slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
-    )
-    return [_locate(run.runnable(name), reference, sample, device) for name in files]
-
-
-def _locate(path: Path, reference: Reference, sample: FloatArray, device: str) -> Location:
-    probed = open_probed(path, reference.wanted, optimize=False, provider=provider_of(device))
-    locator, size = Locator(reference, probed, path.name), probed.batch_size or _LOCATION_BATCH
-    for start in range(0, max(len(sample) - size + 1, 1), size):
-        part = sample[start : start + size]
-        if len(part) < size and probed.batch_size:
-            part = part[np.arange(size) % len(part)]
-        locator.add(part)
-    return locator.result()
+    reference, provider = Reference.of(run), provider_of(device)
+    paths = [run.runnable(name) for name in files]
+    opened = {p.name: open_probed(p, reference.wanted, optimize=False, provider=provider) for p in paths}
+    locators = [Locator(reference, probed, name) for name, probed in {**opened, **(inside or {})}.items()]
+    for locator in locators:
+        locator.add_all(np.concatenate(kept))
+    return [locator.result() for locator in locators]
 
 
 def share_of(world: World, count: int, batch_size: int) -> range:

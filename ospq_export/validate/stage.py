@@ -16,17 +16,22 @@ from ospq_export.progress import stepper
 from ospq_export.runs.files import REPORT, write_json
 from ospq_export.tasks.choice import TASKS
 from ospq_export.tasks.measure import Collector, Measure
+from ospq_export.validate.codes.locate import Reference
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import open_baseline, open_executions, pairs_of
+from ospq_export.validate.executions.inside import open_inside
 from ospq_export.validate.executions.origin import check_preprocessing
-from ospq_export.validate.executions.table import TABLE, Role, Runtime, with_role
+from ospq_export.validate.executions.probes import Probed
 from ospq_export.validate.executions.triton import Server
-from ospq_export.validate.latency import check_batches, measure
+from ospq_export.validate.findings import baseline_findings
+from ospq_export.validate.latency import Latency, check_batches
 from ospq_export.validate.preflight import check_batch_memory, check_request
 from ospq_export.validate.report.assemble import Evidence, assemble, subject_of
 from ospq_export.validate.report.model import Report, stamped
 from ospq_export.validate.saved import SavedOutputs
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
+from ospq_export.validate.steadiness import steady_of
+from ospq_export.validate.timing import float_files, time_all
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.processes import SOLO, World
 
@@ -49,10 +54,11 @@ def validate(
     decision_threshold: float | None = None,
     floor_images: int = 1000,
     code_images: int = 32,
-    latency_batches: Sequence[int] = (),
+    latency: Sequence[int] = (),
     float_type: str = "fp32",
     baseline: Run | None = None,
     save_outputs: Path | None = None,
+    engine_debug: bool = False,
     server: Server | None = None,
     provenance: bool = False,
     progress: Progress | None = None,
@@ -73,11 +79,12 @@ def validate(
         decision_threshold: of a network with one logit, which stands for two classes: the second one above it; None is 0.
         floor_images: images on which the noise floor is measured, spread over all; 0 leaves it out.
         code_images: images on which codes are compared, spread over all; 0 leaves that out.
-        latency_batches: batch sizes to time every execution at, and the float baselines that were exported.
+        latency: batch sizes to time every execution at, and the float baselines that were exported.
         float_type: "fp16" adds model_qdq_fp16.onnx and the fake-quantized network with FP16 float parts, which it and the engines
             are compared with.
         baseline: another run to compare with on the same images; the verdict is about `run` alone.
         save_outputs: file for every execution's outputs of the first images, as Polygraphy's `RunResults`; the images go beside.
+        engine_debug: whether a second engine is built of each one, whose inner tensors are compared like those of files.
         server: where a model is served, for the execution "triton".
         provenance: whether date and host are recorded.
         progress: where to show a progress bar.
@@ -95,7 +102,10 @@ def validate(
     check_batch_memory(_most(images, limit or batch_size), batch_size, images.config.input_size)
     executions = open_executions(run, backends, device, float_type, server)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
-    check_batches(executions.backends, latency_batches)
+    check_batches(executions.backends, latency)
+    inside: dict[str, Probed] = {}
+    if engine_debug:
+        inside = open_inside(run, executions.backends, Reference.of(run).wanted, progress)
     references = executions.references(float_type)
     chosen = choose_images(images, limit, world, max(1, floor_images))
     images, count = chosen.images, len(chosen.places)
@@ -135,16 +145,19 @@ def validate(
         references=references,
         uncompared=executions.uncompared(float_type),
         floor=samples.floor(),
-        locations=locate(run, references, samples.kept, device),
+        locations=locate(run, references, samples.kept, device, inside),
         seen=samples.seen,
         measure=measured,
+        steadiness=steady_of(executions.backends, references, samples.first, measured.vary),
     )
-    subject = subject_of(run, evidence)
-    report = assemble(subject, evidence, thresholds or Thresholds(), baseline)
-    if latency_batches and samples.first is not None:
-        opened = [*everything, *_float_files(run, everything, device)]
-        timed = [measure(e, samples.first, size) for e in opened for size in latency_batches]
-        report = report.model_copy(update={"latencies": timed})
+    files = float_files(run, everything, device) if latency else []
+    findings = baseline_findings([*executions.backends, *files], samples.first)
+    timed: list[Latency] = []
+    if latency and samples.first is not None:
+        timed, slow = time_all(run, [*everything, *files], samples.first, latency, device)
+        findings += slow
+    report = assemble(subject_of(run, evidence, findings), evidence, thresholds or Thresholds(), baseline)
+    report = report.model_copy(update={"latencies": timed})
     report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))
     if saved is not None:
@@ -197,14 +210,6 @@ def choose_images(
         return Chosen(images, range(nominal), None, remarks)
     drawn = images.drawn(limit)
     return Chosen(drawn, range(len(drawn)), None, [*remarks, "were drawn at random from a stream"])
-
-
-def _float_files(run: Run, executions: Sequence[Backend], device: str) -> list[Backend]:
-    """Every float file of the run that is not among its executions; in OpenVINO, too, where that executes another file."""
-    names = {e.name for e in executions}
-    runtimes = {Runtime.ONNX_RUNTIME, *(TABLE[name].runtime for name in names & set(TABLE))}
-    missing = [TABLE[name] for name in with_role(Role.FLOAT_FILE) if name not in names]
-    return [e.open(run, device) for e in missing if e.file in run.manifest.files and e.runtime in runtimes]
 
 
 def collect(

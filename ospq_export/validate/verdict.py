@@ -57,7 +57,7 @@ class Criterion(Record):
 
     Attributes:
         deployed: the execution, or the file whose codes were compared.
-        name: "agreement" or "outputs", "top1", "codes", "logits", "finite", "compared" or "accuracy".
+        name: "agreement" or "outputs", "top1", "codes", "logits", "finite", "compared", "rows", "repeats" or "accuracy".
         outcome: `met`, `missed`, or `open`: too few images to tell.
         by: what decided.
         text: in words, with the figures.

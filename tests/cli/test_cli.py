@@ -299,7 +299,7 @@ def test_backends_by_name(capsys, images, copy):
         run(capsys, *options, "--backend", "fake_quant"),
         "no verdict without a deployed execution: fake_quant is none",
     )
-    assert_refused(run(capsys, *options, "--latency-batch", 6), "a batch of 6 would be padded")
+    assert_refused(run(capsys, *options, "--latency", 6), "a batch of 6 would be padded")
     assert_refused(run(capsys, *options, "--decision-threshold", 1), "the largest one decides")
 
 

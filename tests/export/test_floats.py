@@ -12,10 +12,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from ospq_export.calibrate.observe import observe
+from ospq_export.engines.build import BuildSettings, build
+from ospq_export.engines.products import Product
 from ospq_export.errors import InputError
 from ospq_export.export.expand import needs_expansion, write_expanded
 from ospq_export.export.lower import finishers
-from ospq_export.export.lower.graph import highest_opset
+from ospq_export.export.lower.graph import highest_opset, probe_names
 from ospq_export.export.lower.graph import lower as lowered
 from ospq_export.formats.base import Role
 from ospq_export.formats.choice import Choice
@@ -27,6 +29,7 @@ from ospq_export.models.timm import create_model
 from ospq_export.onnx.names import DYNAMIC_QUANTIZE
 from ospq_export.onnx.write import write_onnx
 from ospq_export.recipes import load_recipe
+from ospq_export.validate.executions.probes import BLOCK_SCALES, CODES, inner_tensors, read_proto
 
 FP8 = Choice("fp8", "fp8", "fp8", "fp8")
 NVFP4 = Choice("nvfp4", "nvfp4", "fp8", "fp8")
@@ -41,14 +44,16 @@ class Written:
         observe(self.network, images, batch_size=16, seed=0)
         self.network.set_mode(Mode.QUANTIZE)
         self.path = self.runnable = folder / "model.onnx"
+        probes = probe_names(self.network, [])
         write_onnx(
-            lowered(self.network),
+            lowered(self.network, probes),
             self.path,
             input_size=tuple(images.shape[1:]),
             batch_size=batch_size,
             metadata={},
             opset=highest_opset(self.network),
             passes=finishers(self.network),
+            probes=list(probes.values()),
         )
         self.model = onnx.load(str(self.path))
         if needs_expansion(onnx_ir.load(self.path)):
@@ -325,3 +330,19 @@ def test_unknown_names_are_refused_with_the_list(overrides):
     with pytest.raises(InputError, match=r"no format 'fp9'.*") as refused:
         load_recipe("w4a8", overrides).formats()
     assert str(refused.value).endswith(": use fp8, int2, int3, int4, int5, int6, int7, int8, nvfp4 or float")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "capability"), [("fp8", "SM89"), ("nvfp4", "SM120")])
+def test_an_engine_can_return_what_is_inside(written, name, capability):
+    """Codes of FP8 and scales of blocks; FP4 has no type outside of an engine."""
+    one = written[name]
+    quantizers = one.network.activations.values()
+    inside = [f"{a.name}{kind}" for a in quantizers for kind in (CODES, BLOCK_SCALES)]
+    found = inner_tensors(read_proto(one.path), one.path, frozenset(inside))
+    codes = [a.name for a in quantizers if a.format.name == "fp8"]
+    assert {n for n in found.present if n.endswith(CODES)} == {f"{n}{CODES}" for n in codes} and codes
+    batch = (1, 4, 4) if name == "fp8" else None
+    settings = BuildSettings(Product.TENSORRT_RTX, batch, (capability,), tf32=False)
+    built = build(one.path, settings, outputs=[*found.returned, *found.present])
+    assert all(tensor.encode() in built.plan for tensor in found.present)

@@ -1,6 +1,5 @@
 """OpenVINO as an execution: what it is told, what it multiplies, what it refuses, and that it tells nobody."""
 
-import copy
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from ospq_export.demo import demo_images
 from ospq_export.errors import InputError
 from ospq_export.runs.run import Run
 from ospq_export.validate import latency, validate
-from ospq_export.validate.codes.locate import Locator, Reference, places_of
+from ospq_export.validate.codes.locate import Locator, Reference
 from ospq_export.validate.executions import openvino as ours
 from ospq_export.validate.executions.backends import in_batches
 from ospq_export.validate.executions.chosen import open_executions
@@ -299,14 +298,7 @@ def test_unfaulted_run_is_faithful(run_copy):
 def located(folder):
     """Codes and slices of the file as OpenVINO itself computes them, on 4 images."""
     run = Run.open(folder)
-    graph, slices = run.quantized_graph().module, run.manifest.slices
-    reference = Reference(
-        network=graph,
-        exact=copy.deepcopy(graph).double(),
-        original=run.captured(),
-        places=places_of(graph, run.slices()),
-        slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
-    )
+    reference = Reference.of(run)
     model = onnx.load(str(run.file("model.onnx")))
     returned = {o.name for o in model.graph.output}
     names = [o for n in model.graph.node for o in n.output if o in reference.wanted - returned]
@@ -373,7 +365,7 @@ def test_the_float_file_is_the_float_network_and_is_timed_beside_it(run_copy, mo
     np.testing.assert_allclose(expected, backend(x)["logits"], atol=1e-4)
     assert backend.findings == []
     monkeypatch.setattr(latency, "_SECONDS", 0.0)
-    options = {"limit": 8, "floor_images": 0, "code_images": 0, "latency_batches": [1]}
+    options = {"limit": 8, "floor_images": 0, "code_images": 0, "latency": [1]}
     timed = {}
     for name in (OPENVINO, UNOPTIMIZED):
         report = validate(run, demo_images("test", run.manifest.data), backends=[name], **options)

@@ -52,7 +52,7 @@ def validated(finished_runs, tmp_path_factory):
         "limit": LIMIT,
         "floor_images": 20,
         "code_images": 2,
-        "latency_batches": (2,),
+        "latency": (2,),
         "batch_size": 30,
     }
     report = validate(run, images, backends=chosen, baseline=other, **options)
@@ -459,6 +459,18 @@ def test_weights_in_the_report(validated):
 def test_latencies_have_the_float_baseline_beside_them(validated):
     found = {(x.name, x.batch_size) for x in validated[1].latencies}
     assert found >= {(OPTIMIZED, 2), ("onnxruntime-fp32", 2), (FLOAT, 2)}
+
+
+def test_what_is_not_faster_than_float_is_a_finding(validated):
+    _, report, _ = validated
+    took = {x.name: x.median_ms for x in report.latencies}
+    slow = {
+        name
+        for name in (OPTIMIZED, UNOPTIMIZED)
+        if name in took and took[name] > 0.95 * took["onnxruntime-fp32"]
+    }
+    lines = [line for line in report.findings if "is not faster than onnxruntime-fp32 at batch 2" in line]
+    assert {line.split()[0] for line in lines} == slow
 
 
 @pytest.mark.slow

@@ -7,10 +7,13 @@ so a difference belongs to the stretch of graph right before it. That one decide
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -28,6 +31,10 @@ from ospq_export.validate.codes.records import (
 )
 from ospq_export.validate.executions.probes import BLOCK_SCALES, CODES, OUTPUT, Probed
 
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
+
+_BATCH = 8
 # Limits in float32 and in FP16; ours. With equal inputs ONNX Runtime stayed within 4e-5 steps of a rounding edge and above 120 dB
 # in float32; a scale that is 2 % off moves a 4-bit code by 0.1 steps and a residual sum to below 60 dB.
 # Those of FP16 follow from its 13 bits less.
@@ -102,6 +109,18 @@ class Reference:
     places: list[Place]
     slice_of: Mapping[str, str]
 
+    @classmethod
+    def of(cls, run: Run) -> Reference:
+        """The torch side of a run."""
+        network, slices = run.quantized_graph().module, run.manifest.slices
+        return cls(
+            network=network,
+            exact=copy.deepcopy(network).double(),
+            original=run.captured(),
+            places=places_of(network, run.slices()),
+            slice_of={q.name: slices[q.slice].name for q in run.manifest.quantizers},
+        )
+
     @property
     def wanted(self) -> frozenset[str]:
         """Names of the inner tensors that a deployed file should have."""
@@ -135,6 +154,15 @@ class Locator:
             for name, value in self._plain(self.reference.exact, x.double()).items():
                 self.power["floor", name].add(outputs[name], value)
             self._equal_inputs(x, tensors)
+
+    def add_all(self, images: FloatArray) -> None:
+        """Compare on images (N, C, H, W) float32, N >= 1, in batches that the file takes."""
+        size = self.probed.batch_size or _BATCH
+        for start in range(0, max(len(images) - size + 1, 1), size):
+            part = images[start : start + size]
+            if len(part) < size and self.probed.batch_size:
+                part = part[np.arange(size) % len(part)]
+            self.add(part)
 
     def _plain(self, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}

@@ -1,79 +1,83 @@
-"""TensorRT and TensorRT-RTX engines, run by Polygraphy; tensors live in torch's CUDA memory."""
+"""TensorRT and TensorRT-RTX engines of a run, held to their sidecars."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ospq_export.engines.products import Product, load, load_engine, quiet_polygraphy
+from ospq_export.engines.build import BuildSettings, build
+from ospq_export.engines.products import Product, load
 from ospq_export.engines.targets import gpu_here
 from ospq_export.errors import InputError, reason_of
-from ospq_export.runs.files import ENGINES, QUANTIZED_ONNX, UNNAMED_ENGINE, sha256, sidecar_file
-from ospq_export.tasks.measure import Outputs
-from ospq_export.tasks.statistics import FloatArray
+from ospq_export.runs.files import (
+    ENGINES,
+    FLOAT_ONNX,
+    HALF_ONNX,
+    QUANTIZED_ONNX,
+    UNNAMED_ENGINE,
+    sha256,
+    sidecar_file,
+)
+from ospq_export.validate.executions.loaded import LoadedEngine
+from ospq_export.validate.latency import listed
+
+if TYPE_CHECKING:
+    from ospq_export.runs.run import Run
 
 _AMPERE = 80
 
 
-class EngineBackend:
-    """A serialized engine on the current CUDA device, in fixed batches.
+class EngineBackend(LoadedEngine):
+    """An engine of a run.
 
     Args:
         name: a product, also how the report calls it.
         path: the engine; its sidecar lies beside it as <file>.json.
+
+    Attributes:
+        source: name of the ONNX file that it was built from.
+        slow: what in its plan costs time, in words; empty where nothing does.
 
     Raises:
         InputError: no file, package or GPU; a sidecar that belongs to another engine; an engine that does not load.
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
-        product = Product(name)
         sidecar = _sidecar(path)
+        self.path, self.source = path, _source(sidecar)
+        self.slow = slow_layers(sidecar.get("fusion", {}))
         _check_gpu(name)
         # Last of the checks: it decides which product this process can run.
-        trt = load(product)
-        self.engine = load_engine(product, path)
-        from polygraphy.backend.trt import TrtRunner
-
-        self.runner = TrtRunner(self.engine, name=name)
-        with quiet_polygraphy():
-            self.runner.activate()
-        tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        inputs = [t for t in tensors if self.engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
-        self.input, self.outputs = inputs[0], [t for t in tensors if t not in inputs]
-        fixed = int(self.engine.get_tensor_shape(self.input)[0])
-        self.fixed_batch = fixed if fixed > 0 else None
-        self.batch_size = int(self.engine.get_tensor_profile_shape(self.input, 0)[2][0])
-        self.detail = {
-            "runtime": f"{product.module} {trt.__version__}",
-            "device": torch.cuda.get_device_name(),
-            "file": path.name,
-            "bytes": str(path.stat().st_size),
-            **{f"sidecar.{k}": str(value) for k, value in sidecar.items() if isinstance(value, str | int)},
+        super().__init__(name, Product(name), path, (path.name, path.stat().st_size))
+        self.detail |= {
+            f"sidecar.{k}": str(value) for k, value in sidecar.items() if isinstance(value, str | int)
         }
 
-    def __call__(self, images: FloatArray) -> Outputs:
-        """The outputs by name, float32 (B, ...) each, of images (B, C, H, W) float32."""
-        x = torch.from_numpy(images).cuda()
-        parts = [self._run(part) for part in x.split(self.batch_size)]
-        return {n: torch.cat([part[n] for part in parts]).numpy() for n in self.outputs}
 
-    def _run(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
-        count = len(part)
-        if self.fixed_batch is not None and self.fixed_batch > count:
-            part = torch.cat([part, part.new_zeros(self.fixed_batch - count, *part.shape[1:])])
-        part = part.contiguous()
-        # The runner has a stream of its own, which does not wait for torch's.
-        torch.cuda.current_stream().synchronize()
-        with quiet_polygraphy():
-            found = self.runner.infer({self.input: part}, check_inputs=False, copy_outputs_to_host=False)
-        # The runner's buffers are its own again at the next call.
-        return {name: found[name][:count].float().cpu() for name in self.outputs}
+def float_engine(run: Run, engine: EngineBackend) -> LoadedEngine | None:
+    """An engine of the run's float file, in FP16 where that was exported, for the same GPU: what the quantized one has to beat.
+
+    Built in memory; None where the run has no float file.
+
+    Raises:
+        InputError: the product refuses to build it.
+    """
+    file = next((run.path / name for name in (HALF_ONNX, FLOAT_ONNX) if name in run.manifest.files), None)
+    if file is None:
+        return None
+    profile = None if engine.fixed_batch else (1, engine.batch_size, engine.batch_size)
+    plan = build(file, BuildSettings(Product(engine.name), profile)).plan
+    return LoadedEngine(f"{engine.name}, float", Product(engine.name), plan, (file.name, len(plan)))
+
+
+def slow_layers(fusion: Mapping[str, Any]) -> str:
+    """What a plan runs in float or apart, from the `fusion` of a sidecar."""
+    kinds = {"not_quantized": "in float run", "not_fused": "attentions apart are"}
+    return "; ".join(f"{what} {listed(fusion[key])}" for key, what in kinds.items() if fusion.get(key))
 
 
 def _check_gpu(name: str) -> None:
@@ -159,8 +163,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
             where=beside,
             fix="build the engine again",
         ) from error
-    source = Path(str(values.get("onnx", QUANTIZED_ONNX))).name if isinstance(values, dict) else ""
-    claims = {"engine_sha256": path, "onnx_sha256": path.parent / source}
+    claims = {"engine_sha256": path, "onnx_sha256": path.parent / _source(values)}
     for key, file in claims.items():
         if key in values and (not file.is_file() or sha256(file) != values[key]):
             raise InputError(
@@ -169,3 +172,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
                 fix="build the engine again",
             )
     return dict(values)
+
+
+def _source(sidecar: object) -> str:
+    return Path(str(sidecar.get("onnx", QUANTIZED_ONNX))).name if isinstance(sidecar, dict) else ""

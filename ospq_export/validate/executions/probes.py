@@ -19,6 +19,8 @@ from ospq_export.tasks.statistics import FloatArray
 
 Tensors = Mapping[str, NDArray[Any]]
 CODES, BLOCK_SCALES, OUTPUT = ".codes", ".block_scales", ".output"
+OPENED = ", opened"
+"""Behind the name of an engine: another one of the same file, which returns its inner tensors."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,37 @@ def read_proto(path: Path) -> Any:
     return proto
 
 
+@dataclass(frozen=True)
+class InnerTensors:
+    """What a file can be made to return.
+
+    Attributes:
+        returned: its own outputs.
+        present: the wanted inner tensors that it has, with their element types; those of FP4 and INT4, which no runtime returns,
+            are left out.
+        half: whether it computes in FP16 between its quantized operators.
+    """
+
+    returned: list[str]
+    present: dict[str, int]
+    half: bool
+
+
+def inner_tensors(proto: Any, path: Path, wanted: frozenset[str]) -> InnerTensors:
+    """The inner tensors of a file that `read_proto` read from `path`."""
+    from onnx import TensorProto
+
+    returned = [output.name for output in proto.graph.output]
+    made = [o for n in proto.graph.node for o in n.output if o in wanted and o not in returned]
+    half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
+        n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
+    )
+    known = _element_types(proto, path)
+    kinds = {n: known.get(n, TensorProto.INT8 if n.endswith(CODES) else TensorProto.FLOAT) for n in made}
+    closed = (TensorProto.FLOAT4E2M1, TensorProto.INT4, TensorProto.UINT4)
+    return InnerTensors(returned, {n: kind for n, kind in kinds.items() if kind not in closed}, half)
+
+
 def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider: str) -> Probed:
     """Open a file so that it returns the wanted inner tensors that it has.
 
@@ -71,29 +104,22 @@ def open_probed(path: Path, wanted: frozenset[str], *, optimize: bool, provider:
     Raises:
         InputError: the file cannot be loaded, or the provider is not there.
     """
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     from ospq_export.validate.executions.backends import open_session
 
     proto = read_proto(path)
-    types = {o: n.op_type for n in proto.graph.node for o in n.output}
-    returned = [output.name for output in proto.graph.output]
-    present = [name for name in types if name in wanted and name not in returned]
-    half = any(t.data_type == TensorProto.FLOAT16 for t in proto.graph.initializer) or any(
-        n.op_type == "Cast" and any(a.i == TensorProto.FLOAT16 for a in n.attribute) for n in proto.graph.node
-    )
-    known = _element_types(proto, path)
-    for name in present:
-        kind = known.get(name, TensorProto.INT8 if name.endswith(CODES) else TensorProto.FLOAT)
+    inner = inner_tensors(proto, path, wanted)
+    for name, kind in inner.present.items():
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     session = open_session(proto.SerializeToString(), path, optimize=optimize, provider=provider)
-    feed, outputs = session.get_inputs()[0].name, [*returned, *present]
+    feed, outputs = session.get_inputs()[0].name, [*inner.returned, *inner.present]
 
     def run(images: FloatArray) -> Tensors:
         return dict(zip(outputs, session.run(outputs, {feed: images}), strict=True))
 
     size = session.get_inputs()[0].shape[0]
-    return Probed(run, frozenset(outputs), half, size if isinstance(size, int) else None)
+    return Probed(run, frozenset(outputs), inner.half, size if isinstance(size, int) else None)
 
 
 def _element_types(proto: Any, path: Path) -> dict[str, int]:

@@ -23,10 +23,16 @@ from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.chosen import PREFIX, Executions, not_executed
 from ospq_export.validate.executions.openvino import openvino_findings
 from ospq_export.validate.executions.table import CLOSED, FAKE_QUANT, FAKE_QUANT_FP16, FLOAT
-from ospq_export.validate.findings import processor_findings, size_findings, stand_in_findings
+from ospq_export.validate.findings import (
+    engine_findings,
+    processor_findings,
+    size_findings,
+    stand_in_findings,
+)
 from ospq_export.validate.floor import FloorVariation, NoiseFloor
 from ospq_export.validate.kept import accuracy_criteria
 from ospq_export.validate.report.model import BackendResult, BaselineResult, Provenance, Report
+from ospq_export.validate.steadiness import Steadiness, steady_criteria
 from ospq_export.validate.verdict import Thresholds, conclude
 from ospq_export.world.processor import examine_processor, machine_name
 
@@ -54,6 +60,7 @@ class Evidence:
         locations: comparisons of codes.
         seen: how many of the images the run was calibrated on, by content.
         measure: what compares outputs.
+        steadiness: executions held against themselves.
     """
 
     collector: Collector
@@ -69,6 +76,7 @@ class Evidence:
     locations: list[Location]
     seen: int
     measure: Measure
+    steadiness: list[Steadiness] = field(default_factory=list)
 
     def names(self, *, baseline: bool) -> list[str]:
         """Executions of the baseline, or of the run itself."""
@@ -101,8 +109,8 @@ class Subject:
     weights: list[WeightComparison] = field(default_factory=list)
 
 
-def subject_of(run: Run, evidence: Evidence) -> Subject:
-    """A run as what is validated."""
+def subject_of(run: Run, evidence: Evidence, findings: Sequence[str] = ()) -> Subject:
+    """A run as what is validated; `findings` are those of its float files."""
     return Subject(
         task=run.manifest.task,
         class_to_idx=run.manifest.class_to_idx,
@@ -112,6 +120,7 @@ def subject_of(run: Run, evidence: Evidence) -> Subject:
             *stand_in_findings(evidence.backends),
             *size_findings(run),
             *processor_findings(run, evidence.names(baseline=False)),
+            *findings,
         ],
         weights=weight_comparisons(run),
     )
@@ -135,11 +144,16 @@ def assemble(
         _warn_about_classes(class_names, evidence.collector.column(names[0]).shape[1])
     floor, changes = _whole_floor(evidence), _changes(evidence, thresholds)
     comparisons = [evidence.pair(reference, name, floor) for name, reference in evidence.references.items()]
-    findings = [*subject.findings, *openvino_findings(evidence.backends)]
     not_finite = [name for name in names if not evidence.measure.is_finite(evidence.collector, name)]
     faithful = faithful_criteria(
         comparisons, not_finite, evidence.uncompared, thresholds, floor, evidence.locations, CLOSED
     )
+    faithful += steady_criteria(evidence.steadiness, evidence.references, floor)
+    findings = [
+        *subject.findings,
+        *openvino_findings(evidence.backends),
+        *engine_findings(faithful, evidence.locations),
+    ]
     notes = [*_notes(evidence, subject.left), *findings]
     quantization = evidence.pair(FLOAT, FAKE_QUANT) if {FLOAT, FAKE_QUANT} <= set(names) else None
     verdict = conclude(faithful, accuracy_criteria(changes, thresholds), notes)
@@ -171,6 +185,7 @@ def assemble(
         backends=[_result(b, evidence) for b in evidence.backends],
         floor=floor,
         locations=evidence.locations,
+        steadiness=evidence.steadiness,
         comparisons=comparisons,
         quantization=quantization,
         baseline=None if other is None else _baseline(other, evidence),

@@ -15,6 +15,7 @@ from ospq_export.tasks.statistics import Rate, Record
 from ospq_export.validate.codes.records import Location, WeightComparison
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
+from ospq_export.validate.steadiness import Steadiness
 from ospq_export.validate.verdict import Outcome, Thresholds, Verdict
 from ospq_export.world.processor import Processor
 from ospq_export.world.processor import machine_name as machine_name
@@ -113,6 +114,7 @@ class Report(BaseModel):
     quantization: Comparison | None
     floor: NoiseFloor | None = None
     locations: list[Location] = []
+    steadiness: list[Steadiness] = []
     latencies: list[Latency] = []
     weights: list[WeightComparison] = []
     baseline: BaselineResult | None = None

@@ -101,6 +101,8 @@ _CRITERIA = {
     "finite": "numbers are finite",
     "compared": "has a reference",
     "accuracy": "accuracy kept",
+    "rows": "same in every row",
+    "repeats": "same at every call",
 }
 
 
@@ -220,21 +222,26 @@ def latency(report: Report) -> Table:
     sizes = sorted({x.batch_size for x in report.latencies})
     found = {(x.name, x.batch_size): x for x in report.latencies}
     columns = [name("execution")]
+    graphs = any(x.graph_ms is not None for x in report.latencies)
     for size in sizes:
         columns += [Column(f"batch {size}, ms"), Column("90th percentile", "aside"), Column("images/s")]
+        columns += [Column("GPU alone, ms")] if graphs else []
     rows = []
     for who in dict.fromkeys(x.name for x in report.latencies):
         row = [who]
         for size in sizes:
             x = found[who, size]
             row += [f"{x.median_ms:.2f}", f"{x.p90_ms:.2f}", f"{x.images_per_second:.0f}"]
+            row += [number(x.graph_ms)] if graphs else []
         rows.append(row)
     pieces = [
         f" {x.name} takes a batch of {x.batch_size} in {x.pieces} pieces."
         for x in report.latencies
         if x.pieces > 1
     ]
-    note = f"Medians of whole batches after a warm-up, host to host, on {report.provenance.machine}.{''.join(pieces)}"
+    alone = " GPU alone: replayed as a CUDA graph, no copies." if graphs else ""
+    note = f"Medians of whole batches after a warm-up, host to host, on {report.provenance.machine}."
+    note = f"{note}{alone}{''.join(pieces)}"
     return Table("latency", "Latency", columns, rows, note)
 
 
