@@ -109,10 +109,7 @@ def _row(
 
 def floats_tables() -> tuple[str, str]:
     """What networks become in the floating-point recipes, and what runs otherwise: the packaged ones, and others at 224 px."""
-    samples = {f"demo {name}": demo_sample(name) for name in ("vit", "swin")}
-    for label, name in _FLOAT_NETWORKS.items():
-        kwargs = {"img_size": 224, "num_classes": 10} if "dinov2" in name else {}
-        samples[label] = ModelSpec(name=name, kwargs=kwargs), SIZE, random_images(1, SIZE)
+    samples = _samples(_FLOAT_NETWORKS)
     rows, dropped = [], []
     for label, sample in samples.items():
         for recipe, targets in FLOAT_TARGETS.items():
@@ -126,6 +123,15 @@ def floats_tables() -> tuple[str, str]:
     return table(header, rows), table(_REASONS, dropped)
 
 
+def _samples(networks: dict[str, str]) -> dict[str, tuple[ModelSpec, tuple[int, int, int], torch.Tensor]]:
+    """The packaged networks, and others at 224 px with random weights."""
+    samples = {f"demo {name}": demo_sample(name) for name in ("vit", "swin")}
+    for label, name in networks.items():
+        kwargs = {"img_size": 224, "num_classes": 10} if "dinov2" in name else {}
+        samples[label] = ModelSpec(name=name, kwargs=kwargs), SIZE, random_images(1, SIZE)
+    return samples
+
+
 def _compiled_float(
     recipe: str, targets: Sequence[str], spec: ModelSpec, size: tuple[int, int, int], images: torch.Tensor
 ) -> Iterator[tuple[str, Fusion]]:
@@ -135,6 +141,34 @@ def _compiled_float(
         quantized.write(file, half=True)
         for target in targets:
             yield target, compiled(file, Path(folder), target).fusion
+
+
+def attention_table(target: str) -> str:
+    """W4A4 and W6A6 with attention at the recipe's bits, in 8-bit integers and in FP8: which attentions become one kernel."""
+    samples = _samples(
+        {n: LARGE[n] for n in ("DeiT-S", "Swin-T")} | {"DINOv2 ViT-S": _FLOAT_NETWORKS["DINOv2 ViT-S"]}
+    )
+    rows = []
+    for label, sample in samples.items():
+        for recipe in ("w4a4", "w6a6"):
+            for attention in ("as the rest", "int8", "fp8"):
+                changes = [] if attention == "as the rest" else [f"attention={attention}"]
+                quantized = quantize(*sample[:2], load_recipe(recipe, changes).formats(), sample[2])
+                with tempfile.TemporaryDirectory() as folder:
+                    file = Path(folder) / "model.onnx"
+                    quantized.write(file, half=True)
+                    fusion = compiled(file, Path(folder), target).fusion
+                rows.append([label, recipe, attention, formats_cell(fusion), *fusion_cells(fusion)])
+                Console().print(rows[-1])
+    header = [
+        "network",
+        "recipe",
+        "attention",
+        "products in each format",
+        "products quantized",
+        "fused attentions",
+    ]
+    return table(header, rows)
 
 
 def make_run(folder: Path) -> None:
@@ -184,9 +218,12 @@ def main() -> None:
     parser.add_argument("--target", default=TARGET, help="compute capability")
     parser.add_argument("--export-only", action="store_true", help="measure what an export takes anew")
     parser.add_argument("--floats-only", action="store_true", help="measure FP8 and NVFP4 anew")
+    parser.add_argument("--attention-only", action="store_true", help="measure 8-bit attention anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.export_only or args.floats_only:
+    if args.export_only or args.floats_only or args.attention_only:
+        if args.attention_only:
+            write_between(_PAGE, "attention", attention_table(args.target))
         if args.floats_only:
             write_floats()
         if args.export_only:
@@ -221,6 +258,7 @@ def main() -> None:
     ]
     _WHY.write_text("\n".join(why))
     write_floats()
+    write_between(_PAGE, "attention", attention_table(args.target))
     write_between(_PAGE, "export", export_text())
 
 

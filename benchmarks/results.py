@@ -42,6 +42,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "w6a6": ("w6a6", []),
     "w4a8": ("w4a8", []),
     "w4a4": ("w4a4", []),
+    "w4a4-attention8": ("w4a4", ["attention=int8"]),
     "w3a3": ("w4a4", W3A3),
     "fp8": ("fp8", []),
     "nvfp4": ("nvfp4", []),
@@ -210,7 +211,9 @@ def points_lost(rows: list[dict[str, Any]]) -> str:
     found = {(r["bits"], r["network"]): r["top1"][FLOAT] - r["top1"][OPTIMIZED] for r in rows}
     cells = [
         [f"`{bits}`", *(f"{found[bits, n]:+.2f}" if (bits, n) in found else "" for n in networks)]
-        for bits in RECIPES
+        for bits in dict.fromkeys(
+            r["bits"] for r in sorted(rows, key=lambda r: list(RECIPES).index(r["bits"]))
+        )
         if bits != "w3a3"
     ]
     return markdown(["recipe", *networks], cells)

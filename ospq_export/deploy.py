@@ -83,7 +83,7 @@ def report_device(run: Run, result: Path, *, documents: bool = True, **settings:
         run: what the bundle was made of.
         result: the JSON file that the script wrote.
         documents: whether report.md and report.html are written beside report.json.
-        settings: of `validate.device.report_device`: thresholds, decision_threshold.
+        settings: of `validate.device.report_device`: thresholds, decision_threshold, provenance.
 
     Raises:
         InputError: see `validate.device.report_device`.

@@ -60,23 +60,41 @@ def run_digests(model: str, recipe: str, folder: Path) -> dict[str, str]:
     return result
 
 
+def top1(run: Path) -> float:
+    """Of the fake-quantized network, percent of 300 test images."""
+    import torch
+
+    from ospq_export.demo import demo_images
+    from ospq_export.runs.run import Run
+
+    opened = Run.open(run)
+    images = demo_images("test", opened.manifest.data)
+    (batch,) = images.batches(300, images.choose(300), 0)
+    with torch.inference_mode():
+        found = opened.fake_quant_network()(batch.images).argmax(1)
+    return float((found == batch.labels).double().mean() * 100)
+
+
 def main() -> None:
     os.environ.update(COMMON_ARITHMETIC)
+    names = sys.argv[1:] or ["vit w8a8", "vit w4a4", "swin w8a8", "swin w4a4"]
     with tempfile.TemporaryDirectory() as folder:
-        names = sys.argv[1:] or ["vit w8a8", "vit w4a4", "swin w8a8", "swin w4a4"]
         digests = {name: run_digests(*name.split(), Path(folder)) for name in names}
+        scores = {name: top1(Path(folder) / name.replace(" ", "-")) for name in names}
     sys.stdout.write(json.dumps(digests, indent=2) + "\n")
+    sys.stderr.write(json.dumps(scores) + "\n")
 
 
 @pytest.mark.slow
 def test_a_run_and_its_files_are_the_same_to_the_last_bit():
-    """One network and recipe with every kind of file."""
+    """One network and recipe with every kind of file; what is the same predicts as well."""
     name = "swin w4a4"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, __file__, name]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)[name] == json.loads((HERE / "digests.json").read_text())[name]
+    assert json.loads(done.stderr.splitlines()[-1])[name] > 75
 
 
 if __name__ == "__main__":

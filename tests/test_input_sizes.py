@@ -96,6 +96,10 @@ def test_the_file_is_faithful_at_its_own_size_and_at_both_ends(runs, name):
             f"judged at {size[0]}x{size[1]} alone, and the run takes 16x16 to"
         )
         assert [location.first_diverging for location in report.locations] == [None] * len(report.locations)
+    ends = {f"report.{height}x{width}.json" for height, width in ENDS}
+    assert {path.name for path in run.path.glob("report*")} == {"report.json", *ends}, (
+        "each size keeps its own"
+    )
 
 
 def test_files_have_free_sides_and_say_between_which(runs):

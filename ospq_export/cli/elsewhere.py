@@ -34,7 +34,7 @@ def run_device(run: Path, result: Path, as_json: bool, **limits: Any) -> Report:
         run: what the bundle was made of.
         result: the JSON file that the script wrote.
         as_json: whether the report is printed as JSON.
-        limits: thresholds and decision_threshold.
+        limits: thresholds, decision_threshold and provenance.
 
     Raises:
         InputError: the result is not of this run.

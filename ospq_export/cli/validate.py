@@ -152,7 +152,8 @@ def validate(
     if device_result is not None:
         others = [str(p.name) for p in context.command.params if p.name not in _OF_DEVICES]
         _without(context, others, "it says nothing of a device's result")
-        limits = {"thresholds": thresholds, "decision_threshold": decision_threshold}
+        limits: dict[str, Any] = {"thresholds": thresholds, "decision_threshold": decision_threshold}
+        limits["provenance"] = provenance
         report = run_device(_only_run(run, {}), device_result, as_json, **limits)
         raise typer.Exit(report.verdict.exit_status)
     if data is None:
@@ -201,7 +202,7 @@ def validate(
 
 _OF_DEVICES = (
     *("run", "device_result", "decision_threshold", "quiet", "as_json", "threads", "max_drop", "confidence"),
-    *("max_top1_difference", "min_agreement", "significance", "max_error"),
+    *("max_top1_difference", "min_agreement", "significance", "max_error", "provenance", "no_images"),
 )
 _OF_RUNS = (
     *("backends", "code_images", "latency", "baseline", "fp16", "device", "save_outputs"),

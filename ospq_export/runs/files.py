@@ -52,7 +52,7 @@ CONTENTS: dict[str, str] = {
     UINT8_ACTIVATIONS_ONNX: "with `activation_layout` uint8: the same codes as uint8, for ONNX Runtime on x86",
     "model.PRODUCT.smNN.engine": "with `engine`: an engine, named after what built it and for which GPUs",
     "model.PRODUCT.smNN.engine.json": "what it was built from, by and for, and its layers; the log is beside it, as `.log`",
-    REPORT_HTML: "the last validation as one page that needs nothing else",
+    REPORT_HTML: "the last validation as one page that needs nothing else; `report.HxW.html` at another size of its range",
     REPORT_MD: "the same as Markdown",
     REPORT: "the same for programs",
 }

@@ -94,8 +94,15 @@ class Run:
             raise InputError(f"{given} is no size of images with {own[0]} channels", where=where, fix=fix)
         sizes.check(input_size[1:], where)
         other = type(self)(self.path, self.manifest)
-        other.size = (input_size[1], input_size[2])
+        if tuple(input_size) != tuple(own):
+            other.size = (input_size[1], input_size[2])
         return other
+
+    def report_file(self, name: str) -> Path:
+        """Where a report of this size goes: report.json, or report.224x320.json at another than the calibration's."""
+        stem, dot, kind = name.partition(".")
+        infix = "" if self.size is None else f".{self.size[0]}x{self.size[1]}"
+        return self.path / f"{stem}{infix}{dot}{kind}"
 
     def file(self, name: str) -> Path:
         """Path of a file of the run.

@@ -23,7 +23,7 @@ from ospq_export.validate.executions.table import DEVICE, FAKE_QUANT, FAKE_QUANT
 from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.report.assemble import Evidence, Subject, assemble, subject_of
-from ospq_export.validate.report.model import Report
+from ospq_export.validate.report.model import Report, stamped
 from ospq_export.validate.verdict import Thresholds
 from ospq_export.world.room import check_folder
 
@@ -131,6 +131,7 @@ def report_device(
     *,
     thresholds: Thresholds | None = None,
     decision_threshold: float | None = None,
+    provenance: bool = False,
 ) -> Report:
     """Judge what a device returned as any other deployed execution.
 
@@ -139,6 +140,7 @@ def report_device(
         path: result.json of the bundle's script.
         thresholds: what is allowed; None takes the defaults.
         decision_threshold: of a network with one logit; None is 0.
+        provenance: whether date and host of this machine are recorded.
 
     Returns:
         The report, also written to report.json in the run directory.
@@ -172,6 +174,7 @@ def report_device(
     )
     report = assemble(_subject(run, result, evidence), evidence, thresholds or Thresholds())
     report = report.model_copy(update={"latencies": result.latency})
+    report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))
     return report
 

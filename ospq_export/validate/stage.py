@@ -91,7 +91,7 @@ def validate(
         world: processes that share the images; the first one judges.
 
     Returns:
-        The report, also written to report.json in the run directory.
+        The report, also written to report.json in the run directory, or report.224x320.json at another size of its range.
 
     Raises:
         InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
@@ -159,7 +159,7 @@ def validate(
     report = assemble(subject_of(run, evidence, findings), evidence, thresholds or Thresholds(), baseline)
     report = report.model_copy(update={"latencies": timed})
     report = stamped(report) if provenance else report
-    write_json(run.path / REPORT, report.model_dump(mode="json"))
+    write_json(run.report_file(REPORT), report.model_dump(mode="json"))
     if saved is not None:
         saved.write()
     world.tell(report.model_dump_json())

@@ -105,6 +105,26 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         assert b.losses == pytest.approx(a.losses, rel=1e-2)
 
 
+def tiny_of(recipe, out, *overrides):
+    return tiny(out, *overrides, recipe=recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+def test_so_they_do_in_floating_point(tmp_path, recipe):
+    """Scales of blocks are those of the shared gradients, too."""
+    one = tiny_of(recipe, tmp_path / "one", "reconstruction.drop_probability=0.0")
+    for process in two_processes(
+        tmp_path, tiny_of, recipe, tmp_path / "two", "reconstruction.drop_probability=0.0"
+    ):
+        assert process.ended() == 0, process.errors
+    first, second = tensors(one), tensors(Run.open(tmp_path / "two"))
+    assert first.keys() == second.keys()
+    codes = [k for k in first if k.endswith(".codes")]
+    differing = sum(int((first[k] != second[k]).sum()) for k in codes)
+    assert codes and differing <= 0.002 * sum(first[k].numel() for k in codes)
+
+
 @pytest.mark.slow
 def test_two_processes_resume_and_drop(tmp_path):
     for process in two_processes(tmp_path, tiny, tmp_path / "two"):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from ospq_export.errors import InputError
 from ospq_export.runs.files import (
+    FLOAT_ONNX,
+    HALF_ONNX,
     QUANTIZED_BRAIN_ONNX,
     QUANTIZED_HALF_ONNX,
     QUANTIZED_ONNX,
@@ -20,6 +22,7 @@ from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.engines import check_engines
 from ospq_export.validate.executions.origin import changed_preprocessing, check_origin
 from ospq_export.validate.executions.table import (
+    CLOSED,
     DEFAULT_BACKENDS,
     FAKE_QUANT,
     FAKE_QUANT_FP16,
@@ -139,7 +142,7 @@ def named_executions(names: Sequence[str] | None, float_type: str) -> list[str]:
         raise InputError(
             f"no verdict without a deployed execution: {', '.join(named)} {'is' if len(named) == 1 else 'are'} none",
             where="`backends`",
-            fix=f"add one of {', '.join(with_role(Role.DEPLOYED))}",
+            fix=f"add one of {', '.join(n for n in with_role(Role.DEPLOYED) if n not in CLOSED)}",
         )
     return named
 
@@ -197,9 +200,10 @@ def pairs_of(
 
 
 def not_executed(run: Run, executions: Sequence[Backend]) -> list[str]:
-    """Networks and engines in the run directory that none of the executions ran, nor a file that stands in for them."""
+    """Quantized networks and engines in the run directory that none of the executions ran, nor a file that stands in for them."""
     files = [e.detail["file"] for e in executions if "file" in e.detail]
-    ran = {*files, *map(checked_file, files)}
+    # Float files are not what is deployed.
+    ran = {*files, *map(checked_file, files), FLOAT_ONNX, HALF_ONNX}
     return sorted(p.name for p in run.path.iterdir() if p.suffix in _NETWORKS and p.name not in ran)
 
 

@@ -44,15 +44,18 @@ def write_documents(
     Raises:
         InputError: a file cannot be written.
     """
-    folder, manifest = (run, None) if isinstance(run, Path) else (run.path, run.manifest)
+    manifest = None if isinstance(run, Path) else run.manifest
+    markdown, page = (
+        run / name if isinstance(run, Path) else run.report_file(name) for name in (REPORT_MD, REPORT_HTML)
+    )
     context = _context(manifest, report)
-    _write(folder / REPORT_MD, "report.md.jinja", context)
+    _write(markdown, "report.md.jinja", context)
     flipped = dict.fromkeys(f.id for group in context["flips"] for f in group.flips)
     context["plots"] = _plots(manifest, report, context["all_classes"][: details.LISTED_CLASSES])
     context["pictures"] = thumbnails(images, list(flipped)[:_THUMBNAILS]) if pictures else {}
     context["without_pictures"] = bool(flipped) and not pictures
-    _write(folder / REPORT_HTML, "report.html.jinja", context)
-    return folder / REPORT_HTML
+    _write(page, "report.html.jinja", context)
+    return page
 
 
 def _write(path: Path, template: str, context: Mapping[str, Any]) -> None:
