@@ -32,7 +32,7 @@ def settings(*values):
 def test_demo_is_faithful(tmp_path):
     """In a process of its own, as users start it."""
     short = settings(
-        *("reconstruction.iterations=5", "reconstruction.refinement_images=8"),
+        *("reconstruction.iterations=5", "reconstruction.refinement_images=8", "slicing=block"),
         *("calibration_images=64", "observation_images=64"),
     )
     command = [
@@ -42,7 +42,7 @@ def test_demo_is_faithful(tmp_path):
         "--recipe",
         "w8a8",
         "--limit",
-        "1000",
+        "700",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -65,7 +65,7 @@ def test_lost_accuracy_is_said_at_every_size_that_shows_it(tmp_path):
     """Two bits by round to nearest lose tens of points; five images show nothing."""
     broken = settings(
         *("weight_bits=2", "activation_bits=2", "reconstruction.iterations=0", "equalization=none"),
-        *("calibration_images=64", "observation_images=64"),
+        *("calibration_images=64", "observation_images=64", "slicing=block"),
     )
     folder = tmp_path / "run"
     arguments = ["demo", "--model", "swin", "--recipe", "w4a4", "--limit", "250", "--out", str(folder)]
@@ -78,7 +78,7 @@ def test_lost_accuracy_is_said_at_every_size_that_shows_it(tmp_path):
     assert top1["float"] - top1["onnxruntime"] > 10 and report["verdict"]["exit_status"] == 1
     run = Run.open(folder)
     images = demo_images("test", run.manifest.data)
-    for limit, status, outcome in ((5, 3, "open"), (1000, 1, "missed")):
+    for limit, status, outcome in ((5, 3, "open"), (100, 1, "missed")):
         verdict = validate(run, images, backends=["onnxruntime"], limit=limit, floor_images=0).verdict
         assert verdict.exit_status == status and verdict.accuracy.outcome == outcome, verdict.text
 

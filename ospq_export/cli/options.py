@@ -176,7 +176,7 @@ def data_settings(
         InputError: a list of numbers cannot be read.
     """
     settings = {
-        "input_size": _numbers(input_size, "--input-size", int),
+        "input_size": _numbers(input_size, "--input-size", int, "3,224,224"),
         "mean": _numbers(mean, "--mean", float),
         "std": _numbers(std, "--std", float),
         "crop_pct": crop_pct,
@@ -219,7 +219,7 @@ def class_choice(
     return ClassChoice(class_map, class_order, class_from)
 
 
-def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
+def _numbers(text: str | None, option: str, kind: type, like: str = "0.5,0.5,0.5") -> tuple[Any, ...] | None:
     if text is None:
         return None
     try:
@@ -229,7 +229,7 @@ def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | Non
         return numbers
     except ValueError as error:
         raise InputError(
-            f"{text!r} is not a list of numbers", where=option, fix="write it like 0.5,0.5,0.5"
+            f"{text!r} is not a list of numbers", where=option, fix=f"write it like {like}"
         ) from error
 
 
@@ -240,7 +240,7 @@ def batch_sizes(text: str | None) -> list[int]:
     Raises:
         InputError: one is no whole number above 0.
     """
-    sizes = _numbers(text, "--latency", int) or ()
+    sizes = _numbers(text, "--latency", int, "1,8,32") or ()
     if any(size < 1 for size in sizes):
         raise InputError(f"a batch of {min(sizes)}", where=f"--latency {text}", fix="give sizes above 0")
     return list(dict.fromkeys(sizes))

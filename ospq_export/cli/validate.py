@@ -158,7 +158,7 @@ def validate(
         raise typer.Exit(report.verdict.exit_status)
     if data is None:
         raise InputError("there are no images to validate on", where="--data", fix="give some")
-    server = server_of(url, triton_model)
+    server, timed = server_of(url, triton_model), batch_sizes(latency)
     choice = class_choice(class_map, class_order, class_from)
     stated = data_settings(input_size, mean, std, crop_pct, interpolation)
     common: dict[str, Any] = {
@@ -189,7 +189,7 @@ def validate(
         **common,
         backends=backends or None,
         code_images=code_images,
-        latency=batch_sizes(latency),
+        latency=timed,
         float_type="fp16" if fp16 else "fp32",
         baseline=None if baseline is None else _at(Run.open(baseline), size),
         save_outputs=save_outputs,

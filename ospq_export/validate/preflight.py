@@ -15,6 +15,7 @@ from ospq_export.runs.files import QUANTIZED_ONNX
 from ospq_export.validate.executions.backends import check_provider
 from ospq_export.validate.executions.chosen import named_executions
 from ospq_export.validate.executions.engines import check_engine
+from ospq_export.validate.executions.inside import check_inside
 from ospq_export.validate.executions.openvino import check_openvino
 from ospq_export.validate.executions.table import TABLE, TRITON, Runtime, not_here
 from ospq_export.validate.executions.triton import Server, check_server
@@ -53,7 +54,13 @@ def images_of(
 
 
 def check_request(
-    run: Run, names: Sequence[str] | None, device: str, baseline: Run | None, server: Server | None = None
+    run: Run,
+    names: Sequence[str] | None,
+    device: str,
+    baseline: Run | None,
+    server: Server | None = None,
+    *,
+    engine_debug: bool = False,
 ) -> None:
     """Hold what is asked for to what there is.
 
@@ -63,6 +70,7 @@ def check_request(
         device: torch device.
         baseline: another run, or None.
         server: where a model is served, or None.
+        engine_debug: whether engines are looked into.
 
     Raises:
         InputError: an unknown or unavailable execution, none that is deployed, a device that does not work, a run that is not
@@ -70,7 +78,9 @@ def check_request(
     """
     check_folder(run.path, "RUN")
     torch_device(device)
-    named_executions(names, "fp32")
+    named = named_executions(names, "fp32")
+    if engine_debug:
+        check_inside(named)
     if baseline is not None:
         baseline.file(QUANTIZED_ONNX)
     if server is not None and TRITON not in (names or ()):

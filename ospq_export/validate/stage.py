@@ -97,7 +97,7 @@ def validate(
         InputError: the run is not exported, an execution is not available, the images have too many classes, a batch size to time
             would be padded, or the baseline's images or classes are others.
     """
-    check_request(run, backends, device, baseline, server)
+    check_request(run, backends, device, baseline, server, engine_debug=engine_debug)
     check_preprocessing(run, images.config)
     check_batch_memory(_most(images, limit or batch_size), batch_size, images.config.input_size)
     executions = open_executions(run, backends, device, float_type, server)

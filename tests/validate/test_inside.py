@@ -2,6 +2,7 @@
 
 import onnx
 import pytest
+import torch
 from onnx import helper
 from test_faults import SLICE, plant, scale_off_by_two_percent, weight_off_by_one
 
@@ -70,6 +71,13 @@ def test_without_an_engine_it_is_refused(finished_runs):
     images = demo_images("test", run.manifest.data)
     with pytest.raises(InputError, match="no engine is executed"):
         validate(run, images, backends=["onnxruntime"], limit=8, engine_debug=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_is_refused(finished_runs):
+    run = Run.open(finished_runs["w8a8"])
+    with pytest.raises(InputError, match="there is no GPU"):
+        validate(run, demo_images("test", run.manifest.data), limit=8, engine_debug=True)
 
 
 def test_what_only_fusions_do_is_said():

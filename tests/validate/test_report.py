@@ -464,13 +464,11 @@ def test_latencies_have_the_float_baseline_beside_them(validated):
 def test_what_is_not_faster_than_float_is_a_finding(validated):
     _, report, _ = validated
     took = {x.name: x.median_ms for x in report.latencies}
-    slow = {
-        name
-        for name in (OPTIMIZED, UNOPTIMIZED)
-        if name in took and took[name] > 0.95 * took["onnxruntime-fp32"]
-    }
-    lines = [line for line in report.findings if "is not faster than onnxruntime-fp32 at batch 2" in line]
-    assert {line.split()[0] for line in lines} == slow
+    lines = [line for line in report.findings if "is not faster than" in line]
+    assert len(lines) == (took[OPTIMIZED] > 0.95 * took["onnxruntime-fp32"])
+    assert all(
+        line.startswith(f"{OPTIMIZED} is not faster than onnxruntime-fp32 at batch 2 (") for line in lines
+    )
 
 
 @pytest.mark.slow

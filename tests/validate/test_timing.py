@@ -17,7 +17,8 @@ def took(name, milliseconds, batch_size=1):
 
 
 def test_only_what_is_slower_is_said_with_its_cost():
-    timed = [took("a", 2.0), took("a", 9.0, 8), took("float", 2.5), took("float", 9.2, 8), took("b", 1.0)]
+    timed = [took("a", 2.0), took("a", 9.0, 8), took("a", 40.0, 32), took("b", 1.0)]
+    timed += [took("float", 2.5), took("float", 9.2, 8), took("float", 39.0, 32)]
     asked = []
 
     def cost(name):
@@ -25,9 +26,10 @@ def test_only_what_is_slower_is_said_with_its_cost():
         return "two products in float"
 
     (line,) = not_faster(timed, {"a": "float", "b": "nothing"}, cost)
-    assert line == "a is not faster than float at batch 8 (9 ms against 9.2 ms): two products in float"
+    where = "batch 8 (9 ms against 9.2 ms), batch 32 (40 ms against 39 ms)"
+    assert line == f"a is not faster than float at {where}: two products in float"
     assert asked == ["a"], "what costs time is looked for only where it is needed"
-    assert not_faster(timed, {"a": "float"}, lambda _: "") == [line.partition(":")[0]]
+    assert not_faster(timed, {"a": "float"}, lambda _: "") == [line.partition(": two")[0]]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,7 @@ def test_only_what_is_slower_is_said_with_its_cost():
         ("tensorrt-rtx", "cuda", ["onnxruntime-fp32", "tensorrt-rtx, float"], "tensorrt-rtx, float"),
         ("tensorrt-rtx", "cuda", ["onnxruntime-fp32"], None),
         ("float", "cpu", ["onnxruntime-fp32"], None),
+        ("onnxruntime-unoptimised", "cpu", ["onnxruntime-fp32"], None),
     ],
 )
 def test_the_float_execution_that_has_to_be_beaten(name, device, beside, expected):
@@ -57,11 +60,13 @@ def test_what_costs_time_in_a_plan():
 
 
 @pytest.mark.slow
-def test_a_run_without_optimizations_is_slow_and_says_why(finished_runs):
+def test_a_run_that_is_slow_says_why(finished_runs):
     run = Run.open(finished_runs["w8a8"])
     given = {"limit": 16, "floor_images": 0, "code_images": 0, "latency": [1, 4]}
     report = validate(run, demo_images("test", run.manifest.data), backends=[OPTIMIZED, UNOPTIMIZED], **given)
-    lines = [line for line in report.findings if line.startswith(f"{UNOPTIMIZED} is not faster")]
-    assert {f"at batch {n} " in line for line, n in zip(lines, (1, 4), strict=True)} == {True}
-    assert all("its graph optimizations are off" in line for line in lines)
+    took = {(x.name, x.batch_size): x.median_ms for x in report.latencies}
+    slow = [n for n in (1, 4) if took[OPTIMIZED, n] > 0.95 * took["onnxruntime-fp32", n]]
+    lines = [line for line in report.findings if "is not faster" in line]
+    assert len(lines) == bool(slow) and all(line.startswith(f"{OPTIMIZED} is") for line in lines)
+    assert all(f"batch {n} (" in lines[0] and "patch_embed.proj/Conv" in lines[0] for n in slow)
     assert all(x.p99_ms >= x.p90_ms >= x.median_ms and x.graph_ms is None for x in report.latencies)

@@ -38,6 +38,22 @@ if TYPE_CHECKING:
 _BATCH = 8
 
 
+def check_inside(names: Sequence[str]) -> None:
+    """Hold the wish to look into engines to the executions that are asked for, and to this machine.
+
+    Raises:
+        InputError: none of them is an engine, or no engine can run here.
+    """
+    if not set(names) & set(Product):
+        raise InputError("no engine is executed", where="`engine_debug`", fix="name one in `backends`")
+    if not torch.cuda.is_available():
+        raise InputError(
+            "no engine can run here: there is no GPU",
+            where="`engine_debug`",
+            fix="validate on the engine's GPU",
+        )
+
+
 def open_inside(
     run: Run, backends: Sequence[Backend], wanted: frozenset[str], progress: Progress | None = None
 ) -> dict[str, Probed]:
