@@ -113,12 +113,15 @@ def floats_tables() -> tuple[str, str]:
     rows, dropped = [], []
     for label, sample in samples.items():
         for recipe, targets in FLOAT_TARGETS.items():
+            # Targets that come to the same share a row.
+            same: dict[tuple[str, ...], list[str]] = {}
             for target, fusion in _compiled_float(recipe, targets, *sample):
-                rows.append([label, recipe, target, formats_cell(fusion), *fusion_cells(fusion)])
+                same.setdefault((formats_cell(fusion), *fusion_cells(fusion)), []).append(target)
                 dropped += reasons(
                     f"{label}, {recipe}, {target}", {**fusion.not_quantized, **fusion.not_fused}
                 )
-                Console().print(rows[-1])
+            rows += [[label, recipe, ", ".join(found), *cells] for cells, found in same.items()]
+            Console().print(rows[-1])
     header = ["network", "recipe", "for", "products in each format", "products quantized", "fused attentions"]
     return table(header, rows), table(_REASONS, dropped)
 
@@ -144,7 +147,7 @@ def _compiled_float(
 
 
 def attention_table(target: str) -> str:
-    """W4A4 and W6A6 with attention at the recipe's bits, in 8-bit integers and in FP8: which attentions become one kernel."""
+    """W4A4 with attention at the recipe's bits, in 8-bit integers and in FP8: which attentions become one kernel."""
     samples = _samples(
         {n: LARGE[n] for n in ("DeiT-S", "Swin-T")} | {"DINOv2 ViT-S": _FLOAT_NETWORKS["DINOv2 ViT-S"]}
     )
@@ -227,7 +230,7 @@ def main() -> None:
         if args.floats_only:
             write_floats()
         if args.export_only:
-            write_between(_PAGE, "export", export_text())
+            write_between(DOCS / "performance.md", "export", export_text())
         return
     rows, dropped, in_float = [], [], []
     jobs = [
@@ -259,7 +262,7 @@ def main() -> None:
     _WHY.write_text("\n".join(why))
     write_floats()
     write_between(_PAGE, "attention", attention_table(args.target))
-    write_between(_PAGE, "export", export_text())
+    write_between(DOCS / "performance.md", "export", export_text())
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ class Table:
 GRANULARITY = Table("granularity", ("series", "network", "bits", "method", "seed"))
 SETTINGS = Table("settings", ("network", "bits", "method", "seed"))
 RESULTS = Table("results", ("network", "bits"))
+SENSITIVITY = Table("sensitivity", ("network", "format"))
 MODELS = Table("models", ("label",))
 PEERS = Table("peers", ("network",))
 TOOLS = Table("tools", ("run", "tool"))
@@ -146,7 +147,7 @@ LINT = Table("lint", ("target", "seeds"))
 MODELOPT = Table("modelopt", ("network", "format", "setting"))
 
 TABLES = (
-    *(GRANULARITY, SETTINGS, RESULTS, MODELS, PEERS, TOOLS),
+    *(GRANULARITY, SETTINGS, RESULTS, SENSITIVITY, MODELS, PEERS, TOOLS),
     *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, ARCHIVES, CONTENTION, LINT, MODELOPT),
     *(NETWORKS, TASKS),
 )

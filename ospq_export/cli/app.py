@@ -16,6 +16,7 @@ from ospq_export.cli.inspect import inspect
 from ospq_export.cli.lint import doctor, lint
 from ospq_export.cli.options import with_options
 from ospq_export.cli.recipe import recipe
+from ospq_export.cli.sensitivity import sensitivity
 from ospq_export.cli.sweep import sweep
 from ospq_export.cli.validate import validate
 from ospq_export.errors import InputError
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings=_SETTINGS,
 )
-for command in (calibrate, export, validate, inspect, lint, doctor, demo, sweep):
+for command in (calibrate, export, validate, inspect, sensitivity, lint, doctor, demo, sweep):
     # What is given as the short help is not cut.
     app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
 app.add_typer(recipe, name="recipe")

@@ -63,16 +63,17 @@ def not_faster(
         baselines: deployed execution -> the float one that it has to beat.
         costs: of a deployed execution: what in it costs time, in words.
     """
-    found, slow = {(x.name, x.batch_size): x for x in latencies}, {}
+    found = {(x.name, x.batch_size): x for x in latencies}
+    slow: dict[tuple[str, str], list[str]] = {}
     for x in latencies:
         other = found.get((baselines.get(x.name, ""), x.batch_size))
         if other is not None and x.median_ms > _FASTER * other.median_ms:
             said = f"batch {x.batch_size} ({x.median_ms:.3g} ms against {other.median_ms:.3g} ms)"
             slow.setdefault((x.name, other.name), []).append(said)
     lines = []
-    for (name, other), at in slow.items():
+    for (name, baseline), at in slow.items():
         why = f": {cost}" if (cost := costs(name)) else ""
-        lines.append(f"{name} is not faster than {other} at {', '.join(at)}{why}")
+        lines.append(f"{name} is not faster than {baseline} at {', '.join(at)}{why}")
     return lines
 
 

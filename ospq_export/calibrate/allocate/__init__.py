@@ -1,0 +1,1 @@
+"""Which format every operator gets: what each costs the network's output."""

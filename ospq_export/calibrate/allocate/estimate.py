@@ -1,0 +1,144 @@
+"""What quantizing one operand alone does to the network's output, to second order, for all operands and formats at once.
+
+The Fisher information is the curvature of the KL divergence: with g the gradient of -log p(t), of a target t drawn from the
+network's own output, and d what quantizing adds to an operand, the divergence is E[(g . d)^2] / 2 but for terms of third order.
+Its diagonal is what BRECQ weighs errors by (Li et al. 2021, eq. 10); here the whole of it is taken, since d is known. One forward
+pass and a few backward passes of an image serve every operand and every format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ospq_export.graph.outputs import as_tuple
+from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.rewrite import OnValue, Tap
+from ospq_export.tasks.base import Task
+
+DRAWS = 2
+"""Targets that are drawn for an image: each costs a backward pass."""
+
+
+class Estimator:
+    """Sums of (g . d)^2 over images, by operand and format.
+
+    Args:
+        networks: the same network with quantizers, observed, by format; left in Mode.FLOAT.
+        task: what the network's output is.
+    """
+
+    def __init__(self, networks: Mapping[str, QuantizedGraph], task: Task) -> None:
+        self.networks, self.task = networks, task
+        self.base = next(iter(networks.values()))
+        self.base.set_mode(Mode.FLOAT)
+        self.device = next(self.base.module.buffers()).device
+        self.seen: dict[str, Tensor] = {}
+        self.inputs: dict[str, tuple[fx.Node, Tensor]] = {}
+        self.tap = Tap(self.base.module, self._watched())
+
+    def _watched(self) -> dict[fx.Node, OnValue]:
+        modules, found = dict(self.base.module.named_modules()), dict[fx.Node, OnValue]()
+        for node in self.base.module.graph.find_nodes(op="call_module"):
+            quantizer = modules[str(node.target)]
+            if isinstance(quantizer, ActivationQuantizer):
+                found[node] = self._keep(quantizer.name)
+            elif isinstance(quantizer, WeightQuantizer):
+                for place, reader in enumerate(node.users):
+                    found[reader] = self._keep_product(f"{quantizer.name}#{place}")
+        return found
+
+    def _keep(self, name: str) -> OnValue:
+        def keep(_tap: Tap, _node: fx.Node, value: Tensor) -> Tensor:
+            # A tensor of its own: other readers of the value must not count.
+            own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+            self.seen[name] = own
+            return own
+
+        return keep
+
+    def _keep_product(self, name: str) -> OnValue:
+        keep = self._keep(name)
+
+        def keep_both(tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            self.inputs[name] = node, tap.env[source].detach()
+            return keep(tap, node, value)
+
+        return keep_both
+
+    def batch(self, images: Tensor, seed: int) -> dict[tuple[str, str], float]:
+        """The sums over a batch (B, C, H, W) float32, by operand and format; targets are drawn by `seed`."""
+        outputs = as_tuple(self.tap.run(images.to(self.device).requires_grad_(True)))
+        generator = torch.Generator().manual_seed(seed)
+        names = list(self.seen)
+        drawn = []
+        for draw in range(DRAWS):
+            loss = self.task.sampled_loss(outputs, generator, 1.0)
+            kept = [self.seen[name] for name in names]
+            found = torch.autograd.grad(loss, kept, retain_graph=draw < DRAWS - 1, allow_unused=True)
+            drawn.append(dict(zip(names, found, strict=True)))
+        with torch.no_grad():
+            sums = {
+                (operand, kind): self._sum(drawn, deltas, len(images))
+                for kind, network in self.networks.items()
+                for operand, deltas in self._deltas(network)
+            }
+        self.seen, self.inputs = {}, {}
+        return sums
+
+    def _deltas(self, network: QuantizedGraph) -> Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]:
+        """By operand, what computes what its quantization adds: to an activation, or to the products of a weight."""
+
+        def of_activation(quantizer: ActivationQuantizer) -> Callable[[], dict[str, Tensor]]:
+            x = self.seen[quantizer.name]
+            return lambda: {
+                quantizer.name: quantizer.format.fake_quantize(
+                    x, quantizer.scale, quantizer.used_offset, None
+                )
+                - x
+            }
+
+        def of_weight(quantizer: WeightQuantizer) -> Callable[[], dict[str, Tensor]]:
+            return lambda: self._products(network, quantizer)
+
+        activations = [(n, of_activation(a)) for n, a in network.activations.items() if n in self.seen]
+        return activations + [(n, of_weight(w)) for n, w in network.weights.items()]
+
+    def _products(self, network: QuantizedGraph, quantizer: WeightQuantizer) -> dict[str, Tensor]:
+        """What the operators that read a weight give for its rounding error; without a bias, they are linear in it."""
+        scale, weight = quantizer.spread_scale(), network.module.get_buffer(quantizer.constant)
+        rounded = quantizer.format.dequantize(quantizer.format.decode(quantizer.codes).to(scale.dtype), scale)
+        places = [key for key in self.inputs if key.rpartition("#")[0] == quantizer.name]
+        return {key: _apply(*self.inputs[key], rounded - weight) for key in places}
+
+    def _sum(
+        self,
+        drawn: Sequence[Mapping[str, Tensor | None]],
+        deltas: Callable[[], dict[str, Tensor]],
+        images: int,
+    ) -> float:
+        added, total = deltas(), 0.0
+        for gradients in drawn:
+            products = [(gradients[name], delta) for name, delta in added.items()]
+            dots = [_per_image(g * delta, images) for g, delta in products if g is not None]
+            if len({len(d) for d in dots}) > 1:
+                dots = [d.sum(0, keepdim=True) for d in dots]
+            total += float(torch.stack(dots).sum(0).square().sum()) if dots else 0.0
+        return total / len(drawn)
+
+
+def _apply(node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
+    target = node.target
+    assert callable(target)
+    found: Tensor = target(x, weight, None, *node.args[3:])
+    return found
+
+
+def _per_image(product: Tensor, images: int) -> Tensor:
+    """Sums by image, where images are what the first dimension counts; else one sum, whose square is as large on average."""
+    rows = images if product.dim() and product.shape[0] % images == 0 else 1
+    return product.reshape(rows, -1).double().sum(1)
