@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 VALUES = ["slicing=auto", "pilot.held_out=16", "pilot.budget=0.5"]
 SHORT = [
     *VALUES,
-    *("reconstruction.iterations=400", "reconstruction.batch_size=16", "reconstruction.refinement_images=0"),
+    *("reconstruction.iterations=400", "reconstruction.batch_size=8", "reconstruction.refinement_images=0"),
 ]
 
 
@@ -128,8 +128,8 @@ def test_where_nothing_can_be_tried_blocks_are_taken(network, images, dominances
 
 @pytest.mark.slow
 def test_slices_too_large_for_the_device_are_not_tried(network, images, dominances, monkeypatch):
-    whole = step_bytes(network.graph, slicing_of(network.graph, "model"), 16)
-    blocks = step_bytes(network.graph, slicing_of(network.graph, "block"), 16)
+    whole = step_bytes(network.graph, slicing_of(network.graph, "model"), 8)
+    blocks = step_bytes(network.graph, slicing_of(network.graph, "block"), 8)
     assert blocks < 0.8 * whole
     monkeypatch.setattr(auto, "total_memory", lambda device: 2 * whole - 2)
     recipe, graph = load_recipe("w4a4", SHORT), observed(network, images)
@@ -199,5 +199,5 @@ def test_fewer_images_than_a_batch(tmp_path):
 
 def test_a_cut_point_that_does_not_exist(tmp_path):
     with pytest.raises(InputError, match="no cut point 'nowhere'"):
-        calibrated_demo("swin", "w8a8", tmp_path / "run", 'slicing=["nowhere"]')
+        calibrated_demo("swin", "w8a8", tmp_path / "run", 'slicing=["nowhere"]', small=True)
     assert not (tmp_path / "run").exists()

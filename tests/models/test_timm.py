@@ -311,8 +311,8 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path: Path) -> None:
 
 # One of each kind; benchmarks/models.py has them all.
 NAMES = (
-    *("BEiT", "DINOv2", "EVA-02", "XCiT", "Swin v2", "LeViT", "PVT v2", "Twins"),
-    *("EfficientFormer", "EfficientViT", "FastViT", "Hiera", "SAM", "ConvNeXt v2"),
+    *("BEiT", "DINOv2", "EVA-02", "XCiT", "Swin v2", "LeViT"),
+    *("EfficientFormer", "FastViT", "Hiera", "ConvNeXt v2"),
 )
 
 

@@ -75,6 +75,7 @@ def test_a_run_with_the_papers_settings_has_them_in_its_manifest(tmp_path):
         "paper-w4a4",
         tmp_path / "run",
         *("calibration_images=64", "slicing=stage", "reconstruction.refinement_images=0"),
+        small=True,
     )
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert_papers(manifest["recipe"], set(changed))
