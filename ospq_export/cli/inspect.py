@@ -46,30 +46,19 @@ def inspect(
     if out is not None and out.suffix not in (".json", ".png"):
         raise InputError("the profile is written as JSON or PNG", where=out, fix="end --out in .json or .png")
     use_threads(threads)
-    import torch
-
     from ospq_export.calibrate.observe import outlier_profile
-    from ospq_export.data import ClassChoice, image_set, open_source, resolve_data_config
-    from ospq_export.graph.capture import capture
-    from ospq_export.models.sources import check_input, create_model
-    from ospq_export.models.timm import for_size, torch_device
+    from ospq_export.cli.loading import load
     from ospq_export.progress import stage_progress, stepper
     from ospq_export.runs.files import write_json
 
-    target = torch_device(device)
-    choice = ClassChoice(level=class_from)
-    found = open_source(data, choice)
     settings = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
-    spec = for_size(spec, settings.get("input_size"))
-    torch.manual_seed(seed)
-    network = create_model(spec)
-    config = resolve_data_config(network, spec, settings)
-    check_input(network, spec, config.input_size)
-    sample = image_set(found, config, choice, None, needed=False).sample(images, seed, workers).images
+    loaded = load(
+        spec, data, settings, images, device=device, seed=seed, workers=workers, class_from=class_from
+    )
     with stage_progress(disable=quiet) as progress:
-        advance = stepper(progress, "profile", -(-len(sample) // 32))
-        records = outlier_profile(capture(network, config.input_size).to(target), sample, advance=advance)
+        advance = stepper(progress, "profile", -(-len(loaded.images) // 32))
+        records = outlier_profile(loaded.captured, loaded.images, advance=advance)
     values = [record.model_dump(mode="json") for record in records]
     if as_json:
         say_json(values)

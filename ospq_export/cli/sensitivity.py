@@ -49,14 +49,9 @@ def sensitivity(
 ) -> None:
     """Which operands cost the network's output how much in which format, and which operators to leave in float."""
     use_threads(threads)
-    import torch
-
     from ospq_export.calibrate.allocate.sensitivity import check_formats_of, measure_sensitivity
-    from ospq_export.data import ClassChoice, image_set, open_source, resolve_data_config
-    from ospq_export.graph.capture import capture
+    from ospq_export.cli.loading import load
     from ospq_export.graph.outputs import output_shapes
-    from ospq_export.models.sources import check_input, create_model
-    from ospq_export.models.timm import for_size, torch_device
     from ospq_export.progress import announce, stage_progress, stepper
     from ospq_export.tasks.choice import choose_task
     from ospq_export.world.room import check_folder
@@ -65,25 +60,18 @@ def sensitivity(
     check_formats_of(wanted)
     if out is not None:
         check_folder(next(p for p in (out, *out.absolute().parents) if p.exists()), "--out")
-    target, choice = torch_device(device), ClassChoice()
-    found = open_source(data, choice)
     settings = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
-    spec = for_size(spec, settings.get("input_size"))
-    torch.manual_seed(seed)
-    network = create_model(spec)
-    config = resolve_data_config(network, spec, settings)
-    check_input(network, spec, config.input_size)
-    sample = image_set(found, config, choice, None, needed=False).sample(images, seed, workers).images
-    captured = capture(network, config.input_size).to(target)
-    headless = getattr(network, "num_classes", None) == 0
-    chosen, _ = choose_task(task, output_shapes(captured.graph), config.input_size, headless=headless)
+    loaded = load(spec, data, settings, images, device=device, seed=seed, workers=workers)
+    headless = getattr(loaded.network, "num_classes", None) == 0
+    shapes = output_shapes(loaded.captured.graph)
+    chosen, _ = choose_task(task, shapes, loaded.config.input_size, headless=headless)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with stage_progress(disable=quiet) as progress:
         result = measure_sensitivity(
-            captured,
-            sample,
+            loaded.captured,
+            loaded.images,
             wanted,
             chosen,
             out=out,
