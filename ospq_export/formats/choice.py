@@ -89,6 +89,10 @@ class Choice:
             found.append(format_)
         return Operands(found[0], found[1], reason)
 
+    def names(self, operator: str) -> bool:
+        """Whether an override is about an operator."""
+        return any(fnmatchcase(operator, pattern) for pattern, _ in self.overrides)
+
     def check_patterns(self, operators: Sequence[str]) -> None:
         """Hold the overrides to the operators of a network.
 

@@ -6,6 +6,7 @@ the float tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,17 @@ def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None
     return tensor, reader
 
 
-def _comes_from_matmul(tensor: fx.Node) -> bool:
-    """Whether a tensor is a product moved about: an offset's Sub behind attention would keep TensorRT from fusing it."""
+def _source_product(tensor: object) -> fx.Node | None:
+    """The product of two activations that a tensor is, moved about; None where it is something else."""
+    assert isinstance(tensor, fx.Node)
     while tensor.target in _MOVES:
         tensor = tensor.all_input_nodes[0]
-    return tensor.target is aten.matmul.default
+    return tensor if tensor.target is aten.matmul.default else None
+
+
+def _comes_from_matmul(tensor: fx.Node) -> bool:
+    """Whether a tensor is a product moved about: an offset's Sub behind attention would keep TensorRT from fusing it."""
+    return _source_product(tensor) is not None
 
 
 def _is_unpadded(node: fx.Node) -> bool:
@@ -79,7 +86,23 @@ def _operands(names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, Opera
         first, second = (operand.meta["val"].shape for operand in node.args[:2])  # type: ignore[union-attr]
         inner = first[-1] if role is Role.ATTENTION else second[1:].numel()
         found[node] = formats.operands(name, role, inner, is_end=node in ends)
-    return found
+    free = [node for node, name in names.items() if not formats.names(name)]
+    return found | {node: _with_result(node, found[node], found) for node in free}
+
+
+def _with_result(node: fx.Node, own: Operands, found: dict[fx.Node, Operands]) -> Operands:
+    """What a linear reads of an attention has the attention's format, where that has more bits.
+
+    An INT8 attention kernel quantizes its result itself; below 8 bits there would be a Clip in between, and no kernel.
+    """
+    product = _source_product(node.args[0])
+    attention = found[product].activation if product in found else None
+    if node.target is not aten.linear.default or own.activation is None or attention is None:
+        return own
+    if attention.family != own.activation.family or attention.bits <= own.activation.bits:
+        return own
+    reason = f"what it reads is an attention's result, which has {attention.name}"
+    return dataclasses.replace(own, activation=attention, reason=own.reason or reason)
 
 
 def check_overrides(graph: fx.Graph, formats: Choice) -> None:

@@ -38,6 +38,7 @@ from ospq_export.runs.manifest import read_manifest
 from ospq_export.runs.run import Run
 from ospq_export.validate.executions.engines import engine_file
 
+EIGHT_BITS, FOUR_BITS = integers(8, 8), integers(4, 4)
 NETWORKS = {
     "vit": ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
     "deit": ("deit_tiny_patch16_224", {"depth": 1, "num_classes": 10}, 1),
@@ -49,12 +50,10 @@ NETWORKS = {
 }
 
 
-def quantized_file(path, name, kwargs, bits=8, batch_size=1):
+def quantized_file(path, name, kwargs, choice=EIGHT_BITS, batch_size=1):
     size = (3, 224, 224)
     torch.manual_seed(0)
-    network = insert_quantizers(
-        capture(create_model(ModelSpec(name=name, kwargs=kwargs)), size), integers(bits, bits)
-    )
+    network = insert_quantizers(capture(create_model(ModelSpec(name=name, kwargs=kwargs)), size), choice)
     observe(network, torch.randn(1, *size), batch_size=1, seed=0, values_per_tensor=4096)
     network.set_mode(Mode.QUANTIZE)
     return written(network, path, size, batch_size)
@@ -82,11 +81,23 @@ def test_all_products_are_int8_and_all_attentions_one_kernel(tmp_path, name):
 @RTX
 def test_below_8_bits_products_stay_int8_and_the_reason_is_named(tmp_path):
     model, kwargs, _ = NETWORKS["vit"]
-    file = quantized_file(tmp_path / "m.onnx", model, kwargs, bits=4)
+    file = quantized_file(tmp_path / "m.onnx", model, kwargs, FOUR_BITS)
     fusion = build_engine(file, tmp_path / "m.engine", SETTINGS).fusion
     assert set(fusion.not_quantized) <= {"patch_embed.proj/Conv"}
     assert set(fusion.not_fused) == {"blocks.0.attn/MatMul_1"}
     assert "Clip between the softmax and its quantizer" in fusion.not_fused["blocks.0.attn/MatMul_1"]
+
+
+@RTX
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_attention_of_8_bits_is_one_kernel_beside_products_of_4(tmp_path, name):
+    model, kwargs, attentions = NETWORKS[name]
+    choice = load_recipe("w4a4", ["attention=int8"]).formats()
+    fusion = build_engine(
+        quantized_file(tmp_path / "m.onnx", model, kwargs, choice), tmp_path / "m.engine", SETTINGS
+    ).fusion
+    assert fusion.attentions == fusion.fused_attentions == attentions, fusion.not_fused
+    assert set(fusion.not_quantized) <= {"patch_embed.proj/Conv"}
 
 
 @RTX

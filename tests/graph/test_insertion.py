@@ -6,7 +6,7 @@ from torch import nn
 
 from ospq_export.calibrate.observe import observe
 from ospq_export.errors import InputError
-from ospq_export.formats.choice import integers
+from ospq_export.formats.choice import Choice, integers
 from ospq_export.formats.search import Grid
 from ospq_export.graph.capture import capture, quantizable_nodes
 from ospq_export.graph.insertion import insert_quantizers
@@ -156,3 +156,21 @@ def test_activation_that_is_not_finite_is_named(network):
     images = torch.full((2, 3, 32, 32), torch.inf)
     with pytest.raises(InputError, match=r"patch_embed\.proj\.input is not finite"):
         observe(quantized, images, batch_size=2, seed=0)
+
+
+def test_what_reads_an_attention_has_its_format_where_that_has_more_bits(small_vit):
+    """A Clip behind the attention would keep it from being one kernel; an override about the operator is the user's word."""
+
+    def bits(choice):
+        found = insert_quantizers(small_vit, choice)
+        widths = {name: a.format.bits for name, a in found.activations.items() if name.endswith("proj.input")}
+        return [widths[f"blocks.{i}.attn.proj.input"] for i in range(2)], found.substituted
+
+    wide, said = bits(Choice("int4", "int4", "int8", "int8"))
+    assert wide == [8, 8] and set(said) == {"blocks.0.attn.proj", "blocks.1.attn.proj"}
+    assert "an attention's result" in said["blocks.0.attn.proj"]
+    assert bits(Choice("int4", "int4", "int4", "int8")) == ([4, 4], {})
+    assert bits(Choice("int8", "int8", "int4", "int8"))[0] == [8, 8]
+    own = Choice("int4", "int4", "int8", "int8", (("blocks.1.attn.proj", "int4"),))
+    assert bits(own)[0] == [8, 4]
+    assert bits(Choice("int4", "int4", "fp8", "int8"))[0] == [4, 4], "its kernel gives float"
