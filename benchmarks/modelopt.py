@@ -31,7 +31,17 @@ from typing import Any
 import numpy as np
 import torch
 from lib.classifiers import Network, add_networks, chosen_networks, finished_run
-from lib.rows import BENCHMARKS, MODELOPT, Row, make_parser, origin, table
+from lib.rows import (
+    BENCHMARKS,
+    DOCS,
+    MODELOPT,
+    TABLES_OF_NOTES,
+    Row,
+    make_parser,
+    origin,
+    table,
+    write_between,
+)
 from torch import Tensor
 
 from ospq_export.recipes import load_recipe
@@ -188,6 +198,30 @@ def markdown() -> str:
     return f"{table(header, list(cells(rows)))}\nnvidia-modelopt {versions}; {counts} images.\n"
 
 
+def short() -> str:
+    """The table of docs/formats.md: modelopt's own configurations, which quantize all that ours do but attention."""
+    found = [
+        [
+            row["network"],
+            row["format"].upper(),
+            f"{row['logit_error']:.2g}",
+            f"{row['ours']['logit_error']:.2g}",
+            f"{row['logit_error'] / row['ours']['logit_error']:.1f}",
+        ]
+        for row in MODELOPT.rows(setting="default")
+        if row["ours"]
+    ]
+    return table(["network", "format", "modelopt", "ours", "modelopt over ours"], found)
+
+
+def write_pages() -> None:
+    """The table of docs/formats.md, and the long one of the notes."""
+    write_between(DOCS / "formats.md", "modelopt", short())
+    title = "# FP8 and NVFP4 beside nvidia-modelopt"
+    about = "Written by `benchmarks/modelopt.py`. Logit error: squared error of the logits over the squared float logits."
+    (TABLES_OF_NOTES / "modelopt.md").write_text(f"{title}\n\n{about}\n\n{markdown()}")
+
+
 def main() -> None:
     """Command line."""
     parser = make_parser(__doc__)
@@ -203,7 +237,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for network in chosen_networks(args):
         fill(Reference(network, args.images), args)
-    print(markdown())
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SCORES = "Top-1: "
 COMMON_ARITHMETIC = {
     "OMP_NUM_THREADS": "1",
     "MKL_CBWR": "COMPATIBLE",
@@ -82,7 +83,8 @@ def main() -> None:
         digests = {name: run_digests(*name.split(), Path(folder)) for name in names}
         scores = {name: top1(Path(folder) / name.replace(" ", "-")) for name in names}
     sys.stdout.write(json.dumps(digests, indent=2) + "\n")
-    sys.stderr.write(json.dumps(scores) + "\n")
+    # Not the last lines there: libraries have their say when the process ends.
+    sys.stderr.write(f"{SCORES}{json.dumps(scores)}\n")
 
 
 @pytest.mark.slow
@@ -94,7 +96,8 @@ def test_a_run_and_its_files_are_the_same_to_the_last_bit():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)[name] == json.loads((HERE / "digests.json").read_text())[name]
-    assert json.loads(done.stderr.splitlines()[-1])[name] > 75
+    (scores,) = [line for line in done.stderr.splitlines() if line.startswith(SCORES)]
+    assert json.loads(scores.removeprefix(SCORES))[name] > 75
 
 
 if __name__ == "__main__":
