@@ -56,7 +56,8 @@ def test_what_costs_time_in_a_plan():
         "in float run head (a convolution), neck (x); "
         "attentions apart are blocks.0 (x), blocks.1 (x), blocks.2 (x) and 2 more"
     )
-    assert slow_layers({"not_quantized": {}, "not_fused": {}}) == "" == slow_layers({})
+    for damaged in ({"not_quantized": {}, "not_fused": []}, {"not_fused": "x"}, {}, [], None, 1):
+        assert slow_layers(damaged) == ""
 
 
 @pytest.mark.slow

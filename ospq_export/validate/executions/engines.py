@@ -49,7 +49,7 @@ class EngineBackend(LoadedEngine):
     def __init__(self, name: str, path: Path) -> None:
         sidecar = _sidecar(path)
         self.path, self.source = path, _source(sidecar)
-        self.slow = slow_layers(sidecar.get("fusion", {}))
+        self.slow = slow_layers(sidecar.get("fusion"))
         _check_gpu(name)
         # Last of the checks: it decides which product this process can run.
         super().__init__(name, Product(name), path, (path.name, path.stat().st_size))
@@ -74,10 +74,13 @@ def float_engine(run: Run, engine: EngineBackend) -> LoadedEngine | None:
     return LoadedEngine(f"{engine.name}, float", Product(engine.name), plan, (file.name, len(plan)))
 
 
-def slow_layers(fusion: Mapping[str, Any]) -> str:
-    """What a plan runs in float or apart, from the `fusion` of a sidecar."""
+def slow_layers(fusion: object) -> str:
+    """What a plan runs in float or apart, from the `fusion` of a sidecar; "" where that does not say."""
     kinds = {"not_quantized": "in float run", "not_fused": "attentions apart are"}
-    return "; ".join(f"{what} {listed(fusion[key])}" for key, what in kinds.items() if fusion.get(key))
+    left = {what: fusion.get(key) for key, what in kinds.items()} if isinstance(fusion, dict) else {}
+    return "; ".join(
+        f"{what} {listed(held)}" for what, held in left.items() if held and isinstance(held, dict)
+    )
 
 
 def _check_gpu(name: str) -> None:
