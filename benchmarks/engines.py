@@ -25,7 +25,7 @@ from rich.console import Console
 from ospq_export.calibrate import calibrate
 from ospq_export.engines.plan import Fusion
 from ospq_export.engines.record import EngineRecord
-from ospq_export.formats.choice import integers
+from ospq_export.formats.choice import Choice, integers
 from ospq_export.models.timm import ModelSpec
 from ospq_export.onnx.kernels import Kernels, integer_kernels
 from ospq_export.recipes import load_recipe
@@ -115,7 +115,7 @@ def floats_tables() -> tuple[str, str]:
         for recipe, targets in FLOAT_TARGETS.items():
             # Targets that come to the same share a row.
             same: dict[tuple[str, ...], list[str]] = {}
-            for target, fusion in _compiled_float(recipe, targets, *sample):
+            for target, fusion in _fusions(load_recipe(recipe).formats(), targets, *sample):
                 same.setdefault((formats_cell(fusion), *fusion_cells(fusion)), []).append(target)
                 dropped += reasons(
                     f"{label}, {recipe}, {target}", {**fusion.not_quantized, **fusion.not_fused}
@@ -135,10 +135,10 @@ def _samples(networks: dict[str, str]) -> dict[str, tuple[ModelSpec, tuple[int, 
     return samples
 
 
-def _compiled_float(
-    recipe: str, targets: Sequence[str], spec: ModelSpec, size: tuple[int, int, int], images: torch.Tensor
+def _fusions(
+    choice: Choice, targets: Sequence[str], spec: ModelSpec, size: tuple[int, int, int], images: torch.Tensor
 ) -> Iterator[tuple[str, Fusion]]:
-    quantized = quantize(spec, size, load_recipe(recipe).formats(), images)
+    quantized = quantize(spec, size, choice, images)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         quantized.write(file, half=True)
@@ -155,11 +155,7 @@ def attention_table(target: str) -> str:
     for label, sample in samples.items():
         for attention in ("int8", "fp8"):
             choice = load_recipe("w4a4", [f"attention={attention}"]).formats()
-            quantized = quantize(*sample[:2], choice, sample[2])
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "model.onnx"
-                quantized.write(file, half=True)
-                fusion = compiled(file, Path(folder), target).fusion
+            ((_, fusion),) = _fusions(choice, [target], *sample)
             rows.append([label, attention, formats_cell(fusion), fusion_cells(fusion)[1]])
             Console().print(rows[-1])
     header = ["network at W4A4", "attention", "products in each format", "fused attentions"]

@@ -211,10 +211,8 @@ def points_lost(rows: list[dict[str, Any]]) -> str:
     found = {(r["bits"], r["network"]): r["top1"][FLOAT] - r["top1"][OPTIMIZED] for r in rows}
     cells = [
         [f"`{bits}`", *(f"{found[bits, n]:+.2f}" if (bits, n) in found else "" for n in networks)]
-        for bits in dict.fromkeys(
-            r["bits"] for r in sorted(rows, key=lambda r: list(RECIPES).index(r["bits"]))
-        )
-        if bits != "w3a3"
+        for bits in RECIPES
+        if bits != "w3a3" and any(r["bits"] == bits for r in rows)
     ]
     return markdown(["recipe", *networks], cells)
 

@@ -23,7 +23,12 @@ from scipy.stats import spearmanr
 
 from ospq_export.calibrate.allocate.effects import Operand
 from ospq_export.calibrate.allocate.estimate import Estimator
-from ospq_export.calibrate.allocate.sensitivity import divergence_of, observed_networks, operands_of
+from ospq_export.calibrate.allocate.sensitivity import (
+    divergence_of,
+    observed_networks,
+    operands_of,
+    outputs_of,
+)
 from ospq_export.graph.capture import capture
 from ospq_export.tasks.classify import CLASSIFY
 
@@ -43,9 +48,9 @@ def measure(network: Network, count: int) -> list[dict[str, Any]]:
         found = estimator.batch(batch, place)
         sums = [s + found[o.name, o.wanted] for s, o in zip(sums, operands, strict=True)]
     estimating = time.process_time() - started
-    started, measured = time.process_time(), []
-    for operand in operands:
-        measured.append(divergence_of(networks[operand.wanted], [operand.name], images, CLASSIFY))
+    started = time.process_time()
+    reference = outputs_of(networks[FORMATS[0]], images)
+    measured = [divergence_of(networks[o.wanted], [o.name], images, CLASSIFY, reference) for o in operands]
     measuring = time.process_time() - started
     rows = []
     for label, chosen in [("all", list(FORMATS)), *((name, [name]) for name in FORMATS)]:

@@ -76,11 +76,11 @@ def baseline_findings(executions: Sequence[Backend], images: FloatArray | None) 
         images: float32 (N, C, H, W), a few.
     """
     known = {e.name: e for e in executions}
-    if images is None or FLOAT not in known:
+    files = [e for e in executions if e.name in TABLE and TABLE[e.name].role is Role.FLOAT_FILE]
+    if images is None or FLOAT not in known or not files:
         return []
-    expected = known[FLOAT](images)
-    found = []
-    for e in (e for e in executions if e.name in TABLE and TABLE[e.name].role is Role.FLOAT_FILE):
+    expected, found = known[FLOAT](images), []
+    for e in files:
         given = e(images)
         off = max(float(distances(expected[n], given[n])[:, 0].mean()) for n in expected)
         if not off <= _BROKEN:

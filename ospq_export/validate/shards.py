@@ -98,6 +98,7 @@ def locate(
     kept: Sequence[FloatArray],
     device: str,
     inside: Mapping[str, Probed] | None = None,
+    reference: Reference | None = None,
 ) -> list[Location]:
     """Codes of every quantized file on the kept images; once, because graph optimisations do not change what a file says.
 
@@ -107,13 +108,14 @@ def locate(
         kept: images, (n, C, H, W) each; none leaves the comparison out.
         device: torch device.
         inside: engines that return their inner tensors, by name.
+        reference: the torch side, where it is at hand.
     """
     shown = [TABLE[name] for name in references if TABLE[name].shows_codes]
     held = [e for e in shown if TABLE[references[e.name]].role is Role.SIMULATED]
     files = dict.fromkeys(str(execution.file) for execution in held)
     if not (files or inside) or not kept:
         return []
-    reference, provider = Reference.of(run), provider_of(device)
+    reference, provider = reference or Reference.of(run), provider_of(device)
     paths = [run.runnable(name) for name in files]
     opened = {p.name: open_probed(p, reference.wanted, optimize=False, provider=provider) for p in paths}
     locators = [Locator(reference, probed, name) for name, probed in {**opened, **(inside or {})}.items()]

@@ -103,9 +103,10 @@ def validate(
     executions = open_executions(run, backends, device, float_type, server)
     others = [] if baseline is None else open_baseline(run, baseline, executions.names, device)
     check_batches(executions.backends, latency)
-    inside: dict[str, Probed] = {}
+    reference, inside = None, dict[str, Probed]()
     if engine_debug:
-        inside = open_inside(run, executions.backends, Reference.of(run).wanted, progress)
+        reference = Reference.of(run)
+        inside = open_inside(run, executions.backends, reference.wanted, progress)
     references = executions.references(float_type)
     chosen = choose_images(images, limit, world, max(1, floor_images))
     images, count = chosen.images, len(chosen.places)
@@ -145,7 +146,7 @@ def validate(
         references=references,
         uncompared=executions.uncompared(float_type),
         floor=samples.floor(),
-        locations=locate(run, references, samples.kept, device, inside),
+        locations=locate(run, references, samples.kept, device, inside, reference),
         seen=samples.seen,
         measure=measured,
         steadiness=steady_of(executions.backends, references, samples.first, measured.vary),

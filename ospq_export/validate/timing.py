@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ospq_export.tasks.statistics import FloatArray
 from ospq_export.validate.executions.backends import Backend
 from ospq_export.validate.executions.engines import EngineBackend, float_engine
-from ospq_export.validate.executions.table import TABLE, Role, Runtime, provider_of, with_role
+from ospq_export.validate.executions.table import TABLE, Role, Runtime, float_beside, provider_of, with_role
 from ospq_export.validate.latency import Latency, listed, measure, not_faster
 
 if TYPE_CHECKING:
@@ -55,15 +55,7 @@ def _baseline(name: str, names: set[str], device: str) -> str | None:
     if name not in TABLE or TABLE[name].role is not Role.DEPLOYED or not TABLE[name].optimize:
         return None
     kinds = ("fp16", "fp32") if device.startswith("cuda") else ("fp32",)
-    return next(iter(_candidates(name, names, kinds)), None)
-
-
-def _candidates(name: str, names: set[str], kinds: Sequence[str]) -> Iterator[str]:
-    if f"{name}, float" in names:
-        yield f"{name}, float"
-    files = [TABLE[other] for other in with_role(Role.FLOAT_FILE) if other in names]
-    for kind in kinds:
-        yield from (e.name for e in files if e.runtime is TABLE[name].runtime and e.float_type == kind)
+    return next(float_beside(name, names, kinds), None)
 
 
 def _in_float(run: Run, name: str, device: str) -> str:

@@ -8,13 +8,19 @@ pass and a few backward passes of an image serve every operand and every format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from ospq_export.graph.outputs import as_tuple
-from ospq_export.graph.quantizers import ActivationQuantizer, Mode, QuantizedGraph, WeightQuantizer
+from ospq_export.graph.quantizers import (
+    ActivationQuantizer,
+    Mode,
+    QuantizedGraph,
+    WeightQuantizer,
+    quantizers_of,
+)
 from ospq_export.graph.rewrite import OnValue, Tap
 from ospq_export.tasks.base import Task
 
@@ -83,45 +89,28 @@ class Estimator:
             drawn.append(dict(zip(names, found, strict=True)))
         with torch.no_grad():
             sums = {
-                (operand, kind): self._sum(drawn, deltas, len(images))
+                (quantizer.name, kind): self._sum(drawn, self._added(network, quantizer), len(images))
                 for kind, network in self.networks.items()
-                for operand, deltas in self._deltas(network)
+                for quantizer in quantizers_of(network.module)
             }
         self.seen, self.inputs = {}, {}
         return sums
 
-    def _deltas(self, network: QuantizedGraph) -> Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]:
-        """By operand, what computes what its quantization adds: to an activation, or to the products of a weight."""
-
-        def of_activation(quantizer: ActivationQuantizer) -> Callable[[], dict[str, Tensor]]:
-            x = self.seen[quantizer.name]
-            return lambda: {
-                quantizer.name: quantizer.format.fake_quantize(
-                    x, quantizer.scale, quantizer.used_offset, None
-                )
-                - x
-            }
-
-        def of_weight(quantizer: WeightQuantizer) -> Callable[[], dict[str, Tensor]]:
-            return lambda: self._products(network, quantizer)
-
-        activations = [(n, of_activation(a)) for n, a in network.activations.items() if n in self.seen]
-        return activations + [(n, of_weight(w)) for n, w in network.weights.items()]
-
-    def _products(self, network: QuantizedGraph, quantizer: WeightQuantizer) -> dict[str, Tensor]:
-        """What the operators that read a weight give for its rounding error; without a bias, they are linear in it."""
-        scale, weight = quantizer.spread_scale(), network.module.get_buffer(quantizer.constant)
-        rounded = quantizer.format.dequantize(quantizer.format.decode(quantizer.codes).to(scale.dtype), scale)
+    def _added(
+        self, network: QuantizedGraph, quantizer: ActivationQuantizer | WeightQuantizer
+    ) -> dict[str, Tensor]:
+        """What quantizing adds to an activation, or to what the operators that read a weight give: they are linear in it."""
+        if isinstance(quantizer, ActivationQuantizer):
+            seen = self.seen.get(quantizer.name)
+            return {} if seen is None else {quantizer.name: _rounding(quantizer, seen)}
+        added = _rounding(quantizer, network.module.get_buffer(quantizer.constant))
         places = [key for key in self.inputs if key.rpartition("#")[0] == quantizer.name]
-        return {key: _apply(*self.inputs[key], rounded - weight) for key in places}
+        return {key: _apply(*self.inputs[key], added) for key in places}
 
     def _sum(
-        self,
-        drawn: Sequence[Mapping[str, Tensor | None]],
-        deltas: Callable[[], dict[str, Tensor]],
-        images: int,
+        self, drawn: Sequence[Mapping[str, Tensor | None]], added: Mapping[str, Tensor], images: int
     ) -> float:
-        added, total = deltas(), 0.0
+        total = 0.0
         for gradients in drawn:
             products = [(gradients[name], delta) for name, delta in added.items()]
             dots = [_per_image(g * delta, images) for g, delta in products if g is not None]
@@ -129,6 +118,13 @@ class Estimator:
                 dots = [d.sum(0, keepdim=True) for d in dots]
             total += float(torch.stack(dots).sum(0).square().sum()) if dots else 0.0
         return total / len(drawn)
+
+
+def _rounding(quantizer: ActivationQuantizer | WeightQuantizer, value: Tensor) -> Tensor:
+    quantizer.mode = Mode.QUANTIZE
+    added: Tensor = quantizer(value) - value
+    quantizer.mode = Mode.FLOAT
+    return added
 
 
 def _apply(node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ def _with_measured(
             started = time.monotonic()
             network = networks[operand.wanted]
             if reference is None:
-                reference = _outputs(network, images)
+                reference = outputs_of(network, images)
             kept.scores.keep(
                 key,
                 divergence_of(network, [operand.name], images, task, reference),
@@ -236,7 +236,8 @@ def _with_measured(
     return result.model_copy(update={"operands": updated, "scale": median(ratios) if ratios else 1.0})
 
 
-def _outputs(network: QuantizedGraph, images: Tensor) -> list[tuple[Tensor, ...]]:
+def outputs_of(network: QuantizedGraph, images: Tensor) -> list[tuple[Tensor, ...]]:
+    """The network's outputs for images (N, C, H, W) float32 in the mode that it is in, batch by batch of eight."""
     device = next(network.module.buffers()).device
     with torch.no_grad():
         return [as_tuple(network.module(batch.to(device))) for batch in images.split(_BATCH)]
@@ -259,10 +260,10 @@ def divergence_of(
         reference: the float network's outputs for batches of eight; None computes them.
     """
     network.set_mode(Mode.FLOAT)
-    reference = _outputs(network, images) if reference is None else reference
+    reference = outputs_of(network, images) if reference is None else reference
     for quantizer in quantizers_of(network.module):
         quantizer.mode = Mode.QUANTIZE if quantizer.name in names else Mode.FLOAT
-    found = _outputs(network, images)
+    found = outputs_of(network, images)
     network.set_mode(Mode.FLOAT)
     total = 0.0
     for ours, theirs in zip(found, reference, strict=True):

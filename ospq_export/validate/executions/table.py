@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -164,3 +164,19 @@ def with_role(*roles: Role) -> list[str]:
 def provider_of(device: str) -> str:
     """ONNX Runtime's provider that goes with a torch device."""
     return "cuda" if device.startswith("cuda") else "cpu"
+
+
+def float_beside(name: str, names: Collection[str], kinds: Sequence[str] = ("fp32",)) -> Iterator[str]:
+    """The float executions of the same runtime as one that ran: that of its own engine or device, then files by their type.
+
+    Args:
+        name: of the execution.
+        names: of what ran.
+        kinds: float types, the best first.
+    """
+    own = f"{name}, float"
+    if own in names:
+        yield own
+    files = [TABLE[other] for other in with_role(Role.FLOAT_FILE) if other in names]
+    for kind in kinds:
+        yield from (e.name for e in files if e.runtime is TABLE[name].runtime and e.float_type == kind)

@@ -18,6 +18,7 @@ from ospq_export.validate.executions.table import (
     Execution,
     Role,
     Runtime,
+    float_beside,
 )
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.report.model import BackendResult, Report, points
@@ -223,8 +224,7 @@ def _latency(report: Report, best: BackendResult | None) -> Tile | None:
     if after is None or checked_file(ran) != ran:
         # The speed of a file that stands in for another says nothing.
         return None
-    # A device times the float file itself.
-    before = found.get(f"{after.name}, float") or _float_latency(found, TABLE[after.name].runtime)
+    before = _float_latency(found, after.name)
     title = f"Latency (batch {after.batch_size})"
     if before is None:
         return Tile(title, "", f"{after.median_ms:.3g} ms", after.name)
@@ -233,11 +233,10 @@ def _latency(report: Report, best: BackendResult | None) -> Tile | None:
     return Tile(title, f"{before.median_ms:.3g} ms", f"{after.median_ms:.3g} ms", note)
 
 
-def _float_latency(found: dict[str, Latency], runtime: Runtime) -> Latency | None:
-    """The float network's, in the same runtime where that was timed."""
-    files = [x for n, x in found.items() if n in TABLE and TABLE[n].role is Role.FLOAT_FILE]
-    own = [x for x in files if TABLE[x.name].runtime is runtime and TABLE[x.name].float_type == "fp32"]
-    return next(iter([*own, *files]), found.get(FLOAT))
+def _float_latency(found: dict[str, Latency], name: str) -> Latency | None:
+    """The float network's, in the same runtime where that was timed; a device times the float file itself."""
+    files = (n for n in found if n in TABLE and TABLE[n].role is Role.FLOAT_FILE)
+    return next((found[n] for n in (*float_beside(name, found), *files)), found.get(FLOAT))
 
 
 def _facts(report: Report, manifest: Manifest | None) -> dict[str, str]:
