@@ -11,7 +11,8 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(comma)tensorrt-rtx)
 WORKERS ?= 2
 # One thread per worker: the tests' tensors are small, and two thread pools on two cores only fight.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=60 -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+# A worker that died is not replaced: pytest-xdist 3.8 then waits for ever at the end, where it could say which test it was.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=60 -n $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs test run-tests test-fast bench-gpu lint format clean

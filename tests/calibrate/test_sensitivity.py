@@ -67,6 +67,32 @@ def test_of_a_linear_network_the_estimate_is_the_error():
             assert sum(s[name, "int4"] for s in sums) == pytest.approx(expected, rel=0.2), name
 
 
+class Shared(torch.nn.Module):
+    """A tensor that a linear reads and a product of two activations: NVFP4 for one, FP8 for the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 8)
+
+    def forward(self, x):
+        tokens = x.flatten(2)
+        return self.linear(tokens), tokens @ tokens.transpose(1, 2)
+
+
+def test_a_tensor_with_two_quantizers_has_two_estimates():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 4, 8, generator=torch.Generator().manual_seed(1))
+    captured = capture(Shared().eval(), (3, 4, 8))
+    task, formats = TASKS["tensors"], ["int8", "nvfp4"]
+    networks = module.observed_networks(captured, images, formats)
+    assert len(networks["nvfp4"].activations) > len(networks["int8"].activations)
+    found = measure_sensitivity(captured, images, formats, task, measured=0)
+    for operand_ in found.operands:
+        measured = divergence_of(networks[operand_.wanted], [operand_.name], images, task)
+        # The estimate of a relative error is half of it.
+        assert 2 * operand_.estimate == pytest.approx(measured, rel=0.5), operand_
+
+
 def test_the_largest_are_measured_and_the_others_put_on_their_scale(small_vit, noise):
     found = measure_sensitivity(small_vit, noise, ["int4"], CLASSIFY, measured=5)
     measured = [o for o in found.operands if o.measured is not None]

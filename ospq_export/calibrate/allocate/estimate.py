@@ -28,8 +28,15 @@ DRAWS = 2
 """Targets that are drawn for an image: each costs a backward pass."""
 
 
+Edge = tuple[str, str]
+"""A tensor and one operator that reads it, by the names of their nodes; ("", operator) is what the operator gives."""
+
+
 class Estimator:
     """Sums of (g . d)^2 over images, by operand and format.
+
+    Formats differ in which readers of a tensor share a quantizer. So every reader has a gradient of its own; that of a quantizer
+    is the sum of its readers'.
 
     Args:
         networks: the same network with quantizers, observed, by format; left in Mode.FLOAT.
@@ -38,40 +45,49 @@ class Estimator:
 
     def __init__(self, networks: Mapping[str, QuantizedGraph], task: Task) -> None:
         self.networks, self.task = networks, task
-        self.base = next(iter(networks.values()))
-        self.base.set_mode(Mode.FLOAT)
-        self.device = next(self.base.module.buffers()).device
-        self.seen: dict[str, Tensor] = {}
+        self.edges: dict[tuple[str, str], list[Edge]] = {}
+        for kind, network in networks.items():
+            network.set_mode(Mode.FLOAT)
+            self.edges |= {(name, kind): found for name, found in _edges(network).items()}
+        base = next(iter(networks.values()))
+        self.device = next(base.module.buffers()).device
+        self.seen: dict[Edge, Tensor] = {}
         self.inputs: dict[str, tuple[fx.Node, Tensor]] = {}
-        self.tap = Tap(self.base.module, self._watched())
+        self.tap = self._tap(base.module, {edge for found in self.edges.values() for edge in found})
 
-    def _watched(self) -> dict[fx.Node, OnValue]:
-        modules, found = dict(self.base.module.named_modules()), dict[fx.Node, OnValue]()
-        for node in self.base.module.graph.find_nodes(op="call_module"):
-            quantizer = modules[str(node.target)]
-            if isinstance(quantizer, ActivationQuantizer):
-                found[node] = self._keep(quantizer.name)
-            elif isinstance(quantizer, WeightQuantizer):
-                for place, reader in enumerate(node.users):
-                    found[reader] = self._keep_product(f"{quantizer.name}#{place}")
-        return found
+    def _tap(self, quantized: fx.GraphModule, edges: set[Edge]) -> Tap:
+        """The float network with every edge a node of its own."""
+        module = _without_quantizers(quantized)
+        nodes = {node.name: node for node in module.graph.nodes}
+        watched: dict[fx.Node, OnValue] = {}
+        for edge in sorted(edges):
+            source, reader = edge
+            if not source:
+                watched[nodes[reader]] = self._keep_product(edge)
+                continue
+            with module.graph.inserting_before(nodes[reader]):
+                own = module.graph.call_function(torch.ops.aten.alias.default, (nodes[source],))
+            nodes[reader].replace_input_with(nodes[source], own)
+            watched[own] = self._keep(edge)
+        module.recompile()
+        return Tap(module, watched)
 
-    def _keep(self, name: str) -> OnValue:
+    def _keep(self, edge: Edge) -> OnValue:
         def keep(_tap: Tap, _node: fx.Node, value: Tensor) -> Tensor:
             # A tensor of its own: other readers of the value must not count.
             own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            self.seen[name] = own
+            self.seen[edge] = own
             return own
 
         return keep
 
-    def _keep_product(self, name: str) -> OnValue:
-        keep = self._keep(name)
+    def _keep_product(self, edge: Edge) -> OnValue:
+        keep = self._keep(edge)
 
         def keep_both(tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            self.inputs[name] = node, tap.env[source].detach()
+            self.inputs[edge[1]] = node, tap.env[source].detach()
             return keep(tap, node, value)
 
         return keep_both
@@ -89,7 +105,7 @@ class Estimator:
             drawn.append(dict(zip(names, found, strict=True)))
         with torch.no_grad():
             sums = {
-                (quantizer.name, kind): self._sum(drawn, self._added(network, quantizer), len(images))
+                (quantizer.name, kind): self._sum(drawn, self._added(network, quantizer, kind), len(images))
                 for kind, network in self.networks.items()
                 for quantizer in quantizers_of(network.module)
             }
@@ -97,18 +113,17 @@ class Estimator:
         return sums
 
     def _added(
-        self, network: QuantizedGraph, quantizer: ActivationQuantizer | WeightQuantizer
-    ) -> dict[str, Tensor]:
+        self, network: QuantizedGraph, quantizer: ActivationQuantizer | WeightQuantizer, kind: str
+    ) -> dict[Edge, Tensor]:
         """What quantizing adds to an activation, or to what the operators that read a weight give: they are linear in it."""
+        edges = self.edges[quantizer.name, kind]
         if isinstance(quantizer, ActivationQuantizer):
-            seen = self.seen.get(quantizer.name)
-            return {} if seen is None else {quantizer.name: _rounding(quantizer, seen)}
+            return dict.fromkeys(edges, _rounding(quantizer, self.seen[edges[0]]))
         added = _rounding(quantizer, network.module.get_buffer(quantizer.constant))
-        places = [key for key in self.inputs if key.rpartition("#")[0] == quantizer.name]
-        return {key: _apply(*self.inputs[key], added) for key in places}
+        return {edge: _apply(*self.inputs[edge[1]], added) for edge in edges}
 
     def _sum(
-        self, drawn: Sequence[Mapping[str, Tensor | None]], added: Mapping[str, Tensor], images: int
+        self, drawn: Sequence[Mapping[Edge, Tensor | None]], added: Mapping[Edge, Tensor], images: int
     ) -> float:
         total = 0.0
         for gradients in drawn:
@@ -118,6 +133,29 @@ class Estimator:
                 dots = [d.sum(0, keepdim=True) for d in dots]
             total += float(torch.stack(dots).sum(0).square().sum()) if dots else 0.0
         return total / len(drawn)
+
+
+def _edges(network: QuantizedGraph) -> dict[str, list[Edge]]:
+    """By quantizer: the tensor's readers behind it, or the operators that multiply with the weight."""
+    modules, found = dict(network.module.named_modules()), dict[str, list[Edge]]()
+    for node in network.module.graph.find_nodes(op="call_module"):
+        quantizer, source = modules[str(node.target)], node.args[0]
+        assert isinstance(source, fx.Node)
+        if isinstance(quantizer, ActivationQuantizer | WeightQuantizer):
+            name = source.name if isinstance(quantizer, ActivationQuantizer) else ""
+            found[quantizer.name] = [(name, reader.name) for reader in node.users]
+    return found
+
+
+def _without_quantizers(quantized: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a network's graph that reads what its quantizers read; the constants are shared."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(quantized.graph, copies))
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return fx.GraphModule(quantized, graph)
 
 
 def _rounding(quantizer: ActivationQuantizer | WeightQuantizer, value: Tensor) -> Tensor:
