@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ospq_export.errors import InputError
+from ospq_export.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
     from ospq_export.api import Run, Session
@@ -18,8 +18,20 @@ if TYPE_CHECKING:
     from ospq_export.validate.report.model import Report
 
 __version__ = "0.1.0"
-__all__ = ["DataConfig", "InputError", "Recipe", "Report", "Run", "Session", "__version__", "load_recipe"]
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "DataConfig",
+    "InputError",
+    "Recipe",
+    "Report",
+    "Run",
+    "Session",
+    "__version__",
+    "load_recipe",
+]
 _WHERE = {
+    "Budget": "ospq_export.runs.allocation",
     "Recipe": "ospq_export.recipes",
     "load_recipe": "ospq_export.recipes",
     "Report": "ospq_export.validate.report.model",

@@ -10,7 +10,8 @@ assert report, report.verdict.text
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from ospq_export.export.jobs import Extras
 from ospq_export.models.record import ModelSpec
 from ospq_export.progress import stage_progress
 from ospq_export.recipes import Recipe, load_recipe
+from ospq_export.runs.allocation import Budget
 from ospq_export.runs.run import Run as StoredRun
 from ospq_export.validate.preflight import images_of
 from ospq_export.validate.report.model import Report
@@ -89,6 +91,7 @@ class Run(StoredRun):
         preprocessing: DataConfig | None = None,
         classes: Sequence[str] = (),
         name: str | ModelSpec | None = None,
+        budget: Budget | None = None,
         session: Session | None = None,
     ) -> Self:
         """Quantize a module and write a run directory; interrupted, the same call goes on where it was.
@@ -106,22 +109,29 @@ class Run(StoredRun):
             preprocessing: what the tensors have had, or image files are to have; kept with the run. Files need one.
             classes: names of the classes in the order of the network's outputs.
             name: of the model, in reports, or what it was made from, where `models.sources` made it; None takes its class.
+            budget: what may be lost or spent; the formats of the operators are then searched, not the recipe's.
             session: device, seed, progress.
 
         Raises:
+            BudgetError: no formats keep the budget.
             InputError: anything that the stage refuses, see `calibrate.stage.calibrate`, or images that are not alike.
         """
+        from ospq_export.calibrate.allocate.stage import calibrate_within, images_for, split
         from ospq_export.calibrate.stage import calibrate
 
         how = session or Session()
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe), list(overrides))
         images = _images(data, preprocessing, classes)
-        sample = images.sample(chosen.calibration_images, how.seed, how.workers)
+        sample = images.sample(images_for(budget, chosen), how.seed, how.workers)
+        stage: Callable[..., StoredRun] = calibrate
+        if budget is not None:
+            sample, held_out, chosen = split(sample, budget, chosen)
+            stage = functools.partial(calibrate_within, held_out=held_out, budget=budget)
         spec = name
         if not isinstance(spec, ModelSpec):
             spec = ModelSpec(name=name or type(model).__name__, source="object")
         with how.bars() as progress:
-            run = calibrate(
+            run = stage(
                 model,
                 spec,
                 sample,
@@ -196,7 +206,7 @@ class Run(StoredRun):
 
         Args:
             data: images that the calibration has not seen.
-            thresholds: what is allowed; None takes the defaults.
+            thresholds: what is allowed; None takes the defaults, with what the run's budget lets it lose.
             session: device, progress, workers.
             documents: whether report.md and report.html are written beside report.json.
             pictures: whether report.html may show images; their names stay.

@@ -1,4 +1,4 @@
-"""The one exception that means: the input was bad, not the program."""
+"""The exceptions that are no faults of the program: the input was bad, or a budget cannot be kept."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class InputError(Exception):
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
         line = what if where is None else f"{what} ({where})"
         super().__init__(" ".join(f"{line}: {fix}".split()) if fix else " ".join(line.split()))
+
+
+class BudgetError(Exception):
+    """No formats were found that keep a budget; the command line prints it as one line and exits with status 1."""
 
 
 def damaged(what: str, where: object) -> InputError:

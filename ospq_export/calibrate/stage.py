@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ospq_export.calibrate.checkpoints import Events, no_events
 from ospq_export.calibrate.checks import (
@@ -34,7 +34,7 @@ from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import check_overrides, insert_quantizers
 from ospq_export.graph.outputs import LOGITS, output_names, output_shapes, rename_outputs
 from ospq_export.graph.serialize import describe
-from ospq_export.graph.sizes import sizes_between
+from ospq_export.graph.sizes import SizeRange, sizes_between
 from ospq_export.graph.slicing import Slice
 from ospq_export.models.record import ModelSpec
 from ospq_export.models.timm import torch_device
@@ -114,12 +114,8 @@ def calibrate(
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         distinct = check_images(pixels)
-        captured = capture(model, data.input_size, outputs=outputs, sizes=sizes)
-        chosen = _task(model, captured, task, data)
+        captured, chosen = captured_with_task(model, pixels, data, task=task, outputs=outputs, sizes=sizes)
         check_overrides(captured.graph, recipe.formats())
-        check_sizes(model, captured, pixels)
-        if output_names(captured.graph) == (LOGITS,):
-            rename_outputs(captured.graph, [chosen.output])
         # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
         described = describe(captured)
         if recipe.slicing != "auto":
@@ -166,6 +162,28 @@ def calibrate(
         job.slice(captured, pixels)
         job.reconstruct(pixels)
         return job.finish()
+
+
+def captured_with_task(
+    model: nn.Module,
+    images: Tensor,
+    data: DataConfig,
+    *,
+    task: str | None,
+    outputs: Sequence[str] | None,
+    sizes: SizeRange | None,
+) -> tuple[fx.GraphModule, Task]:
+    """The network's graph, held to the network on a few images, and what its outputs are; arguments as `calibrate`'s.
+
+    Raises:
+        InputError: it cannot be captured, or the graph computes something else.
+    """
+    captured = capture(model, data.input_size, outputs=outputs, sizes=sizes)
+    chosen = _task(model, captured, task, data)
+    check_sizes(model, captured, images)
+    if output_names(captured.graph) == (LOGITS,):
+        rename_outputs(captured.graph, [chosen.output])
+    return captured, chosen
 
 
 def _task(model: nn.Module, captured: fx.GraphModule, wanted: str | None, data: DataConfig) -> Task:

@@ -19,7 +19,7 @@ from ospq_export.cli.recipe import recipe
 from ospq_export.cli.sensitivity import sensitivity
 from ospq_export.cli.sweep import sweep
 from ospq_export.cli.validate import validate
-from ospq_export.errors import InputError
+from ospq_export.errors import BudgetError, InputError
 from ospq_export.world.threads import wait_passively
 
 # Plain help wraps where rich's tables cut.
@@ -57,7 +57,7 @@ class _Formatter(logging.Formatter):
 
 
 def main() -> None:
-    """Entry point: runs the command line and turns bad input into one line on stderr and exit status 2."""
+    """Entry point: runs the command line; bad input is one line on stderr and exit status 2, a budget that cannot be kept 1."""
     # Read when torch loads OpenMP, which no command has done yet.
     wait_passively()
     handler = logging.StreamHandler(sys.stderr)
@@ -68,3 +68,6 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"error: {with_options(str(error))}", err=True)
         sys.exit(2)
+    except BudgetError as error:
+        typer.echo(f"budget not kept: {with_options(str(error))}", err=True)
+        sys.exit(1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ospq_export.cli import budget as budgets
 from ospq_export.cli import options
 from ospq_export.cli.options import (
     check_recipe,
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from ospq_export.data import Batch, DataConfig, ImageSet, StreamSet
     from ospq_export.models.record import ModelSpec
     from ospq_export.recipes import Recipe
+    from ospq_export.runs.allocation import Budget
+    from ospq_export.runs.run import Run
 
 
 def calibrate(
@@ -36,6 +41,11 @@ def calibrate(
     recipe: options.RecipeOption = "w8a8",
     overrides: options.SetOption = None,
     target: options.TargetOption = None,
+    max_drop: budgets.BudgetDropOption = None,
+    budget_bits: budgets.BudgetBitsOption = None,
+    budget_latency: budgets.BudgetLatencyOption = None,
+    formats: budgets.BudgetFormatsOption = None,
+    confidence: budgets.BudgetConfidenceOption = None,
     model_kwargs: options.ModelKwargsOption = "",
     checkpoint: options.CheckpointOption = None,
     checkpoint_key: options.CheckpointKeyOption = None,
@@ -72,7 +82,9 @@ def calibrate(
     from ospq_export.recipes import load_recipe
 
     chosen = load_recipe(recipe, overrides or [])
-    check_recipe(chosen, target)
+    budget = budgets.budget_of(max_drop, budget_bits, budget_latency, formats, confidence, target)
+    if budget is None:
+        check_recipe(chosen, target)
     _check_apart(out, data)
     spec = model_spec(model, model_kwargs, checkpoint, random_weights, checkpoint_key)
     given = data_settings(input_size, mean, std, crop_pct, interpolation, exif)
@@ -105,6 +117,7 @@ def calibrate(
         quiet=quiet,
         memory_budget=memory_budget,
         log_json=log_json,
+        budget=budget,
     )
 
 
@@ -124,6 +137,7 @@ def run_calibrate(
     quiet: bool,
     memory_budget: str | None = None,
     log_json: str | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Build the model, read the images and calibrate, with progress bars and a line at the end.
 
@@ -131,6 +145,13 @@ def run_calibrate(
     """
     import torch
 
+    from ospq_export.calibrate.allocate.stage import (
+        calibrate_within,
+        check_budget,
+        check_folder_of,
+        images_for,
+        split,
+    )
     from ospq_export.calibrate.checkpoints import json_lines, no_events
     from ospq_export.calibrate.checks import check_output_folder
     from ospq_export.calibrate.reconstruct.store import parse_bytes
@@ -140,8 +161,12 @@ def run_calibrate(
     from ospq_export.models.timm import for_size
     from ospq_export.progress import stage_progress
 
-    check_output_folder(out)
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if budget is None:
+        check_output_folder(out)
+    else:
+        check_folder_of(out)
+        check_budget(budget, recipe)
+    memory = None if memory_budget is None else parse_bytes(memory_budget)
     events = no_events if log_json is None else json_lines(log_json)
     _check_before(spec, recipe, out, device, log_json)
     # Before the network is made: a folder that cannot be used is said at once.
@@ -152,11 +177,15 @@ def run_calibrate(
     config = resolve_data_config(network, spec, settings)
     classes = check_input(network, spec, config.input_size)
     found: ImageSet | StreamSet = prepared(config, classes if task in (None, "classify") else None)
-    _check_images(found.at_most(recipe.calibration_images), config, recipe, budget, network, bounds)
-    sample: Batch = found.sample(recipe.calibration_images, seed, workers)
+    _check_images(found.at_most(recipe.calibration_images), config, recipe, memory, network, bounds)
+    sample: Batch = found.sample(images_for(budget, recipe), seed, workers)
+    stage: Callable[..., Run] = calibrate
+    if budget is not None:
+        sample, held_out, recipe = split(sample, budget, recipe)
+        stage = functools.partial(calibrate_within, held_out=held_out, budget=budget)
     first = os.environ.get("RANK", "0") == "0"
     with stage_progress(disable=quiet or not first) as progress:
-        run = calibrate(
+        run = stage(
             network,
             spec,
             sample,
@@ -172,13 +201,13 @@ def run_calibrate(
             device=device,
             seed=seed,
             progress=progress,
-            memory_budget=budget,
+            memory_budget=memory,
             events=events,
         )
     if not first:
         return
     say(
-        f"calibrated {spec.name} with {recipe.name} on {len(sample.images)} images "
+        f"calibrated {spec.name} with {run.manifest.recipe.name} on {len(sample.images)} images "
         f"({len(found.skipped)} unreadable): {len(run.manifest.slices)} slices, in {run.path}"
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ospq_export.engines.rates import GPUS
 from ospq_export.engines.targets import TARGETS, check_formats, find_target
 from ospq_export.errors import InputError, refusal_of
 
@@ -114,7 +115,10 @@ RecipeOption = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    str | None, typer.Option(help=f"Hardware that has to have all formats: {', '.join(TARGETS)}.")
+    str | None,
+    typer.Option(
+        help=f"Hardware that has to have all formats: {', '.join(TARGETS)}; or a GPU of it: {', '.join(GPUS)}."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")]
 SetOption = Annotated[

@@ -54,8 +54,13 @@ def validate(
         int | None, typer.Option(min=1, help="Use N images only: a seeded sample with each class's share.")
     ] = None,
     max_drop: Annotated[
-        float, typer.Option(min=0, max=100, help="Points of Top-1 that may be lost against float.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Points of Top-1 that may be lost against float. Default: the run's own budget, else 1.",
+        ),
+    ] = None,
     confidence: Annotated[
         float,
         typer.Option(help="Of every bound, from 0.5 to below 1; 0.5 takes the bare estimates."),
@@ -142,7 +147,7 @@ def validate(
     from ospq_export.validate.preflight import images_of
 
     thresholds = limits_of(
-        max_drop=max_drop,
+        max_drop=_own_drop(run) if max_drop is None else max_drop,
         confidence=confidence,
         min_agreement=min_agreement,
         max_top1_difference=max_top1_difference,
@@ -198,6 +203,17 @@ def validate(
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
+
+
+def _own_drop(run: Path | None) -> float:
+    """What a run was calibrated to lose at most, where that was said."""
+    from ospq_export.runs.files import MANIFEST
+    from ospq_export.runs.manifest import read_manifest
+    from ospq_export.validate.verdict import Thresholds, allowed
+
+    if run is None or not (run / MANIFEST).is_file():
+        return Thresholds().max_drop
+    return allowed(read_manifest(run).recipe).max_drop
 
 
 _OF_DEVICES = (

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ospq_export.formats.choice import engine_types
-from ospq_export.onnx.lint.attention import FP8_KEYS
+from ospq_export.onnx.lint.attention import FP8_KEYS, HEAD_SIZES, MAX_SEQUENCE
 from ospq_export.onnx.lint.precision import FP8_KERNEL
 from ospq_export.onnx.own import BLOCK_SCALES as FP8
 from ospq_export.onnx.view import DEQUANTIZE, PRODUCTS, OnnxGraph
@@ -133,8 +133,6 @@ def _onnx_names(text: str) -> tuple[str, ...]:
 
 
 _UNKNOWN = "the builder chose separate kernels"
-# What the fused Int8 attention kernel was seen to take.
-MAX_SEQUENCE, HEAD_SIZES = 512, (16, 32, 64)
 
 
 class Fusion(BaseModel):

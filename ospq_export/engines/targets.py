@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ospq_export.engines.products import Product, known_capabilities
+from ospq_export.engines.rates import GPUS
 from ospq_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,16 +87,17 @@ def find_target(name: str) -> Target:
     """The target of a name.
 
     Args:
-        name: such as "ada".
+        name: such as "ada", or a GPU of it, "l4".
 
     Raises:
         InputError: there is none.
     """
-    if name.lower() not in TARGETS:
-        raise InputError(
-            f"there is no target {name!r}", where="`target`", fix=f"use one of {', '.join(TARGETS)}"
-        )
-    return TARGETS[name.lower()]
+    gpu = GPUS.get(name.lower())
+    found = TARGETS.get(name.lower() if gpu is None else gpu.target)
+    if found is None:
+        fix = f"use one of {', '.join(TARGETS)}, or a GPU: {', '.join(GPUS)}"
+        raise InputError(f"there is no target {name!r}", where="`target`", fix=fix)
+    return found
 
 
 def target_of(capability: str) -> Target | None:

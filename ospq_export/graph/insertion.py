@@ -44,17 +44,17 @@ def _hoist(tensor: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node | None
     return tensor, reader
 
 
-def _source_product(tensor: object) -> fx.Node | None:
+def source_product(tensor: object) -> fx.Node | None:
     """The product of two activations that a tensor is, moved about; None where it is something else."""
-    assert isinstance(tensor, fx.Node)
-    while tensor.target in _MOVES:
+    while isinstance(tensor, fx.Node) and tensor.target in _MOVES:
         tensor = tensor.all_input_nodes[0]
+    assert isinstance(tensor, fx.Node)
     return tensor if tensor.target is aten.matmul.default else None
 
 
 def _comes_from_matmul(tensor: fx.Node) -> bool:
     """Whether a tensor is a product moved about: an offset's Sub behind attention would keep TensorRT from fusing it."""
-    return _source_product(tensor) is not None
+    return source_product(tensor) is not None
 
 
 def _is_unpadded(node: fx.Node) -> bool:
@@ -72,20 +72,29 @@ class _Site:
     readers: list[fx.Node]
 
 
-def _role(node: fx.Node) -> Role:
+def role_of(node: fx.Node) -> Role:
+    """What a quantizable operator is."""
     if node.target is aten.matmul.default:
         return Role.ATTENTION
     return Role.LINEAR if node.target is aten.linear.default else Role.CONVOLUTION
+
+
+def inner_dimension(node: fx.Node) -> int:
+    """Elements that a quantizable operator's products sum over."""
+    first, second = (operand.meta["val"].shape for operand in node.args[:2])  # type: ignore[union-attr]
+    return int(first[-1] if role_of(node) is Role.ATTENTION else second[1:].numel())
+
+
+def operand_tensor(node: fx.Node, operand: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The tensor whose quantizer an activation operand of a quantizable operator reads."""
+    return _hoist(operand, set(cut_points(graph)))[0] if role_of(node) is Role.ATTENTION else operand
 
 
 def _operands(names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, Operands]:
     """The formats of every quantizable operator."""
     ends, found = _ends(names), {}
     for node, name in names.items():
-        role = _role(node)
-        first, second = (operand.meta["val"].shape for operand in node.args[:2])  # type: ignore[union-attr]
-        inner = first[-1] if role is Role.ATTENTION else second[1:].numel()
-        found[node] = formats.operands(name, role, inner, is_end=node in ends)
+        found[node] = formats.operands(name, role_of(node), inner_dimension(node), is_end=node in ends)
     free = [node for node, name in names.items() if not formats.names(name)]
     return found | {node: _with_result(node, found[node], found) for node in free}
 
@@ -95,7 +104,7 @@ def _with_result(node: fx.Node, own: Operands, found: dict[fx.Node, Operands]) -
 
     An INT8 attention kernel quantizes its result itself; below 8 bits there would be a Clip in between, and no kernel.
     """
-    product = _source_product(node.args[0])
+    product = source_product(node.args[0])
     attention = found[product].activation if product in found else None
     if node.target is not aten.linear.default or own.activation is None or attention is None:
         return own

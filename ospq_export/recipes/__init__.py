@@ -134,6 +134,13 @@ class Recipe(_Section):
         description="what is moved out of activations beforehand: what softmax cancels of keys, factors, factors and shifts, "
         "or RepQ-ViT's form"
     )
+    max_drop: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        exclude_if=lambda drop: drop is None,
+        description="points that the network may lose; what `validate` allows where it is not told",
+    )
     calibration_images: int = Field(ge=1, description="on which everything is chosen and learned")
     observation_images: int = Field(ge=1, description="how many of them the range search looks at")
     reconstruction: Reconstruction

@@ -20,6 +20,8 @@ FLOAT_TENSORS = "float.safetensors"
 QUANTIZED_TENSORS = "quantized.safetensors"
 CALIBRATION_IMAGES = "calibration_images.json"
 CHECKPOINTS = "slices"
+# Of a search for formats: what it found, and the folder that it works in.
+ALLOCATION, SEARCH, RECIPE = "allocation.json", "search", "recipe.toml"
 # What an export writes: always, and when it is asked for.
 QUANTIZED_ONNX, FLOAT_ONNX, SCALES = "model.onnx", "model_fp32.onnx", "scales.json"
 QUANTIZED_HALF_ONNX, HALF_ONNX = "model_qdq_fp16.onnx", "model_fp16.onnx"
@@ -39,6 +41,9 @@ CONTENTS: dict[str, str] = {
     QUANTIZED_TENSORS: "integer, FP8 or FP4 codes, scales and offsets",
     CALIBRATION_IMAGES: "a digest of every calibration image: `validate` counts those that it meets again",
     CHECKPOINTS: "folder: finished slices of a calibration that is not finished; an interrupted one continues from it",
+    ALLOCATION: "with a budget: formats that were tried, what they cost and lost, and what each operator loses in each format",
+    SEARCH: "folder: the calibrations that a search for formats tries; it goes when the search is finished",
+    RECIPE: "with a budget: the recipe that was found; it makes the same run without a search",
     QUANTIZED_ONNX: "the quantized network as QDQ ONNX",
     FLOAT_ONNX: "the float network: the baseline for speed and accuracy",
     SCALES: "per slice and quantizer: bits, grid, levels, scale, offset, axis; which products ONNX Runtime computes in integers",

@@ -24,7 +24,7 @@ from ospq_export.validate.floor import NoiseFloor
 from ospq_export.validate.latency import Latency
 from ospq_export.validate.report.assemble import Evidence, Subject, assemble, subject_of
 from ospq_export.validate.report.model import Report, stamped
-from ospq_export.validate.verdict import Thresholds
+from ospq_export.validate.verdict import Thresholds, allowed
 from ospq_export.world.room import check_folder
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def report_device(
         seen=said.seen,
         measure=measured,
     )
-    report = assemble(_subject(run, result, evidence), evidence, thresholds or Thresholds())
+    report = assemble(_subject(run, result, evidence), evidence, thresholds or allowed(run.manifest.recipe))
     report = report.model_copy(update={"latencies": result.latency})
     report = stamped(report) if provenance else report
     write_json(run.path / REPORT, report.model_dump(mode="json"))

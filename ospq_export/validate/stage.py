@@ -32,7 +32,7 @@ from ospq_export.validate.saved import SavedOutputs
 from ospq_export.validate.shards import Samples, locate, part_of, pool, share_of
 from ospq_export.validate.steadiness import steady_of
 from ospq_export.validate.timing import float_files, time_all
-from ospq_export.validate.verdict import Thresholds
+from ospq_export.validate.verdict import Thresholds, allowed
 from ospq_export.world.processes import SOLO, World
 
 if TYPE_CHECKING:
@@ -157,7 +157,9 @@ def validate(
     if latency and samples.first is not None:
         timed, slow = time_all(run, [*everything, *files], samples.first, latency, device)
         findings += slow
-    report = assemble(subject_of(run, evidence, findings), evidence, thresholds or Thresholds(), baseline)
+    report = assemble(
+        subject_of(run, evidence, findings), evidence, thresholds or allowed(run.manifest.recipe), baseline
+    )
     report = report.model_copy(update={"latencies": timed})
     report = stamped(report) if provenance else report
     write_json(run.report_file(REPORT), report.model_dump(mode="json"))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ospq_export.recipes import Recipe
 from ospq_export.tasks.statistics import Record
 
 Outcome = Literal["met", "missed", "open"]
@@ -50,6 +51,11 @@ class Thresholds(Record):
     def most_flips(self) -> float:
         """The share of flips, in percent, that a faithful deployment is shown to stay below."""
         return max(self.max_drop, 100 - self.min_agreement)
+
+
+def allowed(recipe: Recipe) -> Thresholds:
+    """The defaults, with what a recipe lets its network lose."""
+    return Thresholds() if recipe.max_drop is None else Thresholds(max_drop=recipe.max_drop)
 
 
 class Criterion(Record):

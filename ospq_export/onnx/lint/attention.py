@@ -14,10 +14,26 @@ from ospq_export.onnx.view import DEQUANTIZE, MOVES, QUANTIZE, OnnxGraph
 
 # The fused FP8 kernel was seen to take this many keys or more, and heads up to this size.
 FP8_KEYS, FP8_HEAD_SIZE = 32, 256
+# What the fused Int8 kernel was seen to take.
+MAX_SEQUENCE, HEAD_SIZES = 512, (16, 32, 64)
 # What is computed on logits before the softmax.
 _ON_LOGITS = (*MOVES, "Add", "Sub", "Mul", "Div", "Where")
 # What lies between an attention and the quantizer behind it, and only moves values.
 _MOVED = ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze")
+
+
+def fuses(engine_type: str, bits: int, keys: int, head_size: int) -> bool:
+    """Whether an attention whose two products have one type becomes one kernel, as far as that was seen.
+
+    Args:
+        engine_type: as `Format.engine_type` has it; of what is left in float, "Half".
+        bits: of the format. Below 8 of them a Clip lies between the softmax and its quantizer.
+        keys: of each head.
+        head_size: elements of a query.
+    """
+    if engine_type == "Int8":
+        return bits == 8 and keys <= MAX_SEQUENCE and head_size in HEAD_SIZES
+    return engine_type != "FP8" or (keys >= FP8_KEYS and head_size <= FP8_HEAD_SIZE)
 
 
 def attention(network: Network) -> Iterator[Finding]:

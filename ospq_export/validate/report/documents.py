@@ -48,10 +48,20 @@ def write_documents(
     markdown, page = (
         run / name if isinstance(run, Path) else run.report_file(name) for name in (REPORT_MD, REPORT_HTML)
     )
+    # Only here: matplotlib takes a second to import.
+    from ospq_export.validate.report import formats
+
+    allocation = None if isinstance(run, Path) else formats.allocation_of(run)
     context = _context(manifest, report)
+    if allocation is not None:
+        context["tables"]["formats"] = formats.attempts(allocation).filled()
     _write(markdown, "report.md.jinja", context)
     flipped = dict.fromkeys(f.id for group in context["flips"] for f in group.flips)
     context["plots"] = _plots(manifest, report, context["all_classes"][: details.LISTED_CLASSES])
+    if manifest is not None and (allocation is not None or manifest.recipe.overrides):
+        context["plots"]["formats"] = formats.format_plot(manifest, allocation)
+    if allocation is not None:
+        context["plots"]["front"] = formats.front_plot(allocation)
     context["pictures"] = thumbnails(images, list(flipped)[:_THUMBNAILS]) if pictures else {}
     context["without_pictures"] = bool(flipped) and not pictures
     _write(page, "report.html.jinja", context)
@@ -156,6 +166,8 @@ def _plots(manifest: Manifest | None, report: Report, classes: Sequence[details.
         "scales": plots.scale_plot(report.weights),
         "errors": plots.error_plot(slices) if slices else None,
         "losses": plots.loss_plot(slices),
+        "formats": None,
+        "front": None,
         "classes": plots.class_plot(changed) if changed else None,
     }
 

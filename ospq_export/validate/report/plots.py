@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ospq_export.runs.manifest import OutlierRecord, SliceRecord
 
 _SERIES = SERIES[:4]
-_styled = mpl.rc_context(
+styled = mpl.rc_context(
     {**STYLE, "font.family": "sans-serif", "font.size": 8.5, "lines.linewidth": 1.3, "lines.markersize": 3.5}
 )
 _NARROW, _HEIGHT = 4.6, 2.7
@@ -34,7 +34,7 @@ _MOST_TICKS, _LONGEST_NAME = 40, 26
 _FEW_DECADES, _EVERY_LEVEL, _SHORT_LABEL = 100, 17, 20
 
 
-def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
+def svg(figure: Figure, name: str, *, legend: bool = False) -> str:
     """The figure for the page, with a legend above it where that is asked for."""
     if legend:
         longest = max(len(text) for axes in figure.axes for text in axes.get_legend_handles_labels()[1])
@@ -47,7 +47,7 @@ def _axes(width: float = _NARROW, height: float = _HEIGHT) -> tuple[Figure, Axes
     return figure, figure.subplots()
 
 
-def _plain_log(axis: Axis) -> None:
+def plain_log(axis: Axis) -> None:
     """Labels of a logarithmic axis as plain text at powers of ten; at 2 and 5 of each decade, too, where there are few."""
     low, high = axis.get_view_interval()
 
@@ -59,12 +59,12 @@ def _plain_log(axis: Axis) -> None:
     axis.set_minor_formatter(FuncFormatter(between))
 
 
-def _tall(count: int, rows: float = 0.17) -> float:
+def tall(count: int, rows: float = 0.17) -> float:
     """Height of a plot with a row for each of `count` names."""
     return 1.1 + rows * min(max(count, 4), _MOST_TICKS)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Names from top to bottom, as a network is read; some of them where there are many."""
     step = -(-len(names) // _MOST_TICKS)
     at = range(0, len(names), step)
@@ -73,7 +73,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-@_styled
+@styled
 def margin_plots(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
     """(reference, plot) of images and flipped images by the reference's margin, of every reference with a flip."""
     groups: dict[str, list[Comparison]] = {}
@@ -98,12 +98,12 @@ def _margin_plot(comparisons: Sequence[Comparison]) -> str:
     axes.set(xscale="log", yscale="log", ylabel="images")
     axes.set_xlabel(f"margin of {reference} (first minus second logit)")
     axes.set_ylim(0.6, max(found.images) * 2)
-    _plain_log(axes.xaxis)
-    _plain_log(axes.yaxis)
-    return _svg(figure, f"images and flipped images by the margin of {reference}", legend=True)
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
+    return svg(figure, f"images and flipped images by the margin of {reference}", legend=True)
 
 
-@_styled
+@styled
 def sqnr_plot(location: Location) -> str:
     """Signal-to-quantization-noise ratio at the end of every slice, dB; slices from top to bottom."""
     series = (
@@ -112,20 +112,18 @@ def sqnr_plot(location: Location) -> str:
         ("noise floor (float32 / float64)", "floor", "x--", _SERIES[2]),
         ("deployed, given equal inputs", "equal_input", "^-", _SERIES[3]),
     )
-    figure, axes = _axes(height=_tall(len(location.slices)) + 0.5)
+    figure, axes = _axes(height=tall(len(location.slices)) + 0.5)
     rows = range(len(location.slices))
     for label, key, marker, colour in series:
         values = [getattr(s, key) for s in location.slices]
         axes.plot([np.nan if v is None else v for v in values], rows, marker, color=colour, label=label)
     axes.axvline(location.min_sqnr, color=INK, lw=0.8, ls=":", label="limit, given equal inputs")
-    _name_rows(axes, [s.name for s in location.slices])
+    name_rows(axes, [s.name for s in location.slices])
     axes.set(xlabel="dB")
-    return _svg(
-        figure, f"signal-to-noise ratio at the end of every slice of {location.deployed}", legend=True
-    )
+    return svg(figure, f"signal-to-noise ratio at the end of every slice of {location.deployed}", legend=True)
 
 
-@_styled
+@styled
 def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]) -> str:
     """The float network's outliers across depth; vertical lines where the chosen slices end."""
     figure = Figure(figsize=(_NARROW, 3.6), layout="constrained")
@@ -144,14 +142,14 @@ def outlier_plot(profile: Sequence[OutlierRecord], slices: Sequence[SliceRecord]
             upper.axvline(i, color=INK, lw=0.6, ls=":")
             lower.axvline(i, color=INK, lw=0.6, ls=":")
     upper.set(ylabel="max / std")
-    _plain_log(upper.yaxis)
+    plain_log(upper.yaxis)
     lower.set(xlabel="tensor, in graph order", ylabel="% in largest 0.1 %")
     for axes in (upper, lower):
         axes.grid(visible=False, axis="x")
-    return _svg(figure, "outliers of the float network by depth", legend=True)
+    return svg(figure, "outliers of the float network by depth", legend=True)
 
 
-@_styled
+@styled
 def histogram_plot(
     worst: Sequence[QuantizerComparison | WeightComparison], formats: Mapping[str, Format], name: str
 ) -> str:
@@ -171,10 +169,10 @@ def histogram_plot(
         axes.stairs(counts[low : high + 1] / max(counts.sum(), 1) * 100, edges, fill=True, color=_SERIES[0])
         axes.set_title(f"{quantizer.name}, {quantizer.sqnr:.1f} dB", fontsize=8, loc="left")
         axes.set(ylabel="%", yscale="log")
-        _plain_log(axes.yaxis)
+        plain_log(axes.yaxis)
         axes.grid(visible=False, axis="x")
     grid[-1, 0].set(xlabel="level")
-    return _svg(figure, f"histograms of {name}")
+    return svg(figure, f"histograms of {name}")
 
 
 def _level(levels: Sequence[float], place: float, _: object) -> str:
@@ -183,7 +181,7 @@ def _level(levels: Sequence[float], place: float, _: object) -> str:
     return f"{levels[index]:.3g}" if 0 <= index < len(levels) else ""
 
 
-@_styled
+@styled
 def scale_plot(weights: Sequence[WeightComparison]) -> str | None:
     """Block scales of all weights as they are stored, by powers of two; None where no weight has any."""
     counts = sum((Counter(w.scales) for w in weights), Counter[int]())
@@ -196,29 +194,29 @@ def scale_plot(weights: Sequence[WeightComparison]) -> str | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{2.0**k:.3g}"))
     axes.set(xlabel="block scale as stored", ylabel="%", yscale="log")
-    _plain_log(axes.yaxis)
+    plain_log(axes.yaxis)
     axes.grid(visible=False, axis="x")
-    return _svg(figure, "block scales")
+    return svg(figure, "block scales")
 
 
-@_styled
+@styled
 def error_plot(slices: Sequence[SliceRecord]) -> str:
     """Error of every slice before and after its reconstruction."""
-    figure, axes = _axes(height=_tall(len(slices)))
+    figure, axes = _axes(height=tall(len(slices)))
     at = np.arange(len(slices))
     before = np.maximum([s.error_before for s in slices], 1e-12)
     after = np.maximum([s.error_after for s in slices], 1e-12)
     axes.hlines(at, after, before, color=FAINT, lw=2)
     axes.semilogx(before, at, "o", color=_SERIES[2], label="nearest rounding", markersize=5)
     axes.semilogx(after, at, "o", color=_SERIES[0], label="reconstructed", markersize=4)
-    _name_rows(axes, [s.name for s in slices])
+    name_rows(axes, [s.name for s in slices])
     axes.set(xlabel="squared error / variance")
-    _plain_log(axes.xaxis)
+    plain_log(axes.xaxis)
     axes.grid(visible=False, axis="y")
-    return _svg(figure, "error of every slice before and after reconstruction", legend=True)
+    return svg(figure, "error of every slice before and after reconstruction", legend=True)
 
 
-@_styled
+@styled
 def loss_plot(slices: Sequence[SliceRecord]) -> str | None:
     """Reconstruction loss over the iterations, one line per slice; None where nothing was learned."""
     learned = [s for s in slices if len(s.losses) > 1]
@@ -233,12 +231,12 @@ def loss_plot(slices: Sequence[SliceRecord]) -> str | None:
     medians = [float(np.median(s.losses)) for s in learned]
     if min(medians) > 0 and max(medians) / min(medians) > _FEW_DECADES:
         axes.set(yscale="log")
-        _plain_log(axes.yaxis)
+        plain_log(axes.yaxis)
     axes.set(xlabel="iteration", ylabel="loss")
-    return _svg(figure, "reconstruction loss over the iterations")
+    return svg(figure, "reconstruction loss over the iterations")
 
 
-@_styled
+@styled
 def class_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
     """Change of Top-1 per class, points: (class, by quantization, by deployment)."""
     figure, axes = _axes(height=0.9 + 0.24 * len(rows))
@@ -255,4 +253,4 @@ def class_plot(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="change of Top-1, points")
-    return _svg(figure, "change of Top-1 by class", legend=True)
+    return svg(figure, "change of Top-1 by class", legend=True)
