@@ -1,7 +1,9 @@
 """OpenVINO as an execution: what it is told, what it multiplies, what it refuses, and that it tells nobody."""
 
+import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from forks import Forked
 from onnx import TensorProto, helper, numpy_helper
 from test_faults import SLICE, plant, scale_off_by_two_percent
 from torch import nn
@@ -371,6 +374,26 @@ def test_the_float_file_is_the_float_network_and_is_timed_beside_it(run_copy, mo
         report = validate(run, demo_images("test", run.manifest.data), backends=[name], **options)
         timed[name] = [x.name for x in report.latencies]
     assert OPENVINO_FP32 in timed[OPENVINO] and OPENVINO_FP32 not in timed[UNOPTIMIZED]
+
+
+def signalled_after_two(path):
+    """Two executions that end in the order in which they began, and then a signal."""
+    first, second = (OpenVinoBackend(name, path) for name in ("first", "second"))
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    received = []
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(True))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert received == [True]
+
+
+def test_a_signal_after_it_is_survived(tmp_path):
+    constants = {"w": WEIGHT}
+    path = save(tmp_path / "m.onnx", [("MatMul", ["images", "w"], "logits", {})], [1, 12], constants)
+    child = Forked(tmp_path, signalled_after_two, path)
+    assert child.ended() == 0, child.errors
 
 
 def test_the_module_is_the_package_and_not_itself():

@@ -176,10 +176,20 @@ def _properties(threads: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's core, one for the whole process.
+
+    Each one sets up a stack for signals, and puts back the one that it found. Of two that end in the order in which they began,
+    the second puts back the first one's, which is gone: the next signal with a handler, such as an ended child's, kills the
+    process without a word (openvinotoolkit/openvino#11894 brought these stacks).
+    """
+    return load_openvino().Core()
+
+
 def _compile(path: Path, properties: dict[str, Any]) -> Any:
     try:
-        core = load_openvino().Core()
-        return core.compile_model(core.read_model(str(path)), "CPU", properties)
+        return _core().compile_model(_core().read_model(str(path)), "CPU", properties)
     except RuntimeError as error:
         raise InputError(
             f"OpenVINO cannot load the file: {_reason(error)}", where=path, fix="export the run again"
@@ -197,8 +207,7 @@ def openvino_saturates() -> bool:
     """Whether OpenVINO's products of 8-bit integers come out wrong on this processor; asked, not guessed."""
 
     def execute(model: bytes, x: FloatArray) -> FloatArray:
-        core = load_openvino().Core()
-        return core.compile_model(core.read_model(model), "CPU", _properties(threads=1))(x)[0]
+        return _core().compile_model(_core().read_model(model), "CPU", _properties(threads=1))(x)[0]
 
     return saturates(execute)
 
