@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -81,3 +82,14 @@ def budget_of(
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"]) or "--budget-latency"
         raise InputError(refusal_of(found), where=where, fix="see calibrate --help") from error
+
+
+def own_drop(run: Path | None) -> float:
+    """What a run was calibrated to lose at most, where that was said."""
+    from ospq_export.runs.files import MANIFEST
+    from ospq_export.runs.manifest import read_manifest
+    from ospq_export.validate.verdict import Thresholds, allowed
+
+    if run is None or not (run / MANIFEST).is_file():
+        return Thresholds().max_drop
+    return allowed(read_manifest(run).recipe).max_drop

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ospq_export.cli import options
+from ospq_export.cli.budget import own_drop
 from ospq_export.cli.elsewhere import run_device, server_of
 from ospq_export.cli.files import as_options, print_report, run_files
 from ospq_export.cli.options import batch_sizes, class_choice, data_settings, limits_of
@@ -147,7 +148,7 @@ def validate(
     from ospq_export.validate.preflight import images_of
 
     thresholds = limits_of(
-        max_drop=_own_drop(run) if max_drop is None else max_drop,
+        max_drop=own_drop(run) if max_drop is None else max_drop,
         confidence=confidence,
         min_agreement=min_agreement,
         max_top1_difference=max_top1_difference,
@@ -203,17 +204,6 @@ def validate(
         device=device,
     )
     raise typer.Exit(report.verdict.exit_status)
-
-
-def _own_drop(run: Path | None) -> float:
-    """What a run was calibrated to lose at most, where that was said."""
-    from ospq_export.runs.files import MANIFEST
-    from ospq_export.runs.manifest import read_manifest
-    from ospq_export.validate.verdict import Thresholds, allowed
-
-    if run is None or not (run / MANIFEST).is_file():
-        return Thresholds().max_drop
-    return allowed(read_manifest(run).recipe).max_drop
 
 
 _OF_DEVICES = (

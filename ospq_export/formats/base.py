@@ -158,6 +158,7 @@ class Format(ABC):
         fallback: name of the format that takes the operands which this one cannot; None where it can take all.
         learns_scale: whether an activation's scale can be learned; block scales that are computed from the values cannot.
         has_tensor_scale: whether a weight has one; see `Scales`.
+        scale_bits: that a block's scale is stored in, where blocks have scales.
         bits: of a code.
         levels: what scaled values are rounded to.
         granularity: of the scales.
@@ -171,6 +172,7 @@ class Format(ABC):
     fallback: ClassVar[str | None] = None
     learns_scale: ClassVar[bool] = True
     has_tensor_scale: ClassVar[bool] = False
+    scale_bits: ClassVar[int] = 32
     bits: int
     levels: Rounding
     granularity: Granularity

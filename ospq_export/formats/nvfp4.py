@@ -48,6 +48,7 @@ class _Nvfp4(Format):
     # Twice the level: -12 .. 12. The four bits are packed when the file is written.
     storage = torch.int8
     engine_type = "FP4E2M1"
+    scale_bits = 8
     opset = 23
     fallback = "fp8"
 

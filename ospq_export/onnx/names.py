@@ -51,6 +51,18 @@ def name_everything(model: Any, keep: Collection[str]) -> None:
                 value.name = f"{node.name}.out" + (f"_{index}" if index else "")
 
 
+def name_as_views(graph: Any) -> None:
+    """Write reshapes of an onnx_ir graph as torch's exporter writes views, in place; the two differ only where a size is 0."""
+    import onnx_ir as ir
+
+    for node in (n for n in graph if n.op_type == "Reshape"):
+        if "allowzero" in node.attributes:
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
+        shape = node.inputs[1]
+        if shape.is_initializer() and shape.name.startswith("reshape"):
+            shape.name = f"view{shape.name.removeprefix('reshape')}"
+
+
 def name_sizes(graph: Any) -> None:
     """Call the images' free dimensions batch, height and width in an onnx_ir graph, wherever they stand alone; in place."""
     import onnx_ir as ir

@@ -24,6 +24,7 @@ from ospq_export.onnx.names import (
     DYNAMIC_QUANTIZE,
     describe_inner_only,
     hide_outputs,
+    name_as_views,
     name_everything,
     name_sizes,
 )
@@ -141,9 +142,10 @@ def translate(
         # The exporter prints its progress and warns about its own internals; errors carry everything that matters.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet(), torch.no_grad():
             warnings.simplefilter("ignore")
+            exported = _exported(module, example, dynamic)
             program = torch.onnx.export(
-                module,
-                (example,),
+                exported,
+                (),
                 dynamo=True,
                 opset_version=max(opset, EXPORTED),
                 dynamic_shapes=dynamic,
@@ -157,6 +159,7 @@ def translate(
             f"the network cannot be written as ONNX: {reason}", fix="this model is not supported"
         ) from error
     assert program is not None
+    name_as_views(program.model.graph)
     if opset == LOWEST:
         to_lowest(program.model)
     if opset < OPSET:
@@ -166,6 +169,33 @@ def translate(
     if dimensions:
         name_sizes(program.model.graph)
     return program.model
+
+
+def _exported(module: fx.GraphModule, example: torch.Tensor, dynamic: Any) -> torch.export.ExportedProgram:
+    """A graph as torch's exporter takes it.
+
+    It would decompose the operators once more, by running the whole graph, which takes a third of its time; a captured graph
+    consists of operators that have translations. One that has none is decomposed.
+    """
+    # As torch.onnx does: sizes of 0 and 1 are no special cases.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
+    decompose = program.run_decompositions
+
+    def only_where_needed(table: Any = None) -> torch.export.ExportedProgram:
+        return program if _translated(program) else decompose(table)
+
+    program.run_decompositions = only_where_needed  # type: ignore[method-assign, assignment]
+    return program
+
+
+def _translated(program: torch.export.ExportedProgram) -> bool:
+    """Whether torch's exporter has a translation of every operator."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    registry = ONNXRegistry.from_torchlib()
+    operators = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    return all(registry.is_registered(operator) for operator in operators)
 
 
 @contextlib.contextmanager

@@ -91,8 +91,7 @@ def stored_bits(name: str, *, weight: bool) -> float:
         return FLOAT_BITS
     kind = named(name, weight=weight)
     block = kind.granularity.block_size
-    # A block's scale is E4M3 where a tensor scale stands beside it, else float32.
-    return kind.bits + (0.0 if block is None else (8 if kind.has_tensor_scale else 32) / block)
+    return kind.bits + (0.0 if block is None else kind.scale_bits / block)
 
 
 def operators_of(captured: fx.GraphModule) -> list[Operator]:

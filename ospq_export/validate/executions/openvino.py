@@ -178,11 +178,9 @@ def _properties(threads: int) -> dict[str, Any]:
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO's core, one for the whole process.
+    """OpenVINO's core, one for the whole process: the second of two would put back the first one's stack for signals.
 
-    Each one sets up a stack for signals, and puts back the one that it found. Of two that end in the order in which they began,
-    the second puts back the first one's, which is gone: the next signal with a handler, such as an ended child's, kills the
-    process without a word (openvinotoolkit/openvino#11894 brought these stacks).
+    Where the first has ended, that stack is gone, and the next signal with a handler kills the process (openvino#11894).
     """
     return load_openvino().Core()
 

@@ -90,7 +90,7 @@ def front_plot(allocation: Allocation) -> str | None:
         place = (chosen.latency if timed else chosen.bits) or 0.0
         axes.plot([place], [_lost(chosen)], "D", color=SERIES[2], markersize=7, label="taken")
     if allocation.budget.max_drop is not None:
-        axes.axhline(allocation.budget.max_drop, color=SERIES[3], lw=1, ls="--", label="allowed")
+        axes.axhline(allocation.budget.max_drop, color=SERIES[3], lw=1, ls="dashed", label="allowed")
     axes.set(xlabel="share of FP16's time" if timed else "bits on average", ylabel="points lost")
     return svg(figure, "what was tried", legend=True)
 
