@@ -150,16 +150,14 @@ class Format(ABC):
     """A number format. Scales are float32, and everything divides by the scale as it is stored.
 
     Attributes:
-        family: name of the module that writes it as ONNX, in `export/lower/`.
-        storage: torch dtype of the codes.
+        family: name of the module that writes it as ONNX, in `export/lower/`; storage: torch dtype of the codes.
         engine_type: what TensorRT calls an operand in it.
         opset: of ONNX, from which its operators exist.
         onnxruntime_without: names of ONNX Runtime's optimisations that make something invalid of it.
         fallback: name of the format that takes the operands which this one cannot; None where it can take all.
         learns_scale: whether an activation's scale can be learned; block scales that are computed from the values cannot.
         has_tensor_scale: whether a weight has one; see `Scales`.
-        scale_bits: that a block's scale is stored in, where blocks have scales.
-        bits: of a code.
+        bits, scale_bits: of a code, and of a block's scale as it is stored.
         levels: what scaled values are rounded to.
         granularity: of the scales.
     """

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ from ospq_export.recipes import load_recipe
 from ospq_export.runs.allocation import read_allocation
 from ospq_export.runs.files import ALLOCATION, MANIFEST, RECIPE, SEARCH
 from ospq_export.runs.tensors import read_tensors
+
+ROOT = Path(__file__).parents[2]
 
 # The programme
 
@@ -205,6 +208,20 @@ def test_every_gpu_has_a_rate_for_what_its_generation_multiplies():
         find_gpu("l5")
     with pytest.raises(InputError, match=r"no target 'l5'.*turing.*l40s"):
         find_target("l5")
+
+
+def test_the_page_has_the_rates_of_the_table():
+    page = (ROOT / "docs" / "budgets.md").read_text()
+    rows = [
+        [c.strip(" `") for c in line.split("|")[1:-1]] for line in page.splitlines() if "GPU |" not in line
+    ]
+    found = {row[0]: row[1:] for row in rows if row and row[0] in GPUS}
+
+    def cells(gpu):
+        rates = [gpu.rates.get(kind) for kind in (HALF, "Int8", "FP8", "FP4E2M1")]
+        return [gpu.about, *("-" if r is None else f"{r:g}" for r in (*rates, gpu.bandwidth))]
+
+    assert found == {name: cells(gpu) for name, gpu in GPUS.items()}
 
 
 # Recipes

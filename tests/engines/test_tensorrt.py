@@ -147,7 +147,7 @@ def written(network, path, size, batch_size=1):
 @pytest.mark.parametrize(
     ("name", "recipe", "gemms", "attentions"),
     [
-        ("vit", "w8a8", 74, 12),
+        ("vit small", "w8a8", 14, 2),
         ("vit small", "w4a4", 14, 2),
         ("swin small", "w8a8", 28, 4),
         ("swin small", "w4a4", 28, 4),

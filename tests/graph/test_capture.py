@@ -37,7 +37,7 @@ FAMILIES = {
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32},
     "swinv2_tiny_window8_256": {"img_size": 64, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32},
     "cait_xxs24_224": {"img_size": 32, "depth": 2},
-    "levit_128s": {},
+    "levit_128s": {"depth": (1, 1, 1)},
     "convnext_atto": {"depths": (1, 1, 1, 1)},
 }
 

@@ -22,9 +22,9 @@ VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 FAMILIES = {
     VIT: {"img_size": 32, "depth": 5, "embed_dim": 48, "num_heads": 3},
     SWIN: {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
-    "levit_128s": {},
+    "levit_128s": {"depth": (1, 1, 1)},
     "convnext_atto": {"depths": (1, 2, 1, 1)},
-    "xcit_nano_12_p16_224": {"img_size": 32},
+    "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2},
 }
 
 
@@ -193,7 +193,7 @@ SMALLER = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 3},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
     "cait_xxs24_224": {"img_size": 32, "depth": 2},
-    "levit_128s": {},
+    "levit_128s": {"depth": (1, 1, 1)},
     "convnext_atto": {"depths": (1, 1, 1, 1)},
 }
 

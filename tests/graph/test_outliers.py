@@ -61,7 +61,7 @@ def test_bad_input(small_vit):
 
 @pytest.mark.slow
 def test_a_network_without_layer_norms_has_no_twin():
-    levit = create_model(ModelSpec(name="levit_128s", kwargs={"num_classes": 3}))
+    levit = create_model(ModelSpec(name="levit_128s", kwargs={"num_classes": 3, "depth": (1, 1, 1)}))
     with pytest.raises(InputError, match="no channels"):
         twin_state_dict(levit, (3, 224, 224))
 

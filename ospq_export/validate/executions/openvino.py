@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 FLOAT_PRODUCTS = "LP_TRANSFORMS_MODE"
 """Property of OpenVINO's CPU plugin: "NO" leaves out the low precision transformations, so that products stay in float."""
 _TELEMETRY = "openvino_telemetry"
+# Kinds of nodes of a compiled network that multiply, and types of integer operands.
 _INTEGERS = ("i8", "u8")
-# Kinds of nodes of a compiled network that multiply.
 _PRODUCTS = ("MatMul", "FullyConnected", "Convolution")
 # Lines of OpenVINO's messages that say where in its sources they come from, and nothing of the file.
 _WHEREABOUTS = ("Exception from ", "Check '", "FrontEnd API failed")
@@ -178,10 +178,7 @@ def _properties(threads: int) -> dict[str, Any]:
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO's core, one for the whole process: the second of two would put back the first one's stack for signals.
-
-    Where the first has ended, that stack is gone, and the next signal with a handler kills the process (openvino#11894).
-    """
+    """One for the whole process: of two, the second puts back the first one's stack for signals, which may be gone by then."""
     return load_openvino().Core()
 
 
@@ -189,9 +186,8 @@ def _compile(path: Path, properties: dict[str, Any]) -> Any:
     try:
         return _core().compile_model(_core().read_model(str(path)), "CPU", properties)
     except RuntimeError as error:
-        raise InputError(
-            f"OpenVINO cannot load the file: {_reason(error)}", where=path, fix="export the run again"
-        ) from error
+        what = f"OpenVINO cannot load the file: {_reason(error)}"
+        raise InputError(what, where=path, fix="export the run again") from error
 
 
 def _reason(error: RuntimeError) -> str:
