@@ -185,7 +185,7 @@ def _exported(module: fx.GraphModule, example: torch.Tensor, dynamic: Any) -> to
     def only_where_needed(table: Any = None) -> torch.export.ExportedProgram:
         return program if _translated(program) else decompose(table)
 
-    program.run_decompositions = only_where_needed  # type: ignore[method-assign, assignment]
+    program.run_decompositions = only_where_needed
     return program
 
 

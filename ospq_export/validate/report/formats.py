@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +15,8 @@ from ospq_export.validate.report.plots import name_rows, plain_log, styled, svg,
 from ospq_export.validate.report.tables import Column, Table, name
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ospq_export.runs.manifest import Manifest
     from ospq_export.runs.run import Run
 
@@ -46,7 +48,8 @@ def format_plot(manifest: Manifest, allocation: Allocation | None) -> str:
     taken = None if allocation is None or allocation.taken is None else allocation.attempts[allocation.taken]
     names = list(bits) if taken is None else list(taken.formats)
     figure = Figure(figsize=(_WIDTH, tall(len(names)) + 0.4), layout="constrained")
-    left, *right = np.atleast_1d(figure.subplots(1, 1 if allocation is None else 2, sharey=True))
+    parts: Any = figure.subplots(1, 1 if allocation is None else 2, sharey=True, squeeze=False)
+    left, *right = parts[0]
     rows = range(len(names))
     for kind, marker, colour in (("weight", "o", SERIES[0]), ("activation", "x", SERIES[1])):
         left.plot([bits.get(n, {}).get(kind, np.nan) for n in names], rows, marker, color=colour, label=kind)
@@ -57,15 +60,15 @@ def format_plot(manifest: Manifest, allocation: Allocation | None) -> str:
     return svg(figure, "formats over depth", legend=True)
 
 
-def _losses(axes: object, names: list[str], allocation: Allocation, taken: Attempt | None) -> None:
+def _losses(axes: Axes, names: list[str], allocation: Allocation, taken: Attempt | None) -> None:
     rows = range(len(names))
     for losses in allocation.losses.values():
-        axes.semilogx([_seen(losses.get(n)) for n in names], rows, ".", color=FAINT)  # type: ignore[attr-defined]
+        axes.semilogx([_seen(losses.get(n)) for n in names], rows, ".", color=FAINT)
     if taken is not None:
         own = [_seen(allocation.losses.get(f, {}).get(n)) for n, f in taken.formats.items()]
-        axes.semilogx(own, rows, "o", color=SERIES[2], label="loss in its format")  # type: ignore[attr-defined]
-    axes.set(xlabel="divergence, alone")  # type: ignore[attr-defined]
-    plain_log(axes.xaxis)  # type: ignore[attr-defined]
+        axes.semilogx(own, rows, "o", color=SERIES[2], label="loss in its format")
+    axes.set(xlabel="divergence, alone")
+    plain_log(axes.xaxis)
 
 
 def _seen(loss: float | None) -> float:
@@ -112,13 +115,8 @@ def attempts(allocation: Allocation) -> Table:
         high = "" if a.high is None else f"{a.high:.2f}"
         state = "taken" if index == allocation.taken else ""
         rows.append((counts, f"{a.bits:.2f}", latency, f"{a.loss:.2g}", drop, high, state))
-    columns = (
-        name("operators"),
-        Column("bits"),
-        Column("share of FP16's time"),
-        Column("expected divergence"),
-    )
-    columns += (Column("points lost"), Column("at most"), name("state"))
+    headers = ("bits", "share of FP16's time", "expected divergence", "points lost", "at most")
+    columns = (name("operators"), *(Column(header) for header in headers), name("state"))
     images = max(a.images for a in allocation.attempts)
     note = "Bits are those of weights and activations, each weighed by the multiply-adds that read it."
     if images:
