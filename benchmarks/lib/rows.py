@@ -130,6 +130,8 @@ GRANULARITY = Table("granularity", ("series", "network", "bits", "method", "seed
 SETTINGS = Table("settings", ("network", "bits", "method", "seed"))
 RESULTS = Table("results", ("network", "bits"))
 SENSITIVITY = Table("sensitivity", ("network", "format"))
+# The widths are those of the recipe with one format that the row is beside; "" for budgets of points.
+BUDGETS = Table("budgets", ("network", "widths", "method", "seed"))
 MODELS = Table("models", ("label",))
 PEERS = Table("peers", ("network",))
 TOOLS = Table("tools", ("run", "tool"))
@@ -147,7 +149,7 @@ LINT = Table("lint", ("target", "seeds"))
 MODELOPT = Table("modelopt", ("network", "format", "setting"))
 
 TABLES = (
-    *(GRANULARITY, SETTINGS, RESULTS, SENSITIVITY, MODELS, PEERS, TOOLS),
+    *(GRANULARITY, SETTINGS, RESULTS, SENSITIVITY, BUDGETS, MODELS, PEERS, TOOLS),
     *(RECONSTRUCTION, FORMAT_SPEED, PAPER, MEMORY, LARGE, ARCHIVES, CONTENTION, LINT, MODELOPT),
     *(NETWORKS, TASKS),
 )

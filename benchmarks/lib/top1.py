@@ -26,7 +26,7 @@ from ospq_export.recipes import load_recipe
 from ospq_export.runs.run import Run
 from ospq_export.runs.tensors import write_tensors
 
-BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w6a6": (6, 6), "w8a8": (8, 8)}
+BITS = {"w3a3": (3, 3), "w4a4": (4, 4), "w4a8": (4, 8), "w5a5": (5, 5), "w6a6": (6, 6), "w8a8": (8, 8)}
 TWIN = "-twin"
 
 Methods = Mapping[str, Sequence[str]]
@@ -129,7 +129,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
 def _measure_one(args: argparse.Namespace, methods: Methods, table: Table, shared: Row, cell: Cell) -> None:
     torch.set_num_threads(args.threads)
     if cell.network not in _networks:
-        _networks[cell.network] = _network(cell.network, args)
+        _networks[cell.network] = network_of(cell.network, args)
     row = _measure(cell, _networks[cell.network], methods[cell.method], args)
     table.put({**shared, **row})
     print(*cell[:3], f"{cell.seed}: {row['top1']:.2f}", flush=True)
@@ -178,7 +178,8 @@ def _top1(run: Run, network: Network, device: str) -> float:
 _networks: dict[str, Network] = {}
 
 
-def _network(name: str, args: argparse.Namespace) -> Network:
+def network_of(name: str, args: argparse.Namespace) -> Network:
+    """The network of a row's name: a packaged one, its twin, or the one that the command line names."""
     if args.what == "own":
         return own_network(args)
     plain = demo_network(name.removeprefix("demo-").removesuffix(TWIN))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ospq_export.engines.rates import GPUS
-from ospq_export.engines.targets import find_target
+from ospq_export.engines.targets import check_formats, find_target
 from ospq_export.errors import InputError, refusal_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def budget_of(
     """
     from pydantic import ValidationError
 
+    from ospq_export.formats.choice import FLOAT, Choice
     from ospq_export.runs.allocation import Budget
 
     if max_drop is None and bits is None and latency is None:
@@ -75,7 +76,8 @@ def budget_of(
     given = {key: value for key, value in values.items() if value is not None}
     gpu = target if latency is not None or (target or "").lower() in GPUS else None
     if target is not None:
-        find_target(target)
+        kinds = [Choice(name, name, name, name) for name in names if name != FLOAT]
+        check_formats(find_target(target), [found for kind in kinds for found in kind.formats()])
     try:
         return Budget(formats=names, gpu=gpu, **given)
     except ValidationError as error:

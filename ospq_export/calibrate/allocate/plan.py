@@ -134,10 +134,26 @@ def choices_of(captured: fx.GraphModule, sensitivity: Sensitivity, budget: Budge
     Raises:
         InputError: the GPU is not known.
     """
+    losses = {name: sensitivity.by_operator(name) for name in budget.formats if name != FLOAT}
+    return _choices(captured, losses, budget)
+
+
+def _choices(captured: fx.GraphModule, losses: Mapping[str, Mapping[str, float]], budget: Budget) -> Choices:
     operators = operators_of(captured)
     roofline = None if budget.gpu is None else Roofline(find_gpu(budget.gpu))
-    losses = {name: sensitivity.by_operator(name) for name in budget.formats if name != FLOAT}
     return Choices(operators, groups_of(captured, operators), budget.formats, losses, roofline)
+
+
+def check_reachable(captured: fx.GraphModule, budget: Budget) -> None:
+    """Refuse bits or a time that not even the cheapest formats keep, before any losses are known.
+
+    Raises:
+        InputError: they do not.
+    """
+    names = [operator.name for operator in operators_of(captured)]
+    nothing = {name: dict.fromkeys(names, 0.0) for name in budget.formats if name != FLOAT}
+    if budget.bits is not None or budget.latency is not None:
+        _choices(captured, nothing, budget).attempts(budget)
 
 
 def recipe_of(recipe: Recipe, operators: Sequence[Operator], formats: Mapping[str, str]) -> Recipe:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import nn
 
+from ospq_export.calibrate.allocate.plan import check_reachable
 from ospq_export.calibrate.allocate.search import Search, check_held_out
 from ospq_export.calibrate.checks import check_batch, check_module, check_output_folder, locked
 from ospq_export.calibrate.stage import calibrate, captured_with_task
@@ -86,6 +87,7 @@ def calibrate_within(
             outputs=how.get("outputs"),
             sizes=sizes,
         )
+        check_reachable(captured, budget)
         search = Search(
             out,
             budget,
