@@ -24,6 +24,7 @@ from ospq_export.calibrate.equalize import equalize
 from ospq_export.data import Batch
 from ospq_export.errors import BudgetError, InputError
 from ospq_export.formats.choice import FLOAT, Choice, named
+from ospq_export.graph.capture import fingerprint
 from ospq_export.graph.outputs import as_tuple, output_names
 from ospq_export.recipes import Recipe
 from ospq_export.recipes.keys import as_toml
@@ -31,7 +32,7 @@ from ospq_export.runs.allocation import Allocation, Attempt, Budget, write_alloc
 from ospq_export.runs.files import ALLOCATION, RECIPE, SEARCH, replacing, write_json
 from ospq_export.runs.manifest import record_files
 from ospq_export.runs.run import Run
-from ospq_export.runs.tensors import tensor_sha256
+from ospq_export.runs.tensors import tensor_sha256, tensors_sha256
 from ospq_export.tasks.accuracy import AccuracyChange
 from ospq_export.tasks.base import Task
 from ospq_export.tasks.choice import TASKS
@@ -113,22 +114,21 @@ class Search:
     def _losses(self, captured: fx.GraphModule, images: Tensor, task: Task) -> Sensitivity:
         """What operators lose in the network as calibrations will equalize it: for the format of the fewest bits."""
         formats = [name for name in self.budget.formats if name != FLOAT]
+        facts = [fingerprint(captured), tensors_sha256(dict(captured.named_buffers())), tensor_sha256(images)]
+        key = _digest(json.dumps([*facts, formats, self.seed, self.recipe.equalization]))
+        kept = self._folder / f"losses-{key}.json"
+        if kept.is_file():
+            return parsed(Sensitivity, kept.read_bytes(), kept)
         network = copy.deepcopy(captured)
         if self.recipe.equalization != "none":
             least = min(formats, key=lambda name: named(name, weight=False).bits)
             sample = images[: min(_EQUALIZED_IMAGES, self.recipe.observation_images)]
-            choice, pieces = Choice(least, least, least, least), Pieces(self._folder, "equalize")
+            choice, pieces = Choice(least, least, least, least), Pieces(self._folder, f"equalize-{key}")
             equalize(network, sample, choice, self.recipe.equalization, seed=self.seed, pieces=pieces)
-        return measure_sensitivity(
-            network,
-            images[:LOSS_IMAGES],
-            formats,
-            task,
-            out=self._folder,
-            seed=self.seed,
-            advances=self.advances,
-            say=self.say,
-        )
+        how: dict[str, Any] = {"seed": self.seed, "advances": self.advances, "say": self.say}
+        found = measure_sensitivity(network, images[:LOSS_IMAGES], formats, task, out=self._folder, **how)
+        write_json(kept, found.model_dump(mode="json"))
+        return found
 
     def _recipe(self, attempt: Attempt, choices: Choices) -> Recipe:
         found = recipe_of(self.recipe, choices.operators, attempt.formats)
