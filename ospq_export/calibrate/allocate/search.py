@@ -226,7 +226,8 @@ def check_held_out(budget: Budget, images: int) -> None:
     """
     if budget.max_drop is None or budget.confidence == 0.5:
         return
-    doubt = (1 - budget.confidence) / POINTS.bit_length()
+    looks = POINTS.bit_length() if budget.bits is None and budget.latency is None else 1
+    doubt = (1 - budget.confidence) / looks
     needed = math.ceil(math.log(doubt) / math.log1p(-max(budget.max_drop, 1e-6) / 100))
     if images < needed:
         raise InputError(
