@@ -29,6 +29,7 @@ from ospq_export.calibrate.job import Job, Options
 from ospq_export.calibrate.prepare import equalize_network, observe_network
 from ospq_export.calibrate.reconstruct.store import Store
 from ospq_export.data import Batch, DataConfig, ImagesRecord
+from ospq_export.formats.choice import Choice
 from ospq_export.graph.capture import capture, fingerprint
 from ospq_export.graph.granularity import slicing_of
 from ospq_export.graph.insertion import check_overrides, insert_quantizers
@@ -114,8 +115,10 @@ def calibrate(
         # Once more: whoever held the folder until now may have finished.
         check_output_folder(out)
         distinct = check_images(pixels)
-        captured, chosen = captured_with_task(model, pixels, data, task=task, outputs=outputs, sizes=sizes)
-        check_overrides(captured.graph, recipe.formats())
+        wanted = recipe.formats()
+        captured, chosen = captured_with_task(
+            model, pixels, data, task=task, outputs=outputs, sizes=sizes, formats=wanted
+        )
         # Equalization changes what constants hold, not the graph: an operator that no run may hold is named before any work.
         described = describe(captured)
         if recipe.slicing != "auto":
@@ -172,14 +175,17 @@ def captured_with_task(
     task: str | None,
     outputs: Sequence[str] | None,
     sizes: SizeRange | None,
+    formats: Choice | None = None,
 ) -> tuple[fx.GraphModule, Task]:
     """The network's graph, held to the network on a few images, and what its outputs are; arguments as `calibrate`'s.
 
     Raises:
-        InputError: it cannot be captured, or the graph computes something else.
+        InputError: it cannot be captured, the graph computes something else, or an override of `formats` does not fit it.
     """
     captured = capture(model, data.input_size, outputs=outputs, sizes=sizes)
     chosen = _task(model, captured, task, data)
+    if formats is not None:
+        check_overrides(captured.graph, formats)
     check_sizes(model, captured, images)
     if output_names(captured.graph) == (LOGITS,):
         rename_outputs(captured.graph, [chosen.output])

@@ -56,10 +56,13 @@ def name_as_views(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in (n for n in graph if n.op_type == "Reshape"):
+        shape = node.inputs[1]
+        # A 0 of a shape may stand for the size that there is.
+        if not shape.is_initializer() or 0 in shape.const_value.numpy():
+            continue
         if "allowzero" in node.attributes:
             node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
-        shape = node.inputs[1]
-        if shape.is_initializer() and shape.name.startswith("reshape"):
+        if shape.name.startswith("reshape"):
             shape.name = f"view{shape.name.removeprefix('reshape')}"
 
 

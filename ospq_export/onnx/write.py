@@ -10,13 +10,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from ospq_export.errors import InputError
 from ospq_export.onnx import serialize
@@ -142,17 +143,17 @@ def translate(
         # The exporter prints its progress and warns about its own internals; errors carry everything that matters.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = _exported(module, example, dynamic)
-            program = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                opset_version=max(opset, EXPORTED),
-                dynamic_shapes=dynamic,
-                input_names=[INPUT],
-                output_names=list(outputs),
-                verbose=False,
-            )
+            with _decomposed_once():
+                program = torch.onnx.export(
+                    module,
+                    (example,),
+                    dynamo=True,
+                    opset_version=max(opset, EXPORTED),
+                    dynamic_shapes=dynamic,
+                    input_names=[INPUT],
+                    output_names=list(outputs),
+                    verbose=False,
+                )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(
@@ -171,25 +172,26 @@ def translate(
     return program.model
 
 
-def _exported(module: fx.GraphModule, example: torch.Tensor, dynamic: Any) -> torch.export.ExportedProgram:
-    """A graph as torch's exporter takes it.
+@contextlib.contextmanager
+def _decomposed_once() -> Iterator[None]:
+    """Keep torch's exporter from decomposing a graph that needs none.
 
-    It would decompose the operators once more, by running the whole graph, which takes a third of its time; a captured graph
-    consists of operators that have translations. One that has none is decomposed.
+    It decomposes by running the whole graph, a third of its time; a captured graph consists of operators that have translations.
+    One with an operator that has none is decomposed.
     """
-    # As torch.onnx does: sizes of 0 and 1 are no special cases.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        program = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
-    decompose = program.run_decompositions
+    decompose = ExportedProgram.run_decompositions
 
-    def only_where_needed(table: Any = None) -> torch.export.ExportedProgram:
-        return program if _translated(program) else decompose(table)
+    def where_needed(program: ExportedProgram, *table: Any, **options: Any) -> ExportedProgram:
+        return program if _translated(program) else decompose(program, *table, **options)
 
-    program.run_decompositions = only_where_needed
-    return program
+    ExportedProgram.run_decompositions = where_needed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
 
 
-def _translated(program: torch.export.ExportedProgram) -> bool:
+def _translated(program: ExportedProgram) -> bool:
     """Whether torch's exporter has a translation of every operator."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
