@@ -274,6 +274,7 @@ def codes(run):
     }
 
 
+@pytest.mark.slow
 def test_bits_are_kept_and_the_recipe_makes_the_same_run(tmp_path):
     run = search(tmp_path / "run", Budget(formats=("int3", "int4", "int8"), bits=4.5))
     assert sorted(p.name for p in run.path.iterdir()) == sorted([MANIFEST, *run.manifest.files])
@@ -310,6 +311,7 @@ def measured(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_a_drop_is_kept_or_said_not_to_be(tmp_path, measured, monkeypatch):
     lenient = Budget(formats=("int2", "int8"), max_drop=40.0, confidence=0.5)
     run = search(tmp_path / "run", lenient)
@@ -336,6 +338,7 @@ def test_a_drop_is_kept_or_said_not_to_be(tmp_path, measured, monkeypatch):
     assert len(measured) == count, "what was tried is not tried again"
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on(tmp_path, measured, monkeypatch):
     budget = Budget(formats=("int2", "int8"), max_drop=30.0, confidence=0.5)
     whole = search(tmp_path / "whole", budget)
@@ -398,6 +401,7 @@ def pixels(tmp_path):
     return tmp_path / "images.npy"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, pixels, capsys):
     common = [*MODEL, "--data", pixels, "--workers", 0, "--recipe", "w4a4", "--quiet"]
     common += ["--set", "reconstruction.iterations=0", "--set", "reconstruction.refinement_images=0"]
