@@ -14,6 +14,7 @@ kept in benchmarks/rows/budgets.jsonl, and run directories in --runs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -72,8 +73,10 @@ def measure(name: str, widths: str, method: str, seed: int, args: argparse.Names
     network, runs = network_of(name, args), Path(args.runs)
     weight, activation = BITS[widths or "w4a4"]
     recipe = load_recipe("w4a4", [f"weight_bits={weight}", f"activation_bits={activation}", *args.set])
-    row: Row = {"network": name, "widths": widths, "method": method, "seed": seed}
+    settings = " ".join(args.set)
+    row: Row = {"network": name, "widths": widths, "method": method, "seed": seed, "settings": settings}
     row |= {"images": len(network.validation), "top1": None, "float_top1": None, "bits": None, "said": ""}
+    runs /= hashlib.sha256(settings.encode()).hexdigest()[:8]
     folder = runs / f"{name}-{widths}-{method}-{seed}"
     try:
         if method.startswith(DROP):
@@ -103,23 +106,32 @@ def taken_bits(run: Run) -> float:
 def write_page() -> None:
     """Both tables: allocated beside uniform over the seeds, and the budgets of points."""
     cells, drops = [], []
-    for network, widths in dict.fromkeys((r["network"], r["widths"]) for r in BUDGETS.rows() if r["widths"]):
-        found = {m: BUDGETS.rows(network=network, widths=widths, method=m) for m in (UNIFORM, ALLOCATED)}
+    groups = dict.fromkeys((r["network"], r["widths"], r["settings"]) for r in BUDGETS.rows() if r["widths"])
+    for network, widths, settings in groups:
+        same = {"network": network, "widths": widths, "settings": settings}
+        found = {m: BUDGETS.rows(**same, method=m) for m in (UNIFORM, ALLOCATED)}
         lost = {m: [r["float_top1"] - r["top1"] for r in rows] for m, rows in found.items()}
         if all(lost.values()):
             shown = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in lost.values()]
-            cells.append([network, f"{found[UNIFORM][0]['bits']:.2f}", len(lost[ALLOCATED]), *shown])
+            bits = f"{found[UNIFORM][0]['bits']:.2f}"
+            cells.append([network, bits, len(lost[ALLOCATED]), *shown, _shown(settings)])
     for row in BUDGETS.rows(widths=""):
         kept = (
             ("", "none found")
             if row["top1"] is None
             else (f"{row['bits']:.2f}", f"{row['float_top1'] - row['top1']:.2f}")
         )
-        drops.append([row["network"], row["seed"], row["method"].removeprefix(DROP), *kept])
+        allowed = row["method"].removeprefix(DROP)
+        drops.append([row["network"], row["seed"], allowed, *kept, _shown(row["settings"])])
     header = ["network", "bits on average", "seeds", "points lost, one format", "points lost, allocated"]
+    header.append("settings")
     write_between(DOCS / "budgets.md", "bits", table(header, cells))
     header = ["network", "seed", "points allowed", "bits on average", "points lost on test images"]
-    write_between(DOCS / "budgets.md", "drops", table(header, drops))
+    write_between(DOCS / "budgets.md", "drops", table([*header, "settings"], drops) if drops else "")
+
+
+def _shown(settings: str) -> str:
+    return ", ".join(f"`{s}`" for s in settings.split()) or "the recipe's"
 
 
 def main() -> None:
@@ -136,7 +148,14 @@ def main() -> None:
         for method in args.methods
     ]
     for name, widths, method, seed in dict.fromkeys(cells) if args.what != "table" else ():
-        if BUDGETS.find(network=name, widths=widths, method=method, seed=seed) is None:
+        key = {
+            "network": name,
+            "widths": widths,
+            "method": method,
+            "seed": seed,
+            "settings": " ".join(args.set),
+        }
+        if BUDGETS.find(**key) is None:
             BUDGETS.put(measure(name, widths, method, seed, args))
     write_page()
 

@@ -130,8 +130,8 @@ GRANULARITY = Table("granularity", ("series", "network", "bits", "method", "seed
 SETTINGS = Table("settings", ("network", "bits", "method", "seed"))
 RESULTS = Table("results", ("network", "bits"))
 SENSITIVITY = Table("sensitivity", ("network", "format"))
-# The widths are those of the recipe with one format that the row is beside; "" for budgets of points.
-BUDGETS = Table("budgets", ("network", "widths", "method", "seed"))
+# The widths are those of the recipe with one format that the row is beside, "" for budgets of points; the settings are overrides.
+BUDGETS = Table("budgets", ("network", "widths", "method", "seed", "settings"))
 MODELS = Table("models", ("label",))
 PEERS = Table("peers", ("network",))
 TOOLS = Table("tools", ("run", "tool"))

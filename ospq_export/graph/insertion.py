@@ -85,9 +85,16 @@ def inner_dimension(node: fx.Node) -> int:
     return int(first[-1] if role_of(node) is Role.ATTENTION else second[1:].numel())
 
 
-def operand_tensor(node: fx.Node, operand: fx.Node, graph: fx.Graph) -> fx.Node:
-    """The tensor whose quantizer an activation operand of a quantizable operator reads."""
-    return _hoist(operand, set(cut_points(graph)))[0] if role_of(node) is Role.ATTENTION else operand
+def quantized_tensor(node: fx.Node, operand: fx.Node, cuts: set[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The tensor to quantize for an activation operand of a quantizable operator, and the node that reads it.
+
+    Args:
+        node: the operator.
+        operand: that it reads.
+        cuts: cut points of the graph, beyond which no quantizer is moved.
+    """
+    tensor, reader = _hoist(operand, cuts) if role_of(node) is Role.ATTENTION else (operand, None)
+    return tensor, reader or node
 
 
 def _operands(names: dict[fx.Node, str], formats: Choice) -> dict[fx.Node, Operands]:
@@ -138,13 +145,13 @@ def _activation_sites(
         is_matmul = node.target is aten.matmul.default
         for label, operand in zip(("lhs", "rhs") if is_matmul else ("input",), node.args, strict=False):
             assert isinstance(operand, fx.Node)
-            tensor, reader = _hoist(operand, cuts) if is_matmul else (operand, None)
+            tensor, reader = quantized_tensor(node, operand, cuts)
             new = _Site(f"{name}.{label}", tensor, wanted, not _comes_from_matmul(tensor), [])
             site = sites.setdefault((tensor, wanted.family), new)
             site.format = max(site.format, wanted, key=lambda f: f.bits)
             # An offset becomes part of a bias by way of the quantized weight.
             site.may_shift &= _is_unpadded(node) and operands[node].weight is not None
-            site.readers.append(reader or node)
+            site.readers.append(reader)
     return list(sites.values())
 
 

@@ -181,23 +181,15 @@ def _decomposed_once() -> Iterator[None]:
     """
     decompose = ExportedProgram.run_decompositions
 
-    def where_needed(program: ExportedProgram, *table: Any, **options: Any) -> ExportedProgram:
-        return program if _translated(program) else decompose(program, *table, **options)
+    def where_needed(program: ExportedProgram, table: Mapping[Any, Any]) -> ExportedProgram:
+        # The table has the operators without a translation.
+        return decompose(program, table) if any(n.target in table for n in program.graph.nodes) else program
 
     ExportedProgram.run_decompositions = where_needed  # type: ignore[method-assign]
     try:
         yield
     finally:
         ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
-
-
-def _translated(program: ExportedProgram) -> bool:
-    """Whether torch's exporter has a translation of every operator."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    registry = ONNXRegistry.from_torchlib()
-    operators = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
-    return all(registry.is_registered(operator) for operator in operators)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ospq_export.calibrate.allocate.operators import FLOAT_BITS, Attention, Operator, stored_bits
+from ospq_export.calibrate.allocate.programme import converts
 from ospq_export.engines.rates import HALF, Gpu
 from ospq_export.formats.choice import FLOAT, named
 from ospq_export.onnx.lint.attention import fuses
@@ -71,8 +72,9 @@ class Roofline:
         by_name = {o.name: o for o in operators}
         total = sum(self.seconds(o, formats[o.name]) for o in operators)
         for o in operators:
-            if o.source is not None and converts(by_name[o.source], formats[o.source], o, formats[o.name]):
-                total += self.conversion(by_name[o.source])
+            source = by_name.get(o.source or "")
+            if source and converts(kind_of(source, formats[source.name]), kind_of(o, formats[o.name])):
+                total += self.conversion(source)
         return total
 
     def share(self, operators: Sequence[Operator], formats: Mapping[str, str]) -> float:
@@ -80,15 +82,14 @@ class Roofline:
         return self.total(operators, formats) / self.total(operators, dict.fromkeys(formats, FLOAT))
 
 
-def converts(producer: Operator, its: str, reader: Operator, own: str) -> bool:
-    """Whether a result is converted between two kernels; one in float writes as it is, and is read as it is."""
-    types = engine_type(producer.format_names(its)[1]), engine_type(reader.format_names(own)[1])
-    return types[0] != types[1] and types[1] != HALF
-
-
 def engine_type(name: str) -> str:
     """What an engine multiplies a format as; what is left in float as FP16."""
     return HALF if name == FLOAT else named(name, weight=False).engine_type
+
+
+def kind_of(operator: Operator, wanted: str) -> str:
+    """What an engine multiplies an operator as when a format is wanted."""
+    return engine_type(operator.format_names(wanted)[1])
 
 
 def _is_one_kernel(name: str, attention: Attention) -> bool:

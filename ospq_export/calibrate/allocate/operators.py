@@ -12,8 +12,9 @@ from torch._ops import OpOverload
 from ospq_export.formats.base import Role
 from ospq_export.formats.choice import FLOAT, named
 from ospq_export.graph.capture import operator_names
-from ospq_export.graph.insertion import inner_dimension, operand_tensor, role_of, source_product
+from ospq_export.graph.insertion import inner_dimension, quantized_tensor, role_of, source_product
 from ospq_export.graph.rewrite import parameter
+from ospq_export.graph.slicing import cut_points
 
 FLOAT_BITS = 16
 """Of an operand that is left in float: engines and their files have FP16 there."""
@@ -102,7 +103,7 @@ def operators_of(captured: fx.GraphModule) -> list[Operator]:
     """
     batch = next(n for n in captured.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
     names, found = operator_names(captured.graph), []
-    attentions = _attentions(names, batch)
+    attentions, cuts = _attentions(names, batch), set(cut_points(captured.graph))
     for node, name in names.items():
         role, inner = role_of(node), inner_dimension(node)
         reads = [a for a in node.args[: 2 if role is Role.ATTENTION else 1] if isinstance(a, fx.Node)]
@@ -118,7 +119,7 @@ def operators_of(captured: fx.GraphModule) -> list[Operator]:
                 weights=0 if weight is None else weight.meta["val"].numel(),
                 inputs=sum(_per_image(r, batch) for r in reads),
                 outputs=outputs,
-                tensors=tuple(operand_tensor(node, r, captured.graph).name for r in reads),
+                tensors=tuple(quantized_tensor(node, r, cuts)[0].name for r in reads),
                 source=sources[0] if sources else None,
                 attention=attentions.get(node),
             )

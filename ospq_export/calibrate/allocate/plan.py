@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from ospq_export.calibrate.allocate.cost import Roofline, average_bits, engine_type
+from ospq_export.calibrate.allocate.cost import Roofline, average_bits, kind_of
 from ospq_export.calibrate.allocate.effects import Sensitivity, globs
 from ospq_export.calibrate.allocate.operators import Operator, groups_of, operators_of
 from ospq_export.calibrate.allocate.programme import Border, Programme
 from ospq_export.engines.rates import find_gpu
 from ospq_export.errors import InputError
 from ospq_export.formats.choice import FLOAT
+from ospq_export.graph.capture import operator_names
 from ospq_export.recipes import Recipe
 from ospq_export.runs.allocation import Attempt, Budget
 
@@ -118,11 +119,6 @@ class Choices:
         return [self.attempt(self.by_operator(chosen))]
 
 
-def kind_of(operator: Operator, wanted: str) -> str:
-    """What an engine multiplies an operator as when a format is wanted."""
-    return engine_type(operator.format_names(wanted)[1])
-
-
 def choices_of(captured: fx.GraphModule, sensitivity: Sensitivity, budget: Budget) -> Choices:
     """The choices of a network whose losses are known.
 
@@ -150,10 +146,10 @@ def check_reachable(captured: fx.GraphModule, budget: Budget) -> None:
     Raises:
         InputError: they do not.
     """
-    names = [operator.name for operator in operators_of(captured)]
-    nothing = {name: dict.fromkeys(names, 0.0) for name in budget.formats if name != FLOAT}
-    if budget.bits is not None or budget.latency is not None:
-        _choices(captured, nothing, budget).attempts(budget)
+    if budget.bits is None and budget.latency is None:
+        return
+    nothing = dict.fromkeys(operator_names(captured.graph).values(), 0.0)
+    _choices(captured, dict.fromkeys(budget.formats, nothing), budget).attempts(budget)
 
 
 def recipe_of(recipe: Recipe, operators: Sequence[Operator], formats: Mapping[str, str]) -> Recipe:
@@ -167,7 +163,8 @@ def recipe_of(recipe: Recipe, operators: Sequence[Operator], formats: Mapping[st
     base = Counter(formats[o.name] for o in operators if o.weights).most_common(1)[0][0]
     names, overrides = [o.name for o in operators], dict[str, str]()
     for name in dict.fromkeys(formats.values()):
-        exact = {o.name: _exact(o, name) for o in operators if formats[o.name] == name}
+        # An override may not name a format that an operator refuses.
+        exact = {o.name: o.format_names(name)[1] for o in operators if formats[o.name] == name}
         for kind in dict.fromkeys(exact.values()) if name != base else ():
             chosen = [o for o, found in exact.items() if found == kind]
             overrides |= dict.fromkeys(globs(chosen, names), kind)
@@ -176,8 +173,3 @@ def recipe_of(recipe: Recipe, operators: Sequence[Operator], formats: Mapping[st
     return recipe.model_copy(
         update={"name": f"{recipe.name}-allocated", **given, **bits, "overrides": overrides}
     )
-
-
-def _exact(operator: Operator, wanted: str) -> str:
-    """What an override may name: a format that the operator does not refuse."""
-    return operator.format_names(wanted)[1]

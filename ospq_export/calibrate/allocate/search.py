@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,10 @@ class Search:
             raise BudgetError(self._missed(attempts[-1]))
         return self._finish(found, choices)
 
+    @cached_property
+    def _held_out_sha256(self) -> str:
+        return "" if self.held_out is None else tensor_sha256(self.held_out.images)
+
     @property
     def _folder(self) -> Path:
         return self.out / SEARCH
@@ -146,8 +151,7 @@ class Search:
 
     def _tried(self, attempt: Attempt, choices: Choices, looks: int) -> Attempt:
         """An attempt with its drop on the held-out images."""
-        assert self.held_out is not None
-        facts = [tensor_sha256(self.held_out.images), self._recipe(attempt, choices).model_dump_json(), looks]
+        facts = [self._held_out_sha256, self._recipe(attempt, choices).model_dump_json(), looks]
         kept = self._folder / f"drop-{_digest(json.dumps([*facts, self.budget.confidence]))}.json"
         if kept.is_file():
             found = parsed(AccuracyChange, kept.read_bytes(), kept)
@@ -170,7 +174,7 @@ class Search:
         task, held_out = TASKS[run.manifest.task], self.held_out
         captured = run.captured()
         names = output_names(captured.graph)
-        networks = {_FLOAT: captured, _QUANTIZED: run.fake_quant_network()}
+        networks = {_FLOAT: captured.to(self.device), _QUANTIZED: run.fake_quant_network().to(self.device)}
         measure = task.measure([(_FLOAT, _QUANTIZED)], len(held_out))
         collector = Collector(len(held_out))
         advance = self.advances("measure the drop", -(-len(held_out) // _BATCH))
@@ -186,7 +190,7 @@ class Search:
 
     def _outputs(self, network: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
         with torch.no_grad():
-            found = as_tuple(network.to(self.device)(images.to(self.device)))
+            found = as_tuple(network(images.to(self.device)))
         return {name: value.float().cpu().numpy() for name, value in zip(names, found, strict=True)}
 
     def _sure(self, looks: int) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ospq_export.calibrate.allocate.plan import check_reachable
 from ospq_export.calibrate.allocate.search import Search, check_held_out
+from ospq_export.calibrate.allocate.sensitivity import check_formats_of
 from ospq_export.calibrate.checks import check_batch, check_module, check_output_folder, locked
 from ospq_export.calibrate.stage import calibrate, captured_with_task
 from ospq_export.data import Batch, DataConfig
@@ -108,17 +109,11 @@ def check_budget(budget: Budget, recipe: Recipe) -> None:
     Raises:
         InputError: there is no such format, a GPU does not multiply one, the recipe sets formats itself, or several processes.
     """
-    for name in budget.formats:
-        if name != FLOAT:
-            Choice(name, name, name, name).check()
-    if set(budget.formats) == {FLOAT}:
-        raise InputError(
-            "a network in float loses nothing", where="`formats`", fix="name formats such as int4"
-        )
+    names = [name for name in budget.formats if name != FLOAT]
+    check_formats_of(names)
     if budget.gpu is not None:
-        formats = [f for n in budget.formats if n != FLOAT for f in Choice(n, n, n, n).formats()]
         find_gpu(budget.gpu)
-        check_formats(find_target(budget.gpu), formats)
+        check_formats(find_target(budget.gpu), [f for n in names for f in Choice(n, n, n, n).formats()])
     if recipe.overrides:
         what = "the recipe has overrides, and a budget chooses the formats"
         raise InputError(what, where="`recipe`", fix="leave one of them out")

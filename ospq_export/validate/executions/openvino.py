@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FLOAT_PRODUCTS = "LP_TRANSFORMS_MODE"
 """Property of OpenVINO's CPU plugin: "NO" leaves out the low precision transformations, so that products stay in float."""
 _TELEMETRY = "openvino_telemetry"
-# Kinds of nodes of a compiled network that multiply, and types of integer operands.
+# Types of integer operands, and kinds of nodes of a compiled network that multiply.
 _INTEGERS = ("i8", "u8")
 _PRODUCTS = ("MatMul", "FullyConnected", "Convolution")
 # Lines of OpenVINO's messages that say where in its sources they come from, and nothing of the file.

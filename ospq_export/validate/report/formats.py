@@ -33,7 +33,7 @@ def allocation_of(run: Run) -> Allocation | None:
 
 
 def formats_by_operator(manifest: Manifest) -> dict[str, dict[str, float]]:
-    """Bits of weight and activations by operator, in the order of the quantizers; 16 where an operand is left in float."""
+    """Bits of weight and activations by operator, in the order of the quantizers; none of what is left in float."""
     found: dict[str, dict[str, float]] = {}
     for record in manifest.quantizers:
         operator = record.name.rpartition(".")[0]
